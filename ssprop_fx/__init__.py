@@ -1,0 +1,23 @@
+"""Scheduled sparse back-propagation for any torch model, as a torch.compile graph pass."""
+
+from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
+
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduler import SparsityScheduler
+
+__all__ = [
+    "NoEffectWarning",
+    "Schedule",
+    "SparsityConfig",
+    "SparsityScheduler",
+    "SsPropCompileError",
+    "bar",
+    "constant",
+    "cosine",
+    "join",
+    "linear",
+    "warmup",
+]
+
+__version__ = "0.1.0"

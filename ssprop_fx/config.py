@@ -1,0 +1,63 @@
+"""SparsityConfig: what takes part in sparse back-propagation, and in what granularity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+__all__ = ["SparsityConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Which layers take part in sparse back-propagation, and how keep counts are rounded.
+
+    Args:
+        channel_multiple: keep counts are rounded to the nearest multiple of this, at least one
+            multiple and at most all channels. `1` means exactly
+            `max(int((1 - drop_rate) * C), 1)`, the published code's rule. `"auto"` picks by the
+            device of the layer's weight: 16 on CPU, where oneDNN blocks channels by 16, and 8
+            elsewhere, where tensor cores want multiples of 8.
+        min_channels: layers with fewer output channels stay dense.
+        filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
+            name as in `model.named_modules()`. None lets all take part.
+        targets: the kinds of layer that take part. Only `("conv",)` is supported.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> config = SparsityConfig(filter_fn=lambda module, fqn: not fqn.startswith("stem"))
+        >>> config.min_channels
+        32
+    """
+
+    channel_multiple: int | Literal["auto"] = "auto"
+    min_channels: int = 32
+    filter_fn: Callable[[nn.Module, str], bool] | None = None
+    targets: tuple[str, ...] = ("conv",)
+
+    def __post_init__(self) -> None:
+        if self.channel_multiple != "auto":
+            _check_positive_int("channel_multiple", self.channel_multiple, ' or "auto"')
+        _check_positive_int("min_channels", self.min_channels)
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            raise TypeError(
+                "filter_fn must be a callable (module, fqn) -> bool or None,"
+                f" got {self.filter_fn!r}"
+            )
+        if isinstance(self.targets, str) or not isinstance(self.targets, tuple):
+            raise TypeError(f'targets must be a tuple such as ("conv",), got {self.targets!r}')
+        if self.targets != ("conv",):
+            raise ValueError(
+                f'targets must be ("conv",), got {self.targets!r}: only convolutions are supported'
+            )
+
+
+def _check_positive_int(name: str, value: object, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int{alternative}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,149 @@
+"""SparsityScheduler: the only holder of mutable state."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ssprop_fx.slots import keep_count
+
+__all__ = ["KeepCounts", "SparsityScheduler"]
+
+
+class KeepCounts:
+    """One model's part of a scheduler's runtime sparsity tensor.
+
+    Made by `SparsityScheduler.register`.
+
+    Attributes:
+        channels: output channels of each of the model's slots.
+        multiple: keep counts are rounded to multiples of this; assign and call
+            `SparsityScheduler.refresh` to change it.
+    """
+
+    def __init__(
+        self, scheduler: "SparsityScheduler", start: int, channels: Sequence[int], multiple: int
+    ) -> None:
+        self._scheduler = scheduler
+        self._start = start
+        self.channels = tuple(channels)
+        self.multiple = multiple
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The live keep counts: int64, CPU, shape [slots of the model]."""
+        return self._scheduler.keep_counts[self._start : self._start + len(self.channels)]
+
+
+class SparsityScheduler:
+    """Moves the drop rate of every model compiled with it, in the manner of an LR scheduler.
+
+    The step in force begins at 0; call `step()` after each optimizer step (or once an epoch, if
+    the schedule counts epochs).
+
+    Args:
+        schedule: step -> drop rate in [0, 1), such as `bar(0.8, period=2 * len(loader))`.
+
+    Raises:
+        TypeError: `schedule` is not callable.
+        ValueError: `schedule` returns a drop rate outside [0, 1).
+
+    Example:
+        >>> from ssprop_fx import bar
+        >>> scheduler = SparsityScheduler(bar(0.8, period=2))
+        >>> scheduler.drop_rate
+        0.0
+        >>> scheduler.step()
+        >>> scheduler.last_step, scheduler.drop_rate
+        (1, 0.8)
+    """
+
+    def __init__(self, schedule: Callable[[int], float]) -> None:
+        if not callable(schedule):
+            raise TypeError(f"schedule must be a schedule such as constant(0.8), got {schedule!r}")
+        self.schedule = schedule
+        self._keep_counts = torch.zeros(0, dtype=torch.int64)
+        self._registered: list[KeepCounts] = []
+        self._set_step(0)
+
+    @property
+    def last_step(self) -> int:
+        """The step in force, from 0."""
+        return self._last_step
+
+    @property
+    def drop_rate(self) -> float:
+        """The drop rate of the step in force."""
+        return self._drop_rate
+
+    @property
+    def keep_counts(self) -> torch.Tensor:
+        """The runtime sparsity tensor: int64, CPU, one entry a slot, in order of registration."""
+        return self._keep_counts
+
+    def step(self) -> None:
+        """Advance by one step."""
+        self._set_step(self._last_step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a dict of plain values; the schedule itself is not in it."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict()` returned.
+
+        Args:
+            state_dict: the state.
+
+        Raises:
+            ValueError: it is not a state of a SparsityScheduler.
+        """
+        last_step = state_dict.get("last_step")
+        if not isinstance(last_step, int) or last_step < 0:
+            raise ValueError(
+                "state_dict must come from SparsityScheduler.state_dict() and hold last_step >= 0,"
+                f" got {state_dict!r}"
+            )
+        self._set_step(last_step)
+
+    def register(self, channels: Sequence[int], multiple: int) -> KeepCounts:
+        """Add a model's slots to the runtime sparsity tensor. `ssprop_compile` calls this.
+
+        Args:
+            channels: output channels of each slot.
+            multiple: keep counts are rounded to multiples of this.
+
+        Returns:
+            The model's part of the tensor.
+        """
+        start = self._keep_counts.numel()
+        self._keep_counts = torch.cat([self._keep_counts, torch.zeros(len(channels)).long()])
+        counts = KeepCounts(self, start, channels, multiple)
+        self._registered.append(counts)
+        self.refresh()
+        return counts
+
+    def refresh(self) -> None:
+        """Write the keep counts of the drop rate in force into the runtime sparsity tensor."""
+        values = [
+            keep_count(channels, self._drop_rate, counts.multiple)
+            for counts in self._registered
+            for channels in counts.channels
+        ]
+        self._keep_counts.copy_(torch.tensor(values, dtype=torch.int64))
+
+    def _set_step(self, step: int) -> None:
+        rate = self.schedule(step)
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(
+                f"schedule must return a drop rate in [0, 1), got {rate!r} at step {step}"
+            )
+        self._last_step = step
+        self._drop_rate = float(rate)
+        self.refresh()
+
+    def __repr__(self) -> str:
+        return (
+            f"SparsityScheduler(schedule={self.schedule!r}, last_step={self._last_step},"
+            f" drop_rate={self._drop_rate})"
+        )

@@ -1,0 +1,103 @@
+"""Slots: the places of a model's layers in the runtime sparsity tensor.
+
+Slots are numbered from the model and not from the compiled graph, because a warm compile cache
+skips every graph pass, graph breaks cut a model into several graphs, and all of them share one
+tensor.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from torch import nn
+
+from ssprop_fx.config import SparsityConfig
+
+__all__ = ["SlotTable", "find_slots", "keep_count", "resolve_multiple"]
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """A model's layers that can take part, and why the others do not.
+
+    Attributes:
+        slots: one entry a participating layer, in `named_modules()` order.
+        excluded: name of each layer that stays dense -> the reason.
+        names: `id(module)` -> name, for every module of the model.
+    """
+
+    slots: tuple[Slot, ...]
+    excluded: dict[str, str]
+    names: dict[int, str]
+
+
+def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
+    """Give a slot to each layer of `model` that owns a convolution weight.
+
+    Args:
+        model: the model, before compilation.
+        config: says which layers take part.
+
+    Returns:
+        The table of slots.
+    """
+    slots: list[Slot] = []
+    excluded: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names[id(module)] = name
+        channels = _output_channels_maybe(module)
+        if channels is None:
+            continue
+        if config.filter_fn is not None and not config.filter_fn(module, name):
+            excluded[name] = "filtered out by filter_fn"
+        elif channels < config.min_channels:
+            excluded[name] = f"fewer than min_channels={config.min_channels} output channels"
+        else:
+            slots.append(Slot(index=len(slots), name=name, channels=channels))
+    return SlotTable(tuple(slots), excluded, names)
+
+
+def _output_channels_maybe(module: nn.Module) -> int | None:
+    """Return the output channels of a layer that owns a convolution weight, else None."""
+    weight = getattr(module, "weight", None)
+    ndim = getattr(weight, "ndim", 0)
+    if weight is None or not 3 <= ndim <= 5 or isinstance(weight, nn.UninitializedParameter):
+        return None
+    if getattr(module, "transposed", False):
+        return int(weight.shape[1]) * int(getattr(module, "groups", 1))
+    return int(weight.shape[0])
+
+
+def resolve_multiple(channel_multiple: int | Literal["auto"], device_type: str) -> int:
+    """Return the channel multiple that `"auto"` stands for on `device_type`, or the given one."""
+    if channel_multiple == "auto":
+        return 16 if device_type == "cpu" else 8
+    return channel_multiple
+
+
+def keep_count(channels: int, drop_rate: float, multiple: int = 1) -> int:
+    """Return how many of `channels` a backward keeps at `drop_rate`.
+
+    Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
+    arXiv 2408.12561); others round to the nearest multiple, at least one and at most `channels`.
+    On torch releases below 2.12 the smallest keep count is 2 (`MIN_KEEP_COUNT`).
+
+    Args:
+        channels: output channels of the layer.
+        drop_rate: fraction in [0, 1) left out.
+        multiple: channels are kept in multiples of this.
+
+    Returns:
+        The keep count, in [1, channels].
+
+    Example:
+        >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
+        (12, 16, 16)
+    """
+    if multiple == 1:
+        kept = int((1 - drop_rate) * channels)
+    else:
+        kept = math.floor((1 - drop_rate) * channels / multiple + 0.5) * multiple
+    return min(max(kept, multiple, MIN_KEEP_COUNT), channels)
