@@ -69,7 +69,7 @@ class SparseBackend:
             return self._compile(gm, example_inputs)
         except Exception as error:
             self.error = compile_error(error)
-            raise self.error from error
+            raise self.error  # noqa: B904, its cause is set
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         layers = mark_layers(gm, self.table)
@@ -118,12 +118,14 @@ class SparseBackend:
 
 
 def compile_error(error: Exception) -> SsPropCompileError:
-    """Return the error that the user sees for a failure inside the compiler."""
+    """Return the error that the user sees for a failure inside the compiler, its cause set."""
     if isinstance(error, SsPropCompileError):
         return error
-    return SsPropCompileError(
+    ours = SsPropCompileError(
         f"the sparse variant of the model could not be compiled: {type(error).__name__}: {error}"
     )
+    ours.__cause__ = error
+    return ours
 
 
 def compile_inductor(
@@ -141,7 +143,7 @@ def compile_inductor(
         try:
             return compile_fx_inner(*args, **kwargs)
         except Exception as error:
-            raise compile_error(error) from error
+            raise compile_error(error)  # noqa: B904, its cause is set
 
     # As patches and not as an ambient setting, because the backward compiles later.
     patches = {**options, "joint_custom_pre_pass": sparse_pass}
