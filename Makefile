@@ -1,0 +1,35 @@
+# Everything works from a fresh clone: each target makes .venv first if it is missing.
+# Needs Python 3.11 or newer and a C++ compiler, which torch.compile calls.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv test test-slow lint demo bench
+
+venv: .venv/installed
+
+# The stamp: installed anew only when the dependencies may have changed. PyPI's torch for Linux
+# brings CUDA's libraries along; for the smaller CPU build, set
+# PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+test: venv
+	$(BIN)/pytest -q
+
+# Minutes each.
+test-slow: venv
+	$(BIN)/pytest -q -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: venv
+	$(BIN)/ssprop-fx train
+
+bench: venv
+	$(BIN)/python -m benchmarks step

@@ -1,0 +1,134 @@
+"""How the code hangs together: what may import what, and documentation that is there and runs."""
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import ssprop_fx
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"ssprop_fx": ROOT / "ssprop_fx", "ssprop_passes": ROOT / "passes" / "ssprop_passes"}
+
+# Torch's private names, and the files that may use them: a new release of torch touches these.
+PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
+USES_PRIVATE_TORCH = {
+    "passes/ssprop_passes/graph_pass.py",
+    "passes/ssprop_passes/rewrite.py",
+    "ssprop_fx/backend.py",
+    "ssprop_fx/module.py",
+    "ssprop_fx/records.py",
+}
+
+# The library itself. Commands, training and reports on it import it, never the other way round.
+CORE = {
+    "backend",
+    "compile",
+    "config",
+    "module",
+    "records",
+    "report",
+    "scheduler",
+    "schedules",
+    "slots",
+}
+
+
+def files(package: str) -> list[Path]:
+    found = sorted(FOLDERS[package].rglob("*.py"))
+    assert found
+    return found
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import, line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def used_names(path: Path) -> set[str]:
+    """Dotted names that a file uses as attributes, such as `torch._inductor.config`."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def is_private_torch(name: str) -> bool:
+    first, second, *_ = [*name.split("."), "", ""]
+    return first == "torch" and second in PRIVATE
+
+
+def module_names() -> list[str]:
+    """Names of all modules of both packages; `__main__` would run if it were imported."""
+    return [
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
+        for package, folder in FOLDERS.items()
+        for path in files(package)
+        if path.stem != "__main__"
+    ]
+
+
+def test_the_checks_see_what_they_look_for(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "import torch._guards\n"
+        "from torch import _dynamo\n"
+        "def f():\n"
+        "    from ssprop_fx.slots import find_slots\n"
+        "    torch._inductor.config.debug = True\n"
+    )
+    assert imported_names(path) == {
+        "torch._guards",
+        "torch._dynamo",
+        "ssprop_fx.slots.find_slots",
+    }
+    assert "torch._inductor" in used_names(path)
+    names = imported_names(path) | used_names(path)
+    private = {name for name in names if is_private_torch(name)}
+    assert {"torch._guards", "torch._dynamo", "torch._inductor"} <= private
+    assert not is_private_torch("torch.fx._utils")
+    assert not is_private_torch("torch._check")
+
+
+@pytest.mark.parametrize("path", files("ssprop_passes"), ids=lambda path: path.name)
+def test_passes_know_nothing_of_ssprop_fx(path):
+    assert [name for name in imported_names(path) if name.split(".")[0] == "ssprop_fx"] == []
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_the_core_imports_only_the_core(name):
+    imported = imported_names(FOLDERS["ssprop_fx"] / f"{name}.py")
+    ours = {f"{name}.".split(".")[1] for name in imported if name.split(".")[0] == "ssprop_fx"}
+    assert ours <= CORE
+
+
+def test_private_torch_stays_in_few_files():
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for package in FOLDERS
+        for path in files(package)
+        if any(is_private_torch(name) for name in imported_names(path) | used_names(path))
+    }
+    assert found == USES_PRIVATE_TORCH
+
+
+@pytest.mark.parametrize("name", ssprop_fx.__all__)
+def test_public_names_have_a_docstring(name):
+    docstring = getattr(ssprop_fx, name).__doc__
+    assert docstring
+    # A dataclass without one is given its signature.
+    assert not docstring.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

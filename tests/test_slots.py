@@ -1,0 +1,159 @@
+"""Keep counts and the enumeration of a model's slots."""
+
+import pytest
+import torch
+from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from torch import nn
+
+from ssprop_fx import SparsityConfig
+from ssprop_fx.slots import find_slots, keep_count, resolve_multiple
+
+RATES = [0.0, 0.05, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999]
+
+
+class TestKeepCount:
+    @pytest.mark.parametrize("rate", RATES)
+    def test_multiple_1_is_the_published_rule(self, rate):
+        for channels in range(MIN_KEEP_COUNT, 2049):
+            published = max(int((1 - rate) * channels), 1)
+            assert keep_count(channels, rate) == max(published, MIN_KEEP_COUNT)
+
+    @pytest.mark.parametrize("rate", RATES)
+    @pytest.mark.parametrize("multiple", [2, 8, 16, 24])
+    def test_other_multiples_round_to_the_nearest(self, rate, multiple):
+        for channels in range(multiple, 2049, multiple):
+            kept = keep_count(channels, rate, multiple)
+            assert kept % multiple == 0
+            # The smallest is one multiple, however few channels were asked for.
+            wanted = max((1 - rate) * channels, multiple)
+            assert abs(kept - wanted) <= multiple / 2
+
+    @pytest.mark.parametrize("rate", RATES)
+    @pytest.mark.parametrize("multiple", [1, 2, 8, 16, 24])
+    def test_bounds(self, rate, multiple):
+        for channels in range(1, 600):
+            kept = keep_count(channels, rate, multiple)
+            assert isinstance(kept, int)
+            assert min(multiple, channels) <= kept <= channels
+
+    @pytest.mark.parametrize("multiple", [1, 8, 16])
+    def test_drop_rate_0_keeps_all_channels(self, multiple):
+        for channels in range(multiple, 600, multiple):
+            assert keep_count(channels, 0.0, multiple) == channels
+
+    @pytest.mark.parametrize("multiple", [1, 8, 16])
+    def test_a_higher_drop_rate_never_keeps_more(self, multiple):
+        for channels in range(1, 300):
+            kept = [keep_count(channels, rate, multiple) for rate in RATES]
+            assert kept == sorted(kept, reverse=True)
+
+    def test_halves_round_up(self):
+        assert keep_count(64, 0.625, multiple=16) == 32
+        assert keep_count(64, 0.875, multiple=16) == 16
+
+    def test_auto_is_16_on_cpu_and_8_elsewhere(self):
+        assert [resolve_multiple("auto", device) for device in ("cpu", "cuda")] == [16, 8]
+        assert resolve_multiple(4, "cpu") == 4
+
+
+def slots_of(model: nn.Module, **config) -> dict[str, int]:
+    """Channels of each slot by its name, in order."""
+    table = find_slots(model, SparsityConfig(**{"min_channels": 1, **config}))
+    assert [slot.index for slot in table.slots] == list(range(len(table.slots)))
+    return {slot.name: slot.channels for slot in table.slots}
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Not in the order of use: slots follow `named_modules()`.
+        self.second = nn.Conv2d(channels, 2 * channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.first = nn.Conv2d(3, channels, 3)
+
+
+class TestFindSlots:
+    def test_order_and_names_are_those_of_named_modules(self):
+        model = nn.Sequential(Block(8), nn.Conv2d(16, 4, 1), nn.Sequential(Block(32)))
+        found = slots_of(model)
+        assert list(found.items()) == [
+            ("0.second", 16),
+            ("0.first", 8),
+            ("1", 4),
+            ("2.0.second", 64),
+            ("2.0.first", 32),
+        ]
+        assert list(found) == [name for name, _ in model.named_modules() if name in found]
+
+    def test_a_model_that_is_itself_a_layer(self):
+        table = find_slots(nn.Conv2d(3, 64, 3), SparsityConfig())
+        assert table.slots == (Slot(index=0, name="", channels=64),)
+
+    @pytest.mark.parametrize("groups", [1, 4])
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    def test_channels_are_those_of_the_output(self, dims, groups):
+        conv = getattr(nn, f"Conv{dims}d")(8, 32, 3, groups=groups)
+        transposed = getattr(nn, f"ConvTranspose{dims}d")(8, 32, 3, groups=groups)
+        assert slots_of(nn.Sequential(conv, transposed)) == {"0": 32, "1": 32}
+
+    def test_depthwise(self):
+        assert slots_of(nn.Sequential(nn.Conv2d(24, 24, 3, groups=24))) == {"0": 24}
+
+    def test_layers_without_a_convolution_weight_get_none(self):
+        model = nn.Sequential(
+            nn.Linear(8, 8),
+            nn.BatchNorm2d(8),
+            nn.LayerNorm([8, 8]),
+            nn.Embedding(8, 8),
+            nn.PReLU(8),
+            nn.LSTM(8, 8),
+            nn.MultiheadAttention(8, 2),
+            nn.ReLU(),
+        )
+        table = find_slots(model, SparsityConfig(min_channels=1))
+        assert table.slots == ()
+        assert table.excluded == {}
+
+    def test_a_layer_that_has_not_seen_its_input_gets_none(self):
+        assert slots_of(nn.Sequential(nn.LazyConv2d(32, 3), nn.Conv2d(32, 16, 1))) == {"1": 16}
+
+    def test_a_convolution_of_the_users_own(self):
+        class Standardized(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(48, 3, 3, 3))
+
+        assert slots_of(nn.Sequential(Standardized())) == {"0": 48}
+
+    def test_a_parametrized_convolution(self):
+        conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 48, 3))
+        assert slots_of(nn.Sequential(conv)) == {"0": 48}
+
+    def test_a_shared_module_gets_one_slot(self):
+        shared = nn.Conv2d(8, 8, 1)
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), shared, nn.ReLU(), shared)
+        assert slots_of(model) == {"0": 8, "1": 8}
+
+    def test_filter_fn_is_called_with_the_module_and_its_name(self):
+        model = nn.Sequential(Block(8), nn.ReLU(), nn.Linear(4, 4))
+        calls = []
+
+        def is_wanted(module, fqn):
+            calls.append((module, fqn))
+            return fqn != "0.second"
+
+        table = find_slots(model, SparsityConfig(min_channels=1, filter_fn=is_wanted))
+        assert [slot.name for slot in table.slots] == ["0.first"]
+        assert table.excluded == {"0.second": "filtered out by filter_fn"}
+        assert calls == [(model[0].second, "0.second"), (model[0].first, "0.first")]
+
+    def test_min_channels_is_the_smallest_that_takes_part(self):
+        model = nn.Sequential(nn.Conv2d(3, 31, 1), nn.Conv2d(31, 32, 1), nn.Conv2d(32, 33, 1))
+        table = find_slots(model, SparsityConfig(min_channels=32))
+        assert [slot.name for slot in table.slots] == ["1", "2"]
+        assert table.excluded == {"0": "fewer than min_channels=32 output channels"}
+
+    def test_names_cover_every_module(self):
+        model = nn.Sequential(Block(8), nn.ReLU())
+        names = find_slots(model, SparsityConfig()).names
+        assert names == {id(module): name for name, module in model.named_modules()}
