@@ -2,6 +2,7 @@
 
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 
+from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
@@ -17,6 +18,7 @@ __all__ = [
     "cosine",
     "join",
     "linear",
+    "ssprop_compile",
     "warmup",
 ]
 

@@ -1,0 +1,79 @@
+"""GraphPass: what every pass on the joint graph shares: identity, guards, lint, loud failure.
+
+Private torch: `CustomGraphPass` and the cache's demand for a truthy uuid.
+"""
+
+import hashlib
+from abc import abstractmethod
+from functools import cache
+from pathlib import Path
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+
+from ssprop_passes.errors import SsPropCompileError
+
+__all__ = ["GraphPass", "sources_hash"]
+
+
+@cache
+def sources_hash() -> str:
+    """Return a hash of this package's sources: an edited pass must miss the compile cache."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class GraphPass(CustomGraphPass):
+    """A transformation of the AOTAutograd joint graph.
+
+    Subclasses implement `transform` and `identity`. An instance serves one compilation.
+
+    Args:
+        previous: pass or passes that run first, such as one that the user put in
+            `torch._inductor.config.joint_custom_pre_pass`.
+
+    Attributes:
+        ran: whether the pass saw a joint graph; False after a hit in the compile cache.
+    """
+
+    def __init__(self, previous: object = None) -> None:
+        self.previous = get_custom_graph_passes(previous)
+        self.ran = False
+
+    @abstractmethod
+    def transform(self, graph: fx.Graph) -> None:
+        """Rewrite a joint graph in place."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return what the rewrite depends on besides the graph and this package's sources."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Run the previous passes, then transform a graph that has a backward."""
+        for previous in self.previous:
+            previous(graph)
+        if not is_joint_graph(graph):
+            return
+        self.ran = True
+        try:
+            self.transform(graph)
+            graph.lint()
+        except Exception as error:
+            raise SsPropCompileError(
+                f"{type(self).__name__} failed on the joint graph: {error}"
+            ) from error
+
+    def uuid(self) -> str | None:
+        """Return the cache identity; None, which turns the caches off, if a previous pass's is."""
+        previous = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.previous]
+        if not all(previous):
+            return None
+        parts = (type(self).__name__, sources_hash(), self.identity(), repr(previous))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def is_joint_graph(graph: fx.Graph) -> bool:
+    """Say whether a graph holds a backward: it takes gradients of outputs ("tangents")."""
+    return any("tangents" in str(n.target) for n in graph.find_nodes(op="placeholder"))

@@ -1,0 +1,242 @@
+"""The torch.compile backend of the sparse variant: adds the runtime tensor, then compiles.
+
+Private torch lives here and in `ssprop_passes`: Dynamo's graph attributes, the fake mode of the
+compile, Inductor's `compile_fx` and the two hooks for a pass on the joint graph.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.sites import SITE_KEY
+from ssprop_passes.sparse_backward import SparseBackwardPass
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import detect_fake_mode
+
+from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
+from ssprop_fx.scheduler import KeepCounts
+from ssprop_fx.slots import SlotTable
+
+__all__ = ["BACKENDS", "SparseBackend"]
+
+BACKENDS = ("inductor", "aot_eager")
+
+
+class SparseBackend:
+    """What `torch.compile(backend=...)` calls to compile each graph of the sparse variant.
+
+    Args:
+        table: the model's slots.
+        keep_counts: the model's part of the runtime sparsity tensor, read at every call.
+        kind: `"inductor"` or `"aot_eager"`.
+        options: Inductor configuration patches; empty for AOT eager.
+
+    Attributes:
+        graphs: the graphs compiled so far.
+        error: the first failure, for the caller to raise whatever Dynamo makes of it.
+    """
+
+    compiler_name = "ssprop"
+
+    def __init__(
+        self, table: SlotTable, keep_counts: KeepCounts, kind: str, options: dict[str, Any]
+    ) -> None:
+        self.table = table
+        self.keep_counts = keep_counts
+        self.kind = kind
+        self.options = options
+        self.graphs: list[CompiledGraph] = []
+        self.error: SsPropCompileError | None = None
+
+    @property
+    def sparse_runs(self) -> int:
+        """How often a graph with a rewritten site was called."""
+        return sum(graph.runs for graph in self.graphs if graph.is_sparse)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph that Dynamo captured.
+
+        Raises:
+            SsPropCompileError: on any failure. Some exceptions raised inside a backend make Dynamo
+                fall back to eager, dense execution without a word; this one does not.
+        """
+        try:
+            return self._compile(gm, example_inputs)
+        except Exception as error:
+            self.error = compile_error(error)
+            raise self.error from error
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        layers = mark_layers(gm, self.table)
+        gm = with_extra_input(gm, self.keep_counts.tensor)
+        inputs = [*example_inputs, self.keep_counts.tensor]
+        key = record_key(gm, inputs, repr((self.table.slots, self.table.excluded, layers)))
+
+        compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, self.options)
+        graph = None if sparse_pass.ran else load_record_maybe(key)
+        if graph is None and not sparse_pass.ran and is_differentiable(inputs):
+            # A hit in a compile cache that was brought from elsewhere, without its records.
+            options = {**self.options, "force_disable_caches": True}
+            compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, options)
+        if graph is None:
+            graph = CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
+            save_record(key, graph)
+        self.graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            graph.runs += 1
+            return compiled(*args, self.keep_counts.tensor)
+
+        return run
+
+    def _compile_with_pass(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        layers: tuple[str, ...],
+        options: dict[str, Any],
+    ) -> tuple[Callable[..., Any], SparseBackwardPass]:
+        is_inductor = self.kind == "inductor"
+        hook = torch._inductor.config.joint_custom_pre_pass
+        sparse_pass = SparseBackwardPass(
+            slots={slot.name: slot for slot in self.table.slots},
+            excluded=self.table.excluded,
+            layers=layers,
+            slot_count=len(self.table.slots),
+            decompositions=_inductor_decompositions if is_inductor else dict,
+            previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
+        )
+        compile_graph = compile_inductor if is_inductor else compile_aot_eager
+        # Both compilers take ownership of the graph, and it may be needed a second time.
+        return compile_graph(copy_graph(gm), inputs, sparse_pass, options), sparse_pass
+
+
+def compile_error(error: Exception) -> SsPropCompileError:
+    """Return the error that the user sees for a failure inside the compiler."""
+    if isinstance(error, SsPropCompileError):
+        return error
+    return SsPropCompileError(
+        f"the sparse variant of the model could not be compiled: {type(error).__name__}: {error}"
+    )
+
+
+def compile_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    sparse_pass: SparseBackwardPass,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor, the pass in its joint-graph hook."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    @functools.wraps(compile_fx_inner)
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        # The backward compiles later, out of `SparseBackend.__call__`.
+        try:
+            return compile_fx_inner(*args, **kwargs)
+        except Exception as error:
+            raise compile_error(error) from error
+
+    # As patches and not as an ambient setting, because the backward compiles later.
+    patches = {**options, "joint_custom_pre_pass": sparse_pass}
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, compile_inner, config_patches=patches)
+    return compiled
+
+
+def compile_aot_eager(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    sparse_pass: SparseBackwardPass,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""
+
+    def joint_pass(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
+        sparse_pass(joint.graph)
+        joint.recompile()
+        return joint
+
+    with torch._functorch.config.patch(joint_custom_pass=joint_pass):
+        compiled: Callable[..., Any] = lookup_backend("aot_eager")(gm, inputs)
+    return compiled
+
+
+def mark_layers(gm: fx.GraphModule, table: SlotTable) -> tuple[str, ...]:
+    """Write into each node's metadata the name of the layer that it belongs to.
+
+    AOTAutograd copies `meta["custom"]` to the backward nodes. The layer is found by the identity
+    of the module object: its path in Dynamo's metadata starts at whatever frame is being
+    compiled, and after a graph break that is not the model.
+
+    Args:
+        gm: the graph that Dynamo captured; subgraphs are marked as well.
+        table: the model's slots.
+
+    Returns:
+        The names, in order of the marked nodes.
+    """
+    layers: list[str] = []
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
+            stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
+            name = table.names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
+            if node.op in ("call_function", "call_method") and name is not None:
+                node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
+                layers.append(name)
+    return tuple(layers)
+
+
+def with_extra_input(gm: fx.GraphModule, tensor: Tensor) -> fx.GraphModule:
+    """Return a copy of Dynamo's graph with one more placeholder, after all others."""
+    gm = copy_graph(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    after = placeholders[-1] if placeholders else gm.graph._root
+    with gm.graph.inserting_after(after):
+        node = gm.graph.placeholder("ssprop_keep_counts")
+    fake_mode = detect_fake_mode([p.meta.get("example_value") for p in placeholders])
+    if fake_mode is None:
+        raise RuntimeError("Dynamo's graph has no fake tensors among its inputs")
+    # Reading a keep count makes an unbacked symbol. No global `capture_scalar_outputs`.
+    fake_mode.allow_scalar_outputs = True
+    node.meta["example_value"] = fake_mode.from_tensor(tensor.clone(), static_shapes=True)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    gm.recompile()
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a Dynamo graph module with what AOTAutograd reads from it.
+
+    Without the sources every parameter would count as an ordinary input.
+    """
+    graph = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, environment, return_output_node=True)
+    value, old_output = output if isinstance(output, tuple) else (output, None)
+    graph.output(value).meta = dict(old_output.meta) if old_output is not None else {}
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for old, new in environment.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def is_differentiable(inputs: Sequence[Any]) -> bool:
+    """Say whether a graph of these inputs has a backward."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
+
+
+def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()

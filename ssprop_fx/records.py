@@ -1,0 +1,84 @@
+"""What the pass did to each compiled graph, kept beside Inductor's compile cache.
+
+A hit in the compile cache skips the pass, and with it everything that the pass knows: which sites
+it rewrote and why others stayed dense. So it is written down under a key of the same inputs.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ssprop_passes.sites import Site
+from torch import fx
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+__all__ = ["CompiledGraph", "load_record_maybe", "record_key", "save_record"]
+
+
+class CompiledGraph:
+    """One compiled graph of the sparse variant, and what the pass did to it.
+
+    Attributes:
+        sites: every convolution backward of the graph.
+        total_flops: floating-point operations of all its backward convolutions and matrix
+            products, were they dense.
+        runs: how often it was called.
+    """
+
+    def __init__(self, sites: Sequence[Site] = (), total_flops: int = 0) -> None:
+        self.sites = tuple(sites)
+        self.total_flops = total_flops
+        self.runs = 0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any site of the graph was rewritten."""
+        return any(not site.reason for site in self.sites)
+
+
+def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
+    """Return a key of a graph, its inputs' shapes and the identity of the pass on it.
+
+    Args:
+        gm: the graph as Dynamo captured it.
+        inputs: its example inputs.
+        identity: what else the pass's result depends on.
+    """
+    shapes = [
+        (str(x.dtype), tuple(map(str, x.shape)), tuple(map(str, x.stride())), x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else str(x)
+        for x in inputs
+    ]
+    code = gm.print_readable(print_output=False, include_stride=False)
+    return hashlib.sha256(repr((code, shapes, identity)).encode()).hexdigest()
+
+
+def save_record(key: str, graph: CompiledGraph) -> None:
+    """Write a graph's record to the disk, whole or not at all."""
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"sites": [asdict(s) for s in graph.sites], "total_flops": graph.total_flops}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(content, file)
+    os.replace(file.name, path)
+
+
+def load_record_maybe(key: str) -> CompiledGraph | None:
+    """Return the graph's record, None if there is none that can be read."""
+    try:
+        content = json.loads(_path(key).read_text())
+        sites = [Site(**site) for site in content["sites"]]
+        return CompiledGraph(sites, content["total_flops"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _path(key: str) -> Path:
+    return Path(cache_dir()) / "ssprop" / f"{key}.json"
