@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         from ssprop_fx.training.checkpoint import find_checkpoint, load_checkpoint
         from ssprop_fx.training.run import train
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ssprop"):
+            raise
         raise CommandError(
             f"the package {error.name} is missing: pip install ssprop-fx[train]"
         ) from error
@@ -96,11 +98,20 @@ def _add_data_flags(group: Any) -> None:
         metavar="NAME",
         help=_help("val_split", "folder of validation images; val or test will do as well"),
     )
-    group.add_argument("--img-size", type=int, metavar="N", help="pixels (default: the model's)")
+    group.add_argument(
+        "--img-size",
+        type=int,
+        metavar="N",
+        help="height and width in pixels (default: the model's; digits: 64)",
+    )
     group.add_argument("--mean", type=float, nargs="+", action=_Tuple, help="of each channel")
     group.add_argument("--std", type=float, nargs="+", action=_Tuple, help="of each channel")
     group.add_argument(
-        "-b", "--batch-size", type=int, metavar="N", help=_help("std", "images in a training step")
+        "-b",
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=_help("batch_size", "images in a training step"),
     )
     group.add_argument(
         "-vb",
@@ -114,7 +125,7 @@ def _add_data_flags(group: Any) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help=_help("validation_batch_size", "loader processes, 0 for none"),
+        help=_help("workers", "loader processes, 0 for none"),
     )
     group.add_argument(
         "--aug", action=argparse.BooleanOptionalAction, help=_help("aug", "augment training images")

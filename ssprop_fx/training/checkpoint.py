@@ -1,6 +1,7 @@
 """Checkpoints: plain values and tensors, written whole or not at all."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(state: TrainState, content: dict[str, Any]) -> None:
+def restore(state: TrainState, content: Mapping[str, Any]) -> None:
     """Put `state` where the run of a checkpoint stopped.
 
     Args:

@@ -12,6 +12,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 from tqdm import tqdm
 
+from ssprop_fx.module import SsPropModule
 from ssprop_fx.report import Report, report
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data import Loaders
@@ -43,7 +44,7 @@ class Trainer:
         self,
         config: TrainConfig,
         state: TrainState,
-        compiled: nn.Module,
+        compiled: SsPropModule,
         loaders: Loaders,
         records: Records,
         device: torch.device,
@@ -177,7 +178,7 @@ class Trainer:
         if state.scaler is not None:
             state.scaler(loss, state.optimizer, clip_grad=clip, parameters=state.model.parameters())
         else:
-            loss.backward()
+            torch.autograd.backward(loss)
             if clip is not None:
                 dispatch_clip_grad(state.model.parameters(), clip)
             state.optimizer.step()

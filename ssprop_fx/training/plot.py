@@ -46,8 +46,10 @@ def plot_run(records: Records, path: Path, title: str) -> None:
     rates = [row.drop_rate for row in records.steps]
     rate.step(steps, rates, where="post", color=_SPARSE)
     rate.fill_between(steps, rates, step="post", color=_SPARSE, alpha=0.25)
-    rate.set_title("Drop rate", loc="left", fontsize=10)
-    rate.set_ylabel("fraction of channels")
+    rate.set_title(
+        "Drop rate: fraction of channels left out of the backward pass", loc="left", fontsize=10
+    )
+    rate.set_ylabel("fraction")
     rate.set_ylim(0, 1)
 
     timed = [row for row in records.steps if row.timed]

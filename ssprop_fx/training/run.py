@@ -57,7 +57,7 @@ def train(
     loaders = create_loaders(config, datasets, data_config, device)
     model = create_model(config, datasets.num_classes, data_config["input_size"][-1])
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=layout)
+    model = model.to(device).to(memory_format=layout)
     state = create_state(config, model, loaders.steps_per_epoch)
     compiled = ssprop_compile(
         model,
