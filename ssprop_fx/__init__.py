@@ -4,11 +4,13 @@ from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.report import Report, report
 from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduler import SparsityScheduler
 
 __all__ = [
     "NoEffectWarning",
+    "Report",
     "Schedule",
     "SparsityConfig",
     "SparsityScheduler",
@@ -18,6 +20,7 @@ __all__ = [
     "cosine",
     "join",
     "linear",
+    "report",
     "ssprop_compile",
     "warmup",
 ]

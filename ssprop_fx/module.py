@@ -11,6 +11,7 @@ from torch._inductor import list_mode_options
 
 from ssprop_fx.backend import SparseBackend
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
 from ssprop_fx.slots import find_slots, resolve_multiple
 
@@ -71,6 +72,17 @@ class SsPropModule(nn.Module):
             and self._table.slots
         )
         return self._run_sparse(*args, **kwargs) if is_sparse else self._dense(*args, **kwargs)
+
+    @property
+    def keep_counts(self) -> torch.Tensor:
+        """The model's part of the runtime sparsity tensor: int64, CPU, [slots]."""
+        return self._keep_counts.tensor
+
+    @property
+    def compiled_graphs(self) -> tuple[CompiledGraph, ...]:
+        """The graphs of the sparse variant, the newest of each group of layers."""
+        newest = {tuple(site.name for site in graph.sites): graph for graph in self._backend.graphs}
+        return tuple(newest.values())
 
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
         backend = self._backend

@@ -86,4 +86,3 @@ def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:
             user.replace_all_uses_with(replacement)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
-

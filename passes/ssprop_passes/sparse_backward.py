@@ -127,9 +127,7 @@ class SparseBackwardPass(GraphPass):
 
 def find_keep_counts(graph: fx.Graph, slot_count: int) -> fx.Node:
     """Return the placeholder of the runtime sparsity tensor: the last input of the forward."""
-    primals = [
-        n for n in graph.find_nodes(op="placeholder") if str(n.target).startswith("primals")
-    ]
+    primals = [n for n in graph.find_nodes(op="placeholder") if str(n.target).startswith("primals")]
     for node in reversed(primals):
         val = node.meta["val"]
         if isinstance(val, Tensor) and val.dtype == torch.int64 and val.shape == (slot_count,):

@@ -1,0 +1,1 @@
+"""Benchmarks against dense torch.compile: `python -m benchmarks --help`."""

@@ -1,0 +1,122 @@
+"""report: which sites are sparse, at which keep counts, what that saves, and why others are not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssprop_passes.sites import Site
+
+from ssprop_fx.module import SsPropModule
+
+__all__ = ["Report", "SiteReport", "report"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site of a compiled model.
+
+    Attributes:
+        name: the layer's name, "" where the site belongs to none.
+        kind: such as `conv2d`.
+        channels: output channels, C.
+        kept: keep count in force, k; C for a site left dense.
+        flops: floating-point operations of its dense backward, for one batch.
+        reason: why it was left dense, "" for a sparse one.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    kept: int
+    flops: int
+    reason: str
+
+    @property
+    def saved_flops(self) -> int:
+        """Floating-point operations that its backward leaves out at the keep count in force."""
+        return self.flops * (self.channels - self.kept) // self.channels
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sites of a compiled model at the keep counts in force; prints as a table.
+
+    Attributes:
+        sites: every convolution backward of the sparse variant, in backward order.
+        backward_flops: floating-point operations of all backward convolutions and matrix products
+            of one batch, were they dense.
+    """
+
+    sites: tuple[SiteReport, ...]
+    backward_flops: int
+
+    @property
+    def sparse_sites(self) -> tuple[SiteReport, ...]:
+        """The sites that were made sparse."""
+        return tuple(site for site in self.sites if not site.reason)
+
+    @property
+    def saved_flops(self) -> int:
+        """Floating-point operations that one backward leaves out at the keep counts in force."""
+        return sum(site.saved_flops for site in self.sparse_sites)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "no sparse graph has been compiled: run a training step at a drop rate above 0"
+        width = max(len("site"), *(len(site.name) for site in self.sites))
+        lines = [f"{'site':{width}}  {'kind':16} {'C':>5} {'k':>5} {'FLOPs':>6}  state"]
+        lines += [
+            f"{site.name:{width}}  {site.kind:16} {site.channels:5} {site.kept:5}"
+            f" {site.flops / self.backward_flops:6.1%}  {_state(site)}"
+            for site in self.sites
+        ]
+        covered = sum(site.flops for site in self.sparse_sites) / self.backward_flops
+        lines.append(
+            f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
+            f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
+            f" {self.saved_flops / self.backward_flops:.1%} saved at the keep counts in force"
+        )
+        return "\n".join(lines)
+
+
+def report(model: SsPropModule) -> Report:
+    """Return what sparse back-propagation does to a compiled model.
+
+    Sites are known once a training step at a drop rate above 0 has run. Where several sparse
+    graphs were compiled for the same layers (for another batch size, say), the newest is shown.
+
+    Args:
+        model: what `ssprop_compile` returned.
+
+    Returns:
+        The report; `print` it.
+
+    Raises:
+        TypeError: `model` did not come from `ssprop_compile`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
+        >>> scheduler = SparsityScheduler(constant(0.5))
+        >>> model = ssprop_compile(nn.Conv2d(3, 64, 3), scheduler, backend="aot_eager")
+        >>> _ = model(torch.randn(2, 3, 8, 8))
+        >>> report(model).sites[0].kept
+        32
+    """
+    if not isinstance(model, SsPropModule):
+        raise TypeError(f"model must come from ssprop_compile, got {type(model).__name__}")
+    keep_counts = model.keep_counts.tolist()
+    graphs = model.compiled_graphs
+    return Report(
+        sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
+        backward_flops=sum(graph.total_flops for graph in graphs),
+    )
+
+
+def _site_report(site: Site, keep_counts: Sequence[int]) -> SiteReport:
+    kept = site.channels if site.reason else keep_counts[site.slot]
+    return SiteReport(site.name, site.kind, site.channels, kept, site.flops, site.reason)
+
+
+def _state(site: SiteReport) -> str:
+    return f"dense: {site.reason}" if site.reason else "sparse"
