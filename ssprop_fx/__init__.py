@@ -5,8 +5,8 @@ from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.report import Report, report
-from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
 from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
 
 __all__ = [
     "NoEffectWarning",

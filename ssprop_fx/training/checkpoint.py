@@ -1,6 +1,5 @@
 """Checkpoints: plain values and tensors, written whole or not at all."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CommandError(f"--resume {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # A damaged file can raise anything, KeyError and struct.error among them.
         raise CommandError(f"--resume {path}: not a checkpoint, or a damaged one") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CommandError(f"--resume {path}: not a checkpoint of ssprop-fx train")
