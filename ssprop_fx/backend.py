@@ -6,7 +6,7 @@ compile, Inductor's `compile_fx` and the two hooks for a pass on the joint graph
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
@@ -142,8 +142,8 @@ def compile_inductor(
 
     # As patches and not as an ambient setting, because the backward compiles later.
     patches = {**options, "joint_custom_pre_pass": sparse_pass}
-    compiled: Callable[..., Any] = compile_fx(gm, inputs, compile_inner, config_patches=patches)
-    return compiled
+    compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
+    return cast(Callable[..., Any], compiled)
 
 
 def compile_aot_eager(
@@ -160,8 +160,7 @@ def compile_aot_eager(
         return joint
 
     with torch._functorch.config.patch(joint_custom_pass=joint_pass):
-        compiled: Callable[..., Any] = lookup_backend("aot_eager")(gm, inputs)
-    return compiled
+        return lookup_backend("aot_eager")(gm, list(inputs))
 
 
 def mark_layers(gm: fx.GraphModule, table: SlotTable) -> tuple[str, ...]:
@@ -203,7 +202,7 @@ def with_extra_input(gm: fx.GraphModule, tensor: Tensor) -> fx.GraphModule:
     # Reading a keep count makes an unbacked symbol. No global `capture_scalar_outputs`.
     fake_mode.allow_scalar_outputs = True
     node.meta["example_value"] = fake_mode.from_tensor(tensor.clone(), static_shapes=True)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     gm.recompile()
     return gm
 
@@ -222,7 +221,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     copy.meta = dict(gm.meta)
     for old, new in environment.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))

@@ -74,7 +74,11 @@ def ssprop_compile(
     if mode is not None and options is not None:
         raise ValueError("mode and options exclude each other, as in torch.compile: give one")
     model = getattr(model, "_orig_mod", model)
-    compile_kwargs = dict(backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    compile_kwargs: dict[str, Any] = {
+        "backend": backend,
+        "fullgraph": fullgraph,
+        "dynamic": dynamic,
+    }
     if backend == "inductor":
         compile_kwargs.update(mode=mode, options=options)
     return SsPropModule(model, scheduler, config or SparsityConfig(), compile_kwargs)

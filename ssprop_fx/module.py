@@ -46,7 +46,7 @@ class SsPropModule(nn.Module):
         self.config = config
         self._compile_kwargs = compile_kwargs
         self._table = find_slots(model, config)
-        channels = [slot.channels for slot in self._table.slots]
+        channels = [slot.channels // slot.groups for slot in self._table.slots]
         self._keep_counts = keep_counts or scheduler.register(channels, self._multiple())
         self._backend = SparseBackend(
             self._table, self._keep_counts, compile_kwargs["backend"], self._inductor_options()
@@ -129,7 +129,7 @@ class SsPropModule(nn.Module):
             self._orig_mod.training = mode
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SsPropModule":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The model may have moved to another device.
         self._keep_counts.multiple = self._multiple()
         self.scheduler.refresh()

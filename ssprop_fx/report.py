@@ -114,7 +114,7 @@ def report(model: SsPropModule) -> Report:
 
 
 def _site_report(site: Site, keep_counts: Sequence[int]) -> SiteReport:
-    kept = site.channels if site.reason else keep_counts[site.slot]
+    kept = site.channels if site.reason else keep_counts[site.slot] * site.groups
     return SiteReport(site.name, site.kind, site.channels, kept, site.flops, site.reason)
 
 

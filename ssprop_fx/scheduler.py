@@ -16,7 +16,7 @@ class KeepCounts:
     Made by `SparsityScheduler.register`.
 
     Attributes:
-        channels: output channels of each of the model's slots.
+        channels: channels that each of the model's slots keeps some of.
         multiple: keep counts are rounded to multiples of this; assign and call
             `SparsityScheduler.refresh` to change it.
     """
@@ -110,7 +110,7 @@ class SparsityScheduler:
         """Add a model's slots to the runtime sparsity tensor. `ssprop_compile` calls this.
 
         Args:
-            channels: output channels of each slot.
+            channels: channels that each slot keeps some of: output channels, of one group.
             multiple: keep counts are rounded to multiples of this.
 
         Returns:

@@ -55,7 +55,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         elif channels < config.min_channels:
             excluded[name] = f"fewer than min_channels={config.min_channels} output channels"
         else:
-            slots.append(Slot(index=len(slots), name=name, channels=channels))
+            groups = int(getattr(module, "groups", 1))
+            slots.append(Slot(index=len(slots), name=name, channels=channels, groups=groups))
     return SlotTable(tuple(slots), excluded, names)
 
 

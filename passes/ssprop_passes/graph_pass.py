@@ -5,15 +5,19 @@ Private torch: `CustomGraphPass` and the cache's demand for a truthy uuid.
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ssprop_passes.errors import SsPropCompileError
 
-__all__ = ["GraphPass", "sources_hash"]
+__all__ = ["GraphPass", "Previous", "sources_hash"]
+
+# What may already sit in `torch._inductor.config.joint_custom_pre_pass`.
+Previous = Callable[[fx.Graph], None] | Sequence[Callable[[fx.Graph], None]] | None
 
 
 @cache
@@ -38,8 +42,9 @@ class GraphPass(CustomGraphPass):
         ran: whether the pass saw a joint graph; False after a hit in the compile cache.
     """
 
-    def __init__(self, previous: object = None) -> None:
-        self.previous = get_custom_graph_passes(previous)
+    def __init__(self, previous: "Previous" = None) -> None:
+        passes = previous if isinstance(previous, (list, tuple)) else (previous,)
+        self.previous = tuple(p for p in passes if p is not None)
         self.ran = False
 
     @abstractmethod

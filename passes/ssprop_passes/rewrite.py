@@ -5,7 +5,7 @@ Private torch: `make_fx`'s dispatcher context, `ShapeEnv` via the fake mode, nod
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -79,7 +79,7 @@ def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:
     """Let the users of a node with several results use `outputs` instead, and erase it."""
     for user in list(node.users):
         assert user.target is operator.getitem, f"{node} is used by {user.format_node()}"
-        replacement = outputs[user.args[1]]
+        replacement = outputs[cast(int, user.args[1])]
         if replacement is None:
             assert not user.users, f"{user} is used, but was not asked for"
         else:

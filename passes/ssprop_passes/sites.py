@@ -1,26 +1,26 @@
-"""Sites: the backward nodes that can be made sparse, and why the others are not."""
+"""Sites: what the pass knows of a backward that it can make sparse, and what became of it."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "MIN_KEEP_COUNT",
     "SITE_KEY",
-    "ConvBackward",
+    "Gradients",
     "Site",
+    "SiteMatch",
     "Slot",
-    "backward_flops",
-    "match_conv_backward",
-    "site_name",
+    "hinted",
+    "layer_name",
+    "matrix_product_flops",
     "why_dense",
 ]
-
-aten = torch.ops.aten
 
 # Up to torch 2.11 the fake kernel of a convolution with an unbacked size guards on `u0 > 1`, so
 # a keep count of 1 cannot be compiled there.
@@ -30,6 +30,9 @@ MIN_KEEP_COUNT = 1 if torch.__version__ >= torch.torch_version.TorchVersion("2.1
 # nodes, of the name of the layer that the node belongs to.
 SITE_KEY = "ssprop_layer"
 
+# Gradients of input, weight and bias; None where not wanted.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -38,23 +41,26 @@ class Slot:
     Attributes:
         index: position in the model's part of the tensor.
         name: the layer's name, as in `model.named_modules()`.
-        channels: its output channels.
+        channels: its output channels, C.
+        groups: number of groups that channels are selected in; the keep count is that of one.
     """
 
     index: int
     name: str
     channels: int
+    groups: int = 1
 
 
 @dataclass(frozen=True)
 class Site:
-    """What became of one backward node.
+    """What became of one site.
 
     Attributes:
-        name: the layer's name, "" where the node belongs to none.
+        name: the layer's name, "" where the site belongs to none.
         kind: such as `conv2d`.
         channels: output channels, C.
-        flops: floating-point operations of the dense backward node.
+        groups: number of groups that channels are selected in.
+        flops: floating-point operations of the dense backward.
         slot: index in the runtime sparsity tensor, -1 for a site left dense.
         reason: why it was left dense, "" for a sparse one.
     """
@@ -62,114 +68,114 @@ class Site:
     name: str
     kind: str
     channels: int
+    groups: int
     flops: int
     slot: int = -1
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class ConvBackward:
-    """The arguments of an `aten.convolution_backward` node.
+class SiteMatch(ABC):
+    """A backward node, or group of nodes, that a kind of site recognised.
+
+    A kind of site is a subclass in a file of its own, with a function `match_x(node)` that
+    returns an instance or None, listed in `ssprop_passes.kinds`.
 
     Attributes:
-        grad_output, input, weight: nodes of the three tensors.
-        geometry: stride, padding, dilation, transposed, output_padding, groups.
-        output_mask: which of the gradients of input, weight and bias are wanted.
+        node: the node that the replacement is inserted before, and whose metadata it inherits.
     """
 
-    grad_output: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-    output_mask: tuple[bool, bool, bool]
+    node: fx.Node
 
     @property
+    @abstractmethod
     def kind(self) -> str:
-        """Such as `conv2d` or `conv_transpose1d`."""
-        transpose = "_transpose" if self.transposed else ""
-        return f"conv{transpose}{self.weight.meta['val'].ndim - 2}d"
+        """A short name, such as `conv2d`."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Output channels, C."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """Number of groups that channels are selected in."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point operations of the dense backward: two a multiply-add."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Sequence[fx.Node]:
+        """The nodes that `backward` takes the values of."""
+
+    @abstractmethod
+    def why_unsupported(self) -> str:
+        """Return why this site cannot be made sparse whatever the configuration, "" if it can."""
+
+    @abstractmethod
+    def backward(self, k: int, *tensors: Tensor) -> Gradients:
+        """Return the sparse gradients: plain torch, which the pass traces.
+
+        Args:
+            k: keep count of each group; may be a SymInt.
+            tensors: values of `inputs`.
+        """
+
+    @abstractmethod
+    def replace(self, gradients: Sequence[fx.Node | None]) -> None:
+        """Let the users of the dense gradients use these, and erase what has become dead."""
 
 
-def match_conv_backward(node: fx.Node) -> ConvBackward | None:
-    """Return the arguments of an `aten.convolution_backward` node, None for any other node."""
-    if node.op != "call_function" or node.target is not aten.convolution_backward.default:
-        return None
-    (grad_output, input_, weight, _bias_sizes, stride, padding, dilation) = node.args[:7]
-    transposed, output_padding, groups, output_mask = node.args[7:]
-    return ConvBackward(
-        grad_output,
-        input_,
-        weight,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        transposed,
-        tuple(output_padding),
-        groups,
-        tuple(output_mask),
-    )
-
-
-def site_name(node: fx.Node) -> str | None:
+def layer_name(node: fx.Node) -> str | None:
     """Return the name of the layer that a node belongs to, None where it was not marked."""
-    return (node.meta.get("custom") or {}).get(SITE_KEY)
+    name: str | None = (node.meta.get("custom") or {}).get(SITE_KEY)
+    return name
 
 
 def why_dense(
-    conv: ConvBackward, name: str | None, slots: Mapping[str, Slot], excluded: Mapping[str, str]
+    match: SiteMatch, name: str | None, slots: Mapping[str, Slot], excluded: Mapping[str, str]
 ) -> str:
-    """Return why a convolution's backward cannot be made sparse, "" if it can.
+    """Return why a site stays dense, "" if it can be made sparse.
 
     Args:
-        conv: the node's arguments.
-        name: the layer's name.
+        match: the site.
+        name: its layer's name.
         slots: the layers that take part, by name.
         excluded: the layers that do not, by name, with the reason.
     """
-    if conv.transposed:
-        return "transposed convolution"
-    if conv.weight.meta["val"].ndim != 4:
-        return "not a 2-D convolution"
-    if conv.groups != 1:
-        return "grouped convolution"
+    if reason := match.why_unsupported():
+        return reason
     if name is None:
         return "outside the model's modules"
     if name in excluded:
         return excluded[name]
     if name not in slots:
-        return "its module owns no convolution weight"
-    if slots[name].channels != conv.weight.meta["val"].shape[0]:
+        return "its module owns no weight of this kind"
+    if (slots[name].channels, slots[name].groups) != (match.channels, match.groups):
         return "its weight is not that of its module"
     return ""
 
 
-def backward_flops(node: fx.Node) -> int:
-    """Return the floating-point operations of a convolution or matrix product node, else 0.
+def matrix_product_flops(node: fx.Node) -> int:
+    """Return the floating-point operations of a matrix product node, 0 for any other node.
 
-    Formulas are those of `torch.utils.flop_counter`: two operations a multiply-add. Symbolic
-    sizes count at their hint.
+    Formulas are those of `torch.utils.flop_counter`. Symbolic sizes count at their hint.
     """
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in flop_registry:
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _with_hinted_shape)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: hinted(n.meta["val"]))
     val = node.meta["val"]
-    out = _hinted(val) if isinstance(val, torch.Tensor) else tuple(map(_hinted, val))
+    out = hinted(val) if isinstance(val, Tensor) else tuple(map(hinted, val))
     return int(flop_registry[packet](*args, **kwargs, out_val=out))
 
 
-def _with_hinted_shape(node: fx.Node) -> Any:
-    return _hinted(node.meta["val"])
-
-
-def _hinted(val: Any) -> Any:
+def hinted(val: Any) -> Any:
     """Return a meta tensor with plain int sizes in place of a fake tensor, others unchanged."""
-    if not isinstance(val, torch.Tensor):
+    if not isinstance(val, Tensor):
         return val
     sizes = [s if isinstance(s, int) else s.node.hint for s in val.shape]
     return torch.empty(sizes, device="meta", dtype=val.dtype)
