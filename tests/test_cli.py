@@ -115,6 +115,22 @@ def test_ctrl_c_before_the_first_step_still_leaves_a_checkpoint(tmp_path, monkey
     assert _rows(tmp_path / "a" / "summary.csv") == []
 
 
+def test_ctrl_c_that_breaks_a_step_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    flags = ["--schedule", "none", "--output", str(tmp_path), "--experiment", "a", "--epochs", "1"]
+    assert main([*TINY, *flags, "--max-steps", "1"]) == 0
+    before = (tmp_path / "a" / "last.pt").read_bytes()
+
+    def broken(self, images, labels):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("the compiler was killed")
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", broken)
+    resume = ["train", "--resume", str(tmp_path / "a"), "--max-steps", "2"]
+    assert main(resume) == 130
+    assert "interrupted in step 1, which was compiling; continue" in capsys.readouterr().err
+    assert (tmp_path / "a" / "last.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("validation", ["val", "validation", "test"])
 def test_a_folder_of_images_trains(tmp_path, validation, capsys):
     generator = np.random.default_rng(0)

@@ -83,6 +83,7 @@ def test_summary_compares_the_phases(tmp_path):
     _fill(records, range(6))
     text = format_summary(records, batch_size=4)
     assert "speed-up of a sparse step: 2.00" in text
+    assert "5.0 to 5.0" in text
     assert "60.0% of a sparse step, 30.0% of the run" in text
     assert "55.00 % at the end, 55.00 % at best (epoch 1)" in text
 

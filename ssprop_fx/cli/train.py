@@ -25,6 +25,7 @@ and the same random numbers, and needs no other flag. The last training batch of
 out if it is smaller than the others: another size would compile the model again.
 
 Step times leave out loading, and the first two steps of each phase (dense, sparse), which compile.
+On a CPU the process keeps the memory that it frees: paging it in anew costs time in each step.
 """
 
 

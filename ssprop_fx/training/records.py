@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ssprop_fx.training.files import replace_file
 
-__all__ = ["EpochRow", "Records", "StepRow", "median_ms"]
+__all__ = ["EpochRow", "Records", "StepRow", "median_ms", "step_times"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,14 @@ class EpochRow:
 Row = TypeVar("Row", StepRow, EpochRow)
 
 
+def step_times(steps: Iterable[StepRow], *, sparse: bool) -> list[float]:
+    """Return the milliseconds of the timed steps of one kind."""
+    return [row.ms for row in steps if row.timed and (row.drop_rate > 0) == sparse]
+
+
 def median_ms(steps: Iterable[StepRow], *, sparse: bool) -> float:
     """Return the median milliseconds of the timed steps of one kind, NaN if there is none."""
-    times = [row.ms for row in steps if row.timed and (row.drop_rate > 0) == sparse]
+    times = step_times(steps, sparse=sparse)
     return median(times) if times else math.nan
 
 

@@ -11,6 +11,7 @@ from timm.utils import random_seed
 
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.report import Report
+from ssprop_fx.training.allocator import keep_freed_memory
 from ssprop_fx.training.checkpoint import BEST, LAST, restore, save_checkpoint
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data import create_datasets, create_loaders
@@ -51,6 +52,8 @@ def train(
     """
     check_names(config)
     device = find_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     random_seed(config.seed)
     datasets = create_datasets(config)
     data_config = create_data_config(config, datasets)
@@ -86,17 +89,22 @@ def train(
     with StopRequest() as stop:
         try:
             _train_epochs(config, state, trainer, records, folder, stop, last_step)
+        except Exception as error:
+            if stop.signal is None:
+                raise
+            # Ctrl-C reaches a C++ compiler at work as well, and the step fails with it. Such a
+            # step is half done: the last checkpoint stays as it is.
+            raise CommandError(
+                f"interrupted in step {state.step}, which was compiling; {_how_to_resume(folder)}",
+                stop.exit_code,
+            ) from error
         finally:
             records.flush()
     if config.plot and records.steps:
         plot_run(records, folder / "plot.png", f"{config.model}, {config.schedule}")
     print(format_summary(records, config.batch_size))
     if stop.signal is not None:
-        print(
-            f"stopped after step {state.step}; continue with:"
-            f" ssprop-fx train --resume {folder / LAST}",
-            file=sys.stderr,
-        )
+        print(f"stopped after {state.step} steps; {_how_to_resume(folder)}", file=sys.stderr)
     return stop.exit_code
 
 
@@ -150,6 +158,13 @@ def _create_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise CommandError(f"--output {config.output}: {error.strerror}: {folder}") from error
     return folder
+
+
+def _how_to_resume(folder: Path) -> str:
+    path = folder / LAST
+    if path.exists():
+        return f"continue with: ssprop-fx train --resume {path}"
+    return "there is no checkpoint yet"
 
 
 def _print_epoch(row: EpochRow) -> None:
