@@ -1,0 +1,79 @@
+"""An independent oracle: eager, dense backward, with the unselected channels' gradient masked.
+
+Shares no code with the packages under test. Where a channel of grad_output is zero, so are its
+rows of the weight's gradient, its entry of the bias's and its part of the input's: the sparse
+backward must equal the dense backward of the masked grad_output.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_count(channels: int, drop_rate: float) -> int:
+    return max(int((1 - drop_rate) * channels), 1)
+
+
+def mask_channels(grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1) -> Tensor:
+    """Zero all but the strongest channels of each group."""
+    by_channel = grad.movedim(dim, 0)
+    scores = by_channel.abs().flatten(1).mean(1)
+    per_group = scores.numel() // groups
+    mask = torch.zeros_like(scores)
+    for group in scores.split(per_group):
+        k = keep_count(per_group, drop_rate)
+        offset = group.storage_offset() - scores.storage_offset()
+        mask[offset + group.argsort(descending=True)[:k]] = 1
+    shape = [1] * grad.ndim
+    shape[dim] = -1
+    return grad * mask.view(shape)
+
+
+def oracle_gradients(
+    model: nn.Module,
+    inputs: Tensor,
+    drop_rate: float,
+    takes_part: Callable[[nn.Module, str], bool],
+    loss: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return the gradient of every parameter, and of the inputs as "inputs"."""
+    model = copy.deepcopy(model)
+    inputs = inputs.clone().requires_grad_()
+
+    def install(module: nn.Module) -> None:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda grad: mask_channels(grad, drop_rate, module.groups))
+
+        module.register_forward_hook(hook)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and takes_part(module, name):
+            install(module)
+    loss(model(inputs)).backward()
+    return gradients(model, inputs)
+
+
+def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if inputs.grad is not None:
+        found["inputs"] = inputs.grad
+    return found
+
+
+def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest relative error (2-norm) over all gradients.
+
+    Some gradients are zero but for rounding, such as that of a bias before batch norm: a gradient
+    is not measured against less than a millionth of the largest one.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 1e-6 * max(want.double().norm() for want in expected.values())
+    errors = [
+        ((actual[name].double() - want.double()).norm() / want.double().norm().clamp(min=floor))
+        for name, want in expected.items()
+    ]
+    assert not any(error.isnan() for error in errors), "NaN in a gradient"
+    return max(errors).item()

@@ -1,0 +1,223 @@
+"""SparseBackwardPass on small joint graphs: what it rewrites, what it leaves, what it writes."""
+
+import pytest
+import torch
+from graphs import count, joint_graph, sparse_pass
+from oracle import mask_channels
+from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.graph_pass import is_joint_graph
+from ssprop_passes.rewrite import INSERTED_KEY
+from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from torch import fx
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+conv_backward = aten.convolution_backward.default
+
+# name -> (shape of input, shape of weight, has bias, arguments of conv2d)
+GEOMETRIES = {
+    "plain": ((2, 3, 8, 8), (8, 3, 3, 3), False, {}),
+    "bias": ((2, 3, 8, 8), (8, 3, 3, 3), True, {"padding": 1}),
+    "strided": ((2, 3, 9, 8), (8, 3, 3, 3), True, {"stride": (2, 1), "padding": (1, 0)}),
+    "dilated": ((2, 3, 9, 9), (8, 3, 3, 3), True, {"dilation": 2}),
+    "pointwise": ((2, 5, 4, 4), (8, 5, 1, 1), False, {}),
+    "one point": ((2, 5, 1, 1), (8, 5, 1, 1), True, {}),
+    "even kernel": ((2, 3, 8, 8), (8, 3, 2, 4), True, {"padding": "same"}),
+}
+
+
+def tensors(name: str) -> tuple[list[torch.Tensor], dict]:
+    input_shape, weight_shape, has_bias, kwargs = GEOMETRIES[name]
+    shapes = [input_shape, weight_shape] + ([weight_shape[:1]] if has_bias else [])
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes], kwargs
+
+
+def masked_gradients(inputs: list[torch.Tensor], kwargs: dict) -> list[torch.Tensor]:
+    """Dense gradients of the sum of squares, grad_output masked to 2 of 8 channels."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    output = F.conv2d(*inputs, **kwargs)
+    output.register_hook(lambda grad: mask_channels(grad, 0.75))
+    output.square().sum().backward()
+    return [x.grad for x in inputs]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_rewrites_to_the_masked_gradients(name: str, memory_format: torch.memory_format) -> None:
+    inputs, kwargs = tensors(name)
+    inputs[0] = inputs[0].detach().to(memory_format=memory_format).requires_grad_()
+    sparse = sparse_pass(8)
+    graph, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    assert count(graph, conv_backward) == 1
+    assert count(graph, aten.topk.default) == 1
+    assert count(graph, aten._local_scalar_dense.default) == 1
+    assert [site.reason for site in sparse.sites] == [""]
+    for grad, expected in zip(grads, masked_gradients(inputs, kwargs), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_computes_only_the_wanted_gradients(frozen: int) -> None:
+    inputs, kwargs = tensors("bias")
+    expected = masked_gradients(inputs, kwargs)
+    inputs[frozen].requires_grad_(False)
+    graph, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    (node,) = graph.find_nodes(op="call_function", target=conv_backward)
+    assert node.args[-1] == [frozen != 0, frozen != 1, False]
+    assert grads[frozen] is None
+    for index in {0, 1, 2} - {frozen}:
+        torch.testing.assert_close(grads[index], expected[index], rtol=1e-10, atol=1e-10)
+
+
+def test_every_new_node_is_described() -> None:
+    inputs, kwargs = tensors("bias")
+    graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    inserted = [node for node in graph.nodes if node.meta.get(INSERTED_KEY)]
+    assert len(inserted) > 8
+    for node in inserted:
+        assert "val" in node.meta, node
+        assert node.meta["partitioner_tag"] == "is_backward"
+        assert node.meta["seq_nr"] is not None
+    (read,) = graph.find_nodes(op="call_function", target=aten._local_scalar_dense.default)
+    assert read.meta["unbacked_bindings"]
+
+
+def test_channels_last_gradients_are_gathered_channels_last() -> None:
+    inputs, kwargs = tensors("plain")
+    inputs = [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in inputs]
+    graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    (node,) = graph.find_nodes(op="call_function", target=conv_backward)
+    assert node.args[0].meta["val"].is_contiguous(memory_format=torch.channels_last)
+
+
+REJECTED = {
+    "transposed convolution": lambda x: F.conv_transpose2d(x, torch.ones(4, 8, 3, 3)),
+    "grouped convolution": lambda x: F.conv2d(x, torch.ones(8, 2, 3, 3), groups=2),
+    "not a 2-D convolution": lambda x: F.conv1d(x[0], torch.ones(8, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("reason", REJECTED)
+def test_leaves_unsupported_convolutions_dense(reason: str) -> None:
+    sparse = sparse_pass(8)
+    graph, _ = joint_graph(REJECTED[reason], [torch.randn(2, 4, 6, 6, requires_grad=True)], 1, sparse)
+    assert [site.reason for site in sparse.sites] == [reason]
+    assert count(graph, conv_backward) == 1
+    assert count(graph, aten.topk.default) == 0
+
+
+def test_leaves_excluded_and_foreign_layers_dense() -> None:
+    inputs, kwargs = tensors("plain")
+    for sparse, reason in (
+        (sparse_pass(8, excluded="filtered out by filter_fn"), "filtered out by filter_fn"),
+        (sparse_pass(16), "its weight is not that of its module"),
+    ):
+        graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+        assert [site.reason for site in sparse.sites] == [reason]
+        assert count(graph, aten.topk.default) == 0
+
+
+def test_leaves_graphs_without_convolutions_alone() -> None:
+    sparse = sparse_pass(8)
+    x = torch.randn(4, 4, requires_grad=True)
+    graph, _ = joint_graph(lambda x: (x @ x).relu(), [x], 1, sparse)
+    assert sparse.sites == []
+    assert not any(node.meta.get(INSERTED_KEY) for node in graph.nodes)
+    assert sparse.total_flops == 2 * 2 * 4**3
+
+
+def test_leaves_inference_graphs_alone() -> None:
+    sparse = sparse_pass(8)
+    graph = fx.symbolic_trace(lambda x, w: F.conv2d(x, w)).graph
+    before = str(graph)
+    sparse(graph)
+    assert not is_joint_graph(graph)
+    assert str(graph) == before
+    assert not sparse.ran
+
+
+def test_a_second_run_changes_nothing() -> None:
+    inputs, kwargs = tensors("plain")
+    first, second = sparse_pass(8), sparse_pass(8)
+
+    def twice(graph: fx.Graph) -> None:
+        first(graph)
+        before = str(graph)
+        second(graph)
+        assert str(graph) == before
+
+    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, twice)
+    assert len(first.sites) == 1
+    assert second.sites == []
+
+
+def test_counts_flops_of_the_dense_backward() -> None:
+    inputs, kwargs = tensors("plain")
+    sparse = sparse_pass(8)
+    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    products = 2 * 8 * 6 * 6 * 3 * 3 * 3
+    assert sparse.sites[0].flops == sparse.total_flops == 2 * 2 * products
+
+
+def test_runs_the_previous_pass_first() -> None:
+    inputs, kwargs = tensors("plain")
+    seen = []
+    sparse = sparse_pass(8)
+    sparse.previous = (lambda graph: seen.append(count(graph, aten.topk.default)),)
+    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    assert seen == [0]
+    assert sparse.uuid() is None, "a pass without identity must turn the caches off"
+
+
+def test_uuid_changes_with_what_changes_the_rewrite() -> None:
+    def uuid(**changes: object) -> str | None:
+        sparse = sparse_pass(8)
+        for name, value in changes.items():
+            setattr(sparse, name, value)
+        return sparse.uuid()
+
+    assert uuid() == uuid()
+    others = [
+        uuid(slots={"layer": Slot(1, "layer", 8)}),
+        uuid(excluded={"other": "filtered out by filter_fn"}),
+        uuid(layers=("layer", "layer")),
+    ]
+    assert all(others)
+    assert len({uuid(), *others}) == 4
+
+
+def test_a_failure_in_the_pass_is_an_error_of_ours() -> None:
+    inputs, kwargs = tensors("plain")
+    sparse = sparse_pass(8)
+    sparse.slot_count = 5  # no such input
+    with pytest.raises(Exception, match="runtime sparsity tensor") as caught:
+        joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    chain = [caught.value, getattr(caught.value, "inner_exception", None)]
+    assert any(isinstance(error, SsPropCompileError) for error in chain)
+
+
+def test_bias_gradient_split_off_by_the_compiler_is_masked_too() -> None:
+    """On GPU Inductor computes the bias gradient as a dense sum beside the convolution's node."""
+    inputs, kwargs = tensors("bias")
+    sparse = sparse_pass(8)
+
+    def split_then_sparse(graph: fx.Graph) -> None:
+        (node,) = graph.find_nodes(op="call_function", target=conv_backward)
+        (bias,) = [user for user in node.users if user.args[1] == 2]
+        with graph.inserting_before(node):
+            total = graph.call_function(aten.sum.dim_IntList, (node.args[0], [0, 2, 3]))
+        total.meta = {**node.meta, "val": bias.meta["val"]}
+        bias.replace_all_uses_with(total)
+        graph.erase_node(bias)
+        node.args = (*node.args[:-1], [True, True, False])
+        sparse(graph)
+        assert total not in graph.nodes
+
+    _, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, split_then_sparse)
+    for grad, expected in zip(grads, masked_gradients(inputs, kwargs), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_smallest_keep_count_is_that_of_the_torch_release() -> None:
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert (MIN_KEEP_COUNT == 1) == (release >= (2, 12))
