@@ -81,7 +81,8 @@ def train(
     print(
         f"{config.model} on {device}: {len(datasets.train)} training images,"
         f" {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
-        f"run folder: {folder}"
+        f"run folder: {folder}",
+        flush=True,
     )
     last_step = config.epochs * loaders.steps_per_epoch
     if config.max_steps is not None:
@@ -171,5 +172,6 @@ def _print_epoch(row: EpochRow) -> None:
     print(
         f"epoch {row.epoch:>3}  loss {row.train_loss:.4f}  eval loss {row.eval_loss:.4f}"
         f"  top-1 {row.eval_top1:6.2f} %  drop rate {row.drop_rate:.2f}"
-        f"  {row.images_per_s:.0f} images/s"
+        f"  {row.images_per_s:.0f} images/s",
+        flush=True,
     )
