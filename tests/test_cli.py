@@ -13,6 +13,8 @@ from timm.models import load_checkpoint as load_timm_checkpoint
 
 from ssprop_fx.cli import main
 from ssprop_fx.training import loop
+from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.data import Digits, create_datasets
 
 STEPS_PER_EPOCH = 11
 TINY = [
@@ -131,16 +133,18 @@ def test_ctrl_c_that_breaks_a_step_leaves_the_last_checkpoint(tmp_path, monkeypa
     assert (tmp_path / "a" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("validation", ["val", "validation", "test"])
-def test_a_folder_of_images_trains(tmp_path, validation, capsys):
+def _save_images(folder, classes, number):
     generator = np.random.default_rng(0)
-    for split in ("train", validation):
-        for label in ("cat", "dog", "owl"):
-            folder = tmp_path / "data" / split / label
-            folder.mkdir(parents=True)
-            for number in range(3):
-                pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    for label in classes:
+        (folder / label).mkdir(parents=True)
+        for index in range(number):
+            pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+
+
+def test_a_folder_of_images_trains(tmp_path, capsys):
+    for split in ("train", "val"):
+        _save_images(tmp_path / "data" / split, ("cat", "dog", "owl"), number=3)
     flags = ["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path), "--experiment", "a"]
     flags += ["-b", "4", "--epochs", "1", "--amp", "--clip-grad", "1", "--no-plot"]
     flags += ["--schedule", "constant:rate=0.5"]
@@ -149,6 +153,25 @@ def test_a_folder_of_images_trains(tmp_path, validation, capsys):
     assert content["step"] == 2
     assert content["state_dict"]["fc.weight"].shape[0] == 3
     assert "9 training images, 2 steps an epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("validation", ["val", "validation", "test"])
+def test_validation_images_have_the_labels_of_the_training_classes(tmp_path, validation):
+    _save_images(tmp_path / "train", ("cat", "dog", "owl"), number=2)
+    _save_images(tmp_path / validation, ("dog", "owl"), number=1)
+    datasets = create_datasets(TrainConfig(data_dir=str(tmp_path)))
+    assert (len(datasets.train), datasets.num_classes) == (6, 3)
+    assert [label for _, label in map(datasets.validation.__getitem__, range(2))] == [1, 2]
+
+
+def test_digits_are_split_once_and_for_all():
+    train, validation = Digits(train=True), Digits(train=False)
+    assert (len(train), len(validation)) == (1437, 360)
+    labels = [label for _, label in (validation[index] for index in range(360))]
+    assert all(35 <= labels.count(digit) <= 37 for digit in range(10))
+    image, _ = train[0]
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert image.tobytes() == Digits(train=True)[0][0].tobytes()
 
 
 def test_max_steps_can_be_raised_on_resume(tmp_path):
