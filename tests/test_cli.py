@@ -103,7 +103,7 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_the_whole_run(
         assert all(left[key] == right[key] for left, right in pairs for key in columns)
 
 
-def test_ctrl_c_before_the_first_step_still_leaves_a_checkpoint(tmp_path, monkeypatch):
+def test_a_signal_during_validation_leaves_a_checkpoint(tmp_path, monkeypatch):
     evaluate = loop.Trainer.evaluate
 
     def interrupted(self, stop):
