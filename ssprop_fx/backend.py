@@ -36,6 +36,7 @@ class SparseBackend:
 
     Attributes:
         graphs: the graphs compiled so far.
+        captured: names of the layers that Dynamo captured in any graph.
         error: the first failure, for the caller to raise whatever Dynamo makes of it.
     """
 
@@ -49,6 +50,7 @@ class SparseBackend:
         self.kind = kind
         self.options = options
         self.graphs: list[CompiledGraph] = []
+        self.captured: set[str] = set()
         self.error: SsPropCompileError | None = None
 
     @property
@@ -85,6 +87,7 @@ class SparseBackend:
             graph = CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
             save_record(key, graph)
         self.graphs.append(graph)
+        self.captured.update(layers)
 
         def run(*args: Any) -> Any:
             graph.runs += 1

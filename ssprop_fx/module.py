@@ -98,14 +98,13 @@ class SsPropModule(nn.Module):
         if backend.error is not None:
             # Dynamo swallowed it and ran eager, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
-        if backend.sparse_runs == runs_before:
-            self._warn_no_effect(_no_sparse_graph(backend))
+        if not self._warned and (problem := _why_no_effect(backend, runs_before)):
+            self._warn_no_effect(problem)
         return output
 
     def _warn_no_effect(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, NoEffectWarning, stacklevel=2)
+        self._warned = True
+        warnings.warn(message, NoEffectWarning, stacklevel=2)
 
     def _multiple(self) -> int:
         parameter = next(self._orig_mod.parameters(), None)
@@ -169,7 +168,17 @@ def _no_layer(excluded: dict[str, str]) -> str:
     )
 
 
-def _no_sparse_graph(backend: SparseBackend) -> str:
+def _why_no_effect(backend: SparseBackend, runs_before: int) -> str:
+    """Return what is wrong with a sparse step that has just run, "" if nothing is."""
+    if backend.sparse_runs > runs_before:
+        missing = [s.name for s in backend.table.slots if s.name not in backend.captured]
+        if not missing:
+            return ""
+        return (
+            f"{len(missing)} layers are in no compiled graph and train dense: {', '.join(missing)}."
+            " Either the model does not use them, or Dynamo runs them eagerly: see"
+            " TORCH_LOGS=graph_breaks, and fullgraph=True to forbid it."
+        )
     sites = [site for graph in backend.graphs for site in graph.sites]
     if not backend.graphs or any(not site.reason for site in sites):
         return (

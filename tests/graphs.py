@@ -22,6 +22,7 @@ def joint_graph(
     Returns:
         The joint graph after the edit, and the gradients of the sum of squares for the inputs.
     """
+    torch._dynamo.reset()
     graphs = []
 
     def joint_pass(joint: fx.GraphModule, _inputs: object) -> fx.GraphModule:

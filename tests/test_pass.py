@@ -100,7 +100,9 @@ REJECTED = {
 @pytest.mark.parametrize("reason", REJECTED)
 def test_leaves_unsupported_convolutions_dense(reason: str) -> None:
     sparse = sparse_pass(8)
-    graph, _ = joint_graph(REJECTED[reason], [torch.randn(2, 4, 6, 6, requires_grad=True)], 1, sparse)
+    graph, _ = joint_graph(
+        REJECTED[reason], [torch.randn(2, 4, 6, 6, requires_grad=True)], 1, sparse
+    )
     assert [site.reason for site in sparse.sites] == [reason]
     assert count(graph, conv_backward) == 1
     assert count(graph, aten.topk.default) == 0

@@ -40,7 +40,9 @@ def trace(
     """
     values = [node.meta["val"] for node in inputs]
     with fake_mode, enable_python_dispatcher():
-        return make_fx(fn, decompositions, tracing_mode="real")(*values)
+        traced = make_fx(fn, decompositions, tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def splice(

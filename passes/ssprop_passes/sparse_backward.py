@@ -73,15 +73,18 @@ class SparseBackwardPass(GraphPass):
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
         keep_counts = find_keep_counts(graph, self.slot_count)
-        matches = []
+        anchors = []
         for node in graph.nodes:
             if node.meta.get(INSERTED_KEY) or node.meta.get("partitioner_tag") == "is_forward":
                 continue
-            match = next((m for matcher in MATCHERS if (m := matcher(node))), None)
+            match = find_match_maybe(node)
             self.total_flops += match.flops if match else matrix_product_flops(node)
             if match:
-                matches.append(match)
-        for match in matches:
+                anchors.append(node)
+        for node in anchors:
+            # Matched anew: what the rewrite of another site replaced may be an input of this one.
+            match = find_match_maybe(node)
+            assert match is not None
             name = layer_name(match.node)
             reason = why_dense(match, name, self.slots, self.excluded)
             slot = -1 if reason else self.slots[name or ""].index
@@ -110,6 +113,11 @@ class SparseBackwardPass(GraphPass):
                 # Inductor's lowering guards on the weight's size, which is not known here.
                 node.meta["should_fallback"] = True
         match.replace(splice(graph, match.node, traced, inputs))
+
+
+def find_match_maybe(node: fx.Node) -> SiteMatch | None:
+    """Return what the first kind of site that recognises the node makes of it."""
+    return next((match for matcher in MATCHERS if (match := matcher(node))), None)
 
 
 def find_keep_counts(graph: fx.Graph, slot_count: int) -> fx.Node:
