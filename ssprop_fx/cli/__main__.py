@@ -1,0 +1,7 @@
+"""Lets `python -m ssprop_fx.cli` stand for `ssprop-fx`."""
+
+import sys
+
+from ssprop_fx.cli import main
+
+sys.exit(main())

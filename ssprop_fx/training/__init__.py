@@ -1,0 +1,1 @@
+"""Training of image classifiers with scheduled sparse back-propagation."""

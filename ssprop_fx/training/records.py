@@ -1,0 +1,181 @@
+"""What is kept of a run besides its weights: one CSV row a step, one an epoch."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeVar
+
+from ssprop_fx.training.files import replace_file
+
+__all__ = ["EpochRow", "Records", "StepRow", "median_ms", "step_times"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """One training step.
+
+    Attributes:
+        step: number of the step, from 0.
+        epoch: the epoch it belongs to, from 0.
+        loss: training loss of its batch.
+        drop_rate: drop rate in force.
+        backward_saved: fraction of the dense backward's FLOPs that the step left out; NaN where
+            that is not known.
+        lr: learning rate of the first parameter group.
+        ms: milliseconds from the batch on the device to the end of the optimizer's step.
+        timed: 0 for a step that may have compiled a graph: `ms` is no measure of it.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    drop_rate: float
+    backward_saved: float
+    lr: float
+    ms: float
+    timed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """One epoch.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        step: number of steps of the run at its end.
+        train_loss: mean training loss.
+        eval_loss: cross entropy on the validation images, without smoothing.
+        eval_top1: share of them that are classified correctly, in percent.
+        drop_rate: mean drop rate of its steps.
+        backward_saved: mean fraction of the dense backward's FLOPs left out.
+        dense_ms: median milliseconds of a step at drop rate 0, NaN if none was timed.
+        sparse_ms: the same above drop rate 0.
+        images_per_s: training images a second, loading and compiling included.
+        lr: learning rate at its end.
+        seconds: seconds spent on training in it, without validation.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    eval_loss: float
+    eval_top1: float
+    drop_rate: float
+    backward_saved: float
+    dense_ms: float
+    sparse_ms: float
+    images_per_s: float
+    lr: float
+    seconds: float
+
+
+Row = TypeVar("Row", StepRow, EpochRow)
+
+
+def step_times(steps: Iterable[StepRow], *, sparse: bool) -> list[float]:
+    """Return the milliseconds of the timed steps of one kind."""
+    return [row.ms for row in steps if row.timed and (row.drop_rate > 0) == sparse]
+
+
+def median_ms(steps: Iterable[StepRow], *, sparse: bool) -> float:
+    """Return the median milliseconds of the timed steps of one kind, NaN if there is none."""
+    times = step_times(steps, sparse=sparse)
+    return median(times) if times else math.nan
+
+
+class Records:
+    """The rows of a run, in memory and in `steps.csv` and `summary.csv` of its folder.
+
+    Args:
+        folder: the run's folder.
+        step: rows of this step and later ones are dropped: the run continues there.
+        epoch: rows of this epoch and later ones are dropped.
+
+    Attributes:
+        steps: rows of the steps so far.
+        epochs: rows of the epochs so far.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, epoch: int = 0) -> None:
+        self._steps_path = folder / "steps.csv"
+        self._epochs_path = folder / "summary.csv"
+        self.steps = _trim(self._steps_path, StepRow, lambda row: row.step < step)
+        self.epochs = _trim(self._epochs_path, EpochRow, lambda row: row.epoch < epoch)
+        self._unwritten: list[StepRow] = []
+
+    def add_step(self, row: StepRow) -> None:
+        """Add a step's row; it is written by `flush`."""
+        self.steps.append(row)
+        self._unwritten.append(row)
+
+    def add_epoch(
+        self, *, epoch: int, eval_loss: float, eval_top1: float, batch_size: int, seconds: float
+    ) -> EpochRow:
+        """Add the row of the epoch whose steps have just ended.
+
+        Args:
+            epoch: the epoch.
+            eval_loss: validation loss.
+            eval_top1: validation accuracy in percent.
+            batch_size: training images in a step.
+            seconds: seconds spent on training in it.
+
+        Returns:
+            The row.
+        """
+        steps = [row for row in self.steps if row.epoch == epoch]
+        row = EpochRow(
+            epoch=epoch,
+            step=steps[-1].step + 1,
+            train_loss=fmean(row.loss for row in steps),
+            eval_loss=eval_loss,
+            eval_top1=eval_top1,
+            drop_rate=fmean(row.drop_rate for row in steps),
+            backward_saved=fmean(row.backward_saved for row in steps),
+            dense_ms=median_ms(steps, sparse=False),
+            sparse_ms=median_ms(steps, sparse=True),
+            images_per_s=len(steps) * batch_size / seconds,
+            lr=steps[-1].lr,
+            seconds=seconds,
+        )
+        self.epochs.append(row)
+        self.flush()
+        _append(self._epochs_path, [row])
+        return row
+
+    def flush(self) -> None:
+        """Write the steps' rows that are not written yet."""
+        _append(self._steps_path, self._unwritten)
+        self._unwritten = []
+
+
+def _append(path: Path, rows: list[Any]) -> None:
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        for row in rows:
+            writer.writerow(
+                f"{value:.6g}" if isinstance(value, float) else value
+                for value in asdict(row).values()
+            )
+
+
+def _trim(path: Path, kind: type[Row], keep: Callable[[Row], bool]) -> list[Row]:
+    """Read a file's rows, leave those to `keep` in it, and give it a header if it has none."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    rows: list[Row] = []
+    lines = [",".join(types)]
+    if path.exists():
+        with path.open(newline="") as file:
+            for values in csv.DictReader(file):
+                row = kind(**{name: types[name](text) for name, text in values.items()})
+                if keep(row):
+                    rows.append(row)
+                    lines.append(",".join(values.values()))
+    replace_file(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    return rows

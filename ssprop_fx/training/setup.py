@@ -1,0 +1,166 @@
+"""What a run is made of: device, model, optimizer, schedulers."""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import NativeScaler
+from torch import nn
+
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.data import Datasets
+from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.schedule_spec import parse_schedule
+from ssprop_fx.training.state import TrainState
+
+__all__ = [
+    "check_names",
+    "create_data_config",
+    "create_model",
+    "create_state",
+    "find_device",
+    "sparsity_config",
+]
+
+
+def check_names(config: TrainConfig) -> None:
+    """Check the names that timm knows, before anything slow is done.
+
+    Raises:
+        CommandError: timm has no such model or optimizer.
+    """
+    if not timm.is_model(config.model):
+        raise _unknown("--model", config.model, timm.list_models())
+    if config.opt not in list_optimizers():
+        raise _unknown("--opt", config.opt, list_optimizers())
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        CommandError: torch has no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {name}: torch cannot use it here") from error
+    return device
+
+
+def create_data_config(config: TrainConfig, datasets: Datasets) -> dict[str, Any]:
+    """Return input size and normalisation: the flags', else the dataset's, else the model's."""
+    model_config = timm.get_pretrained_cfg(config.model)
+    given = {
+        name: getattr(config, name)
+        for name in ("img_size", "mean", "std")
+        if getattr(config, name) is not None
+    }
+    defaults = dict(datasets.data_config)
+    if "img_size" in given:
+        # timm puts input_size before img_size.
+        defaults.pop("input_size", None)
+    resolved: dict[str, Any] = resolve_data_config(
+        {**defaults, **given}, pretrained_cfg=model_config.to_dict() if model_config else None
+    )
+    return resolved
+
+
+def create_model(config: TrainConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Make the model with timm.
+
+    Args:
+        config: settings of the run.
+        num_classes: number of classes in the dataset.
+        image_size: height and width of the images in pixels.
+
+    Raises:
+        CommandError: the model does not take a setting, or its weights cannot be had.
+    """
+    if config.num_classes is not None and config.num_classes < num_classes:
+        raise CommandError(
+            f"--num-classes {config.num_classes} is fewer than the {num_classes} of the dataset"
+        )
+    settings: dict[str, Any] = {"num_classes": config.num_classes or num_classes}
+    if config.drop_path is not None:
+        settings["drop_path_rate"] = config.drop_path
+    model_config = timm.get_pretrained_cfg(config.model)
+    if model_config is not None and model_config.fixed_input_size:
+        settings["img_size"] = image_size
+    try:
+        model: nn.Module = timm.create_model(config.model, pretrained=config.pretrained, **settings)
+    except TypeError as error:
+        raise CommandError(f"--model {config.model} does not take it: {error}") from error
+    except Exception as error:
+        # Hub, network and file errors have no class in common.
+        if not config.pretrained:
+            raise
+        raise CommandError(f"--pretrained: {config.model} has no weights here: {error}") from error
+    return model
+
+
+def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) -> TrainState:
+    """Make optimizer and schedulers for `model`, at the beginning of a run.
+
+    Raises:
+        CommandError: the optimizer does not take a setting.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        )
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--opt {config.opt}: {error}") from error
+    lr_scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    schedule = parse_schedule(
+        config.schedule,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.sparsity_warmup_epochs,
+    )
+    device = next(model.parameters()).device
+    needs_scaler = config.amp and config.amp_dtype == "float16"
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        scheduler=SparsityScheduler(schedule),
+        scaler=NativeScaler(device=device.type) if needs_scaler else None,
+    )
+
+
+def sparsity_config(config: TrainConfig) -> SparsityConfig:
+    """Return which layers take part, as the flags say."""
+    return SparsityConfig(
+        channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
+        min_channels=config.min_channels,
+    )
+
+
+def _unknown(flag: str, name: str, known: list[str]) -> CommandError:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm knows none like it"
+    return CommandError(f"{flag} {name}: unknown; {hint}")

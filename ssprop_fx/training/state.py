@@ -1,0 +1,40 @@
+"""TrainState: everything that changes during a run and that a checkpoint holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssprop_fx.scheduler import SparsityScheduler
+
+__all__ = ["TrainState"]
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """The changing parts of a run.
+
+    Attributes:
+        model: the model itself, not its compiled form.
+        optimizer: the optimizer.
+        lr_scheduler: timm's scheduler, stepped by update; None for a constant learning rate.
+        scheduler: the sparsity scheduler.
+        scaler: timm's gradient scaler, for float16 only.
+        epoch: the epoch that is in progress, from 0.
+        step: steps done since the run began.
+        seconds: seconds spent on training in this epoch.
+        best_top1: highest validation accuracy so far in percent, -1 before the first.
+        best_epoch: the epoch that reached it, -1 before the first.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    scheduler: SparsityScheduler
+    scaler: Any
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: float = -1.0
+    best_epoch: int = -1
