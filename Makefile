@@ -8,9 +8,7 @@ BIN := .venv/bin
 
 venv: .venv/installed
 
-# The stamp: installed anew only when the dependencies may have changed. PyPI's torch for Linux
-# brings CUDA's libraries along; for the smaller CPU build, set
-# PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple
+# The stamp: installed anew only when the dependencies may have changed.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[dev]'

@@ -12,13 +12,14 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
 
+from ssprop_fx.config import SparsityConfig
 from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
 from ssprop_fx.scheduler import KeepCounts
-from ssprop_fx.slots import SlotTable
+from ssprop_fx.slots import SlotTable, find_slots
 
 __all__ = ["BACKENDS", "SparseBackend"]
 
@@ -29,8 +30,10 @@ class SparseBackend:
     """What `torch.compile(backend=...)` calls to compile each graph of the sparse variant.
 
     Args:
-        table: the model's slots.
-        keep_counts: the model's part of the runtime sparsity tensor, read at every call.
+        model: the model.
+        config: which of its layers take part.
+        table: its slots.
+        keep_counts: its part of the runtime sparsity tensor, read at every call.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
 
@@ -43,8 +46,16 @@ class SparseBackend:
     compiler_name = "ssprop"
 
     def __init__(
-        self, table: SlotTable, keep_counts: KeepCounts, kind: str, options: dict[str, Any]
+        self,
+        model: nn.Module,
+        config: SparsityConfig,
+        table: SlotTable,
+        keep_counts: KeepCounts,
+        kind: str,
+        options: dict[str, Any],
     ) -> None:
+        self.model = model
+        self.config = config
         self.table = table
         self.keep_counts = keep_counts
         self.kind = kind
@@ -72,7 +83,12 @@ class SparseBackend:
             raise self.error  # noqa: B904, its cause is set
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        layers = mark_layers(gm, self.table)
+        if find_slots(self.model, self.config) != self.table:
+            raise RuntimeError(
+                "the model's layers have changed since ssprop_compile: call it again, on the"
+                " changed model"
+            )
+        layers = mark_layers(gm, self.model)
         gm = with_extra_input(gm, self.keep_counts.tensor)
         inputs = [*example_inputs, self.keep_counts.tensor]
         key = record_key(gm, inputs, repr((self.table.slots, self.table.excluded, layers)))
@@ -168,7 +184,7 @@ def compile_aot_eager(
         return lookup_backend("aot_eager")(gm, list(inputs))
 
 
-def mark_layers(gm: fx.GraphModule, table: SlotTable) -> tuple[str, ...]:
+def mark_layers(gm: fx.GraphModule, model: nn.Module) -> tuple[str, ...]:
     """Write into each node's metadata the name of the layer that it belongs to.
 
     AOTAutograd copies `meta["custom"]` to the backward nodes. The layer is found by the identity
@@ -177,17 +193,18 @@ def mark_layers(gm: fx.GraphModule, table: SlotTable) -> tuple[str, ...]:
 
     Args:
         gm: the graph that Dynamo captured; subgraphs are marked as well.
-        table: the model's slots.
+        model: the model.
 
     Returns:
         The names, in order of the marked nodes.
     """
+    names = {id(module): name for name, module in model.named_modules()}
     layers: list[str] = []
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
             stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
-            name = table.names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
+            name = names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
             if node.op in ("call_function", "call_method") and name is not None:
                 node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
                 layers.append(name)

@@ -105,8 +105,8 @@ def report(model: SsPropModule) -> Report:
     """
     if not isinstance(model, SsPropModule):
         raise TypeError(f"model must come from ssprop_compile, got {type(model).__name__}")
-    keep_counts = model.keep_counts.tolist()
-    graphs = model.compiled_graphs
+    keep_counts = model.ssprop.keep_counts.tolist()
+    graphs = model.ssprop.graphs
     return Report(
         sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
         backward_flops=sum(graph.total_flops for graph in graphs),

@@ -98,8 +98,8 @@ class SparsityScheduler:
         Raises:
             ValueError: it is not a state of a SparsityScheduler.
         """
-        last_step = state_dict.get("last_step")
-        if not isinstance(last_step, int) or last_step < 0:
+        last_step = state_dict.get("last_step") if isinstance(state_dict, dict) else None
+        if not isinstance(last_step, int) or isinstance(last_step, bool) or last_step < 0:
             raise ValueError(
                 "state_dict must come from SparsityScheduler.state_dict() and hold last_step >= 0,"
                 f" got {state_dict!r}"
@@ -117,7 +117,8 @@ class SparsityScheduler:
             The model's part of the tensor.
         """
         start = self._keep_counts.numel()
-        self._keep_counts = torch.cat([self._keep_counts, torch.zeros(len(channels)).long()])
+        # In place, so that whoever holds the tensor or a part of it goes on seeing the counts.
+        self._keep_counts.resize_(start + len(channels))
         counts = KeepCounts(self, start, channels, multiple)
         self._registered.append(counts)
         self.refresh()
@@ -134,7 +135,7 @@ class SparsityScheduler:
 
     def _set_step(self, step: int) -> None:
         rate = self.schedule(step)
-        if not 0.0 <= rate < 1.0:
+        if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
             raise ValueError(
                 f"schedule must return a drop rate in [0, 1), got {rate!r} at step {step}"
             )

@@ -14,7 +14,7 @@ Example:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Schedule", "bar", "constant", "cosine", "join", "linear", "warmup"]
@@ -172,13 +172,18 @@ class bar(Schedule):
     def __post_init__(self) -> None:
         _check_rate("rate", self.rate)
         _check_steps("period", self.period, 1)
+        if not isinstance(self.dense_fraction, (int, float)) or isinstance(
+            self.dense_fraction, bool
+        ):
+            raise TypeError(f"dense_fraction must be a number, got {self.dense_fraction!r}")
         if not 0.0 <= self.dense_fraction <= 1.0:
             raise ValueError(f"dense_fraction must be in [0, 1], got {self.dense_fraction!r}")
 
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
-        dense = step % self.period < self.dense_fraction * self.period
-        return 0.0 if dense else float(self.rate)
+        # Rounded, because 0.28 * 25 is a little more than 7 in floating point.
+        dense_steps = math.ceil(round(self.dense_fraction * self.period, 9))
+        return 0.0 if step % self.period < dense_steps else float(self.rate)
 
 
 @dataclass(frozen=True)
@@ -233,8 +238,11 @@ class join(Schedule):
     boundaries: Sequence[int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedules", tuple(self.schedules))
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        for name in ("schedules", "boundaries"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable):
+                raise TypeError(f"{name} must be a sequence, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         for schedule in self.schedules:
             _check_schedule("schedules", schedule)
         if len(self.schedules) != len(self.boundaries) + 1:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
 from torch import nn
 
@@ -24,12 +25,10 @@ class SlotTable:
     Attributes:
         slots: one entry a participating layer, in `named_modules()` order.
         excluded: name of each layer that stays dense -> the reason.
-        names: `id(module)` -> name, for every module of the model.
     """
 
     slots: tuple[Slot, ...]
     excluded: dict[str, str]
-    names: dict[int, str]
 
 
 def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
@@ -41,12 +40,18 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
 
     Returns:
         The table of slots.
+
+    Raises:
+        ValueError: a layer's weight does not exist yet.
     """
     slots: list[Slot] = []
     excluded: dict[str, str] = {}
-    names: dict[int, str] = {}
     for name, module in model.named_modules():
-        names[id(module)] = name
+        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+            raise ValueError(
+                f"model must have all its weights, but {name!r} is a lazy layer that has none yet:"
+                " run one forward before ssprop_compile"
+            )
         channels = _output_channels_maybe(module)
         if channels is None:
             continue
@@ -57,14 +62,17 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         else:
             groups = int(getattr(module, "groups", 1))
             slots.append(Slot(index=len(slots), name=name, channels=channels, groups=groups))
-    return SlotTable(tuple(slots), excluded, names)
+    return SlotTable(tuple(slots), excluded)
 
 
 def _output_channels_maybe(module: nn.Module) -> int | None:
     """Return the output channels of a layer that owns a convolution weight, else None."""
     weight = getattr(module, "weight", None)
-    ndim = getattr(weight, "ndim", 0)
-    if weight is None or not 3 <= ndim <= 5 or isinstance(weight, nn.UninitializedParameter):
+    if not isinstance(weight, torch.Tensor) or not 3 <= weight.ndim <= 5:
+        return None
+    # By its attributes, because some convolutions do not derive from torch's. Three dimensions
+    # alone may also be a bilinear layer or a normalisation.
+    if weight.ndim == 3 and not hasattr(module, "kernel_size"):
         return None
     if getattr(module, "transposed", False):
         return int(weight.shape[1]) * int(getattr(module, "groups", 1))

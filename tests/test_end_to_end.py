@@ -45,7 +45,7 @@ def test_one_sparse_compile_serves_forty_drop_rates(backend: str) -> None:
         scheduler.step()
     assert len(rates) == 41
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert [graph.runs for graph in compiled.compiled_graphs] == [40]
+    assert [graph.runs for graph in compiled.ssprop.graphs] == [40]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -75,7 +75,7 @@ def test_drop_rate_zero_equals_torch_compile_bit_for_bit(backend: str) -> None:
     loss(expected).backward()
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)
-    assert compiled.compiled_graphs == ()
+    assert compiled.ssprop.graphs == ()
 
 
 class Branches(nn.Module):
@@ -141,8 +141,10 @@ def test_a_short_last_batch_stays_sparse_and_right(backend: str) -> None:
         x.requires_grad_()
         loss(compiled(x)).backward()
         assert relative_error(gradients(model, x), expected) < 1e-10
-    assert sum(graph.runs for graph in compiled._backend.graphs) == 5
-    assert len(compiled._backend.graphs) == 2, "the second batch size compiles a dynamic graph"
+    assert sum(graph.runs for graph in compiled.ssprop.backend.graphs) == 5
+    assert len(compiled.ssprop.backend.graphs) == 2, (
+        "the second batch size compiles a dynamic graph"
+    )
 
 
 def test_gradients_accumulate_and_two_forwards_precede_two_backwards() -> None:

@@ -106,7 +106,7 @@ def test_a_compile_works_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(SsPropCompileError):
             model(X)
     model(X).sum().backward()
-    assert len(model.compiled_graphs) == 1
+    assert len(model.ssprop.graphs) == 1
 
 
 def test_force_eager_warns_once() -> None:
@@ -168,3 +168,13 @@ def test_a_model_without_convolutions_warns_at_once() -> None:
     with pytest.warns(NoEffectWarning, match="fewer than min_channels=32"):
         ssprop_compile(nn.Conv2d(3, 8, 3), SparsityScheduler(constant(0.5)))
     assert model(torch.randn(2, 3)).shape == (2, 3)
+
+
+def test_a_layer_replaced_after_the_call_is_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    scheduler = SparsityScheduler(constant(0.5))
+    config = SparsityConfig(min_channels=1)
+    model = ssprop_compile(net, scheduler, config=config, backend="aot_eager")
+    net[1] = nn.Conv2d(8, 16, 3)
+    with pytest.raises(SsPropCompileError, match="changed since ssprop_compile"):
+        model(X)

@@ -18,7 +18,7 @@ USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/graph_pass.py",
     "passes/ssprop_passes/rewrite.py",
     "ssprop_fx/backend.py",
-    "ssprop_fx/module.py",
+    "ssprop_fx/variants.py",
     "ssprop_fx/records.py",
 }
 
@@ -33,6 +33,7 @@ CORE = {
     "scheduler",
     "schedules",
     "slots",
+    "variants",
 }
 
 

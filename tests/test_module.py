@@ -197,7 +197,7 @@ class TestDense:
         expected = outcome(torch.compile(copy.deepcopy(model), backend="aot_eager"), x)
         wrapper = wrap(model)
         assert_bit_identical(outcome(wrapper, x), expected)
-        assert wrapper.compiled_graphs == ()
+        assert wrapper.ssprop.graphs == ()
 
     def test_drop_rate_0(self):
         self.check(lambda model: compiled(model, rate=0.0), True, images())
@@ -217,10 +217,10 @@ class TestDense:
         scheduler = SparsityScheduler(bar(0.5, period=2))
         wrapper = ssprop_compile(model, scheduler, config=EXACT, backend="aot_eager")
         outcome(wrapper, x)
-        assert wrapper.compiled_graphs == ()
+        assert wrapper.ssprop.graphs == ()
         scheduler.step()
         outcome(wrapper, x)
-        assert len(wrapper.compiled_graphs) == 1
+        assert len(wrapper.ssprop.graphs) == 1
         assert kept_rows(model.first) == 16
         scheduler.step()
         expected = outcome(torch.compile(copy.deepcopy(model), backend="aot_eager"), x)
@@ -242,12 +242,12 @@ class TestCopies:
         scheduler = SparsityScheduler(bar(0.5, period=2))
         model = ssprop_compile(Net(), scheduler, config=EXACT, backend="aot_eager")
         other = copy.deepcopy(model)
-        assert other.scheduler is scheduler
-        assert other.config is EXACT
-        assert other.keep_counts.data_ptr() == model.keep_counts.data_ptr()
+        assert other.ssprop.scheduler is scheduler
+        assert other.ssprop.config is EXACT
+        assert other.ssprop.keep_counts.data_ptr() == model.ssprop.keep_counts.data_ptr()
         assert scheduler.keep_counts.shape == (2,)
         scheduler.step()
-        assert other.keep_counts.tolist() == [16, 32]
+        assert other.ssprop.keep_counts.tolist() == [16, 32]
         other(images()).sum().backward()
         assert (kept_rows(other.first), kept_rows(other.second)) == (16, 32)
         # It is a copy: its parameters are its own.
@@ -258,7 +258,7 @@ class TestCopies:
         x = images()
         expected = outcome(model, x)
         other = copy.deepcopy(model)
-        assert other.compiled_graphs == ()
+        assert other.ssprop.graphs == ()
         model.norm.reset_running_stats()
         other.norm.reset_running_stats()
         assert_bit_identical(outcome(other, x), expected)
@@ -272,13 +272,13 @@ class TestCopies:
         model = ssprop_compile(Net(), scheduler, config=EXACT, backend="aot_eager")
         model.eval()
         other_scheduler, other = pickle.loads(pickle.dumps((scheduler, model)))
-        assert other.scheduler is other_scheduler
-        assert other.config == EXACT
+        assert other.ssprop.scheduler is other_scheduler
+        assert other.ssprop.config == EXACT
         assert not other.training
         assert other_scheduler.keep_counts.shape == (2,)
         other_scheduler.step()
-        assert other.keep_counts.tolist() == [16, 32]
-        assert model.keep_counts.tolist() == [32, 64]
+        assert other.ssprop.keep_counts.tolist() == [16, 32]
+        assert model.ssprop.keep_counts.tolist() == [32, 64]
         other.train()(images()).sum().backward()
         assert (kept_rows(other.first), kept_rows(other.second)) == (16, 32)
 
@@ -291,7 +291,7 @@ class TestCopies:
         other = torch.load(file, weights_only=False)
         x = images()
         assert torch.equal(other.eval()(x), model.eval()(x))
-        assert other.scheduler.keep_counts.tolist() == [16, 32]
+        assert other.ssprop.scheduler.keep_counts.tolist() == [16, 32]
 
 
 class TestConversions:
@@ -303,7 +303,7 @@ class TestConversions:
         model(images().double()).sum().backward()
         assert {p.grad.dtype for p in model.parameters()} == {torch.float64}
         assert (kept_rows(model.first), kept_rows(model.second)) == (16, 32)
-        assert model.keep_counts.dtype == torch.int64
+        assert model.ssprop.keep_counts.dtype == torch.int64
 
     def test_frozen_layers_get_no_gradient(self):
         model = compiled()
@@ -325,7 +325,7 @@ class TestSchedulers:
         x = images()
         for model, rows in zip(models, ([16, 32], [32, 48]), strict=True):
             model(x).sum().backward()
-            assert model.keep_counts.tolist() == rows
+            assert model.ssprop.keep_counts.tolist() == rows
             assert [kept_rows(model.first), kept_rows(model.second)] == rows
 
     def test_a_model_registered_after_another_has_run(self):

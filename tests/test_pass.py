@@ -9,7 +9,7 @@ from ssprop_passes.graph_pass import is_joint_graph
 from ssprop_passes.rewrite import INSERTED_KEY
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
 from torch import fx
-from torch.nn import functional as F
+from torch.nn import functional
 
 aten = torch.ops.aten
 conv_backward = aten.convolution_backward.default
@@ -35,7 +35,7 @@ def tensors(name: str) -> tuple[list[torch.Tensor], dict]:
 def masked_gradients(inputs: list[torch.Tensor], kwargs: dict) -> list[torch.Tensor]:
     """Dense gradients of the sum of squares, grad_output masked to 2 of 8 channels."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    output = F.conv2d(*inputs, **kwargs)
+    output = functional.conv2d(*inputs, **kwargs)
     output.register_hook(lambda grad: mask_channels(grad, 0.75))
     output.square().sum().backward()
     return [x.grad for x in inputs]
@@ -47,7 +47,7 @@ def test_rewrites_to_the_masked_gradients(name: str, memory_format: torch.memory
     inputs, kwargs = tensors(name)
     inputs[0] = inputs[0].detach().to(memory_format=memory_format).requires_grad_()
     sparse = sparse_pass(8)
-    graph, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    graph, grads = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
     assert count(graph, conv_backward) == 1
     assert count(graph, aten.topk.default) == 1
     assert count(graph, aten._local_scalar_dense.default) == 1
@@ -61,7 +61,9 @@ def test_computes_only_the_wanted_gradients(frozen: int) -> None:
     inputs, kwargs = tensors("bias")
     expected = masked_gradients(inputs, kwargs)
     inputs[frozen].requires_grad_(False)
-    graph, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    graph, grads = joint_graph(
+        lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8)
+    )
     (node,) = graph.find_nodes(op="call_function", target=conv_backward)
     assert node.args[-1] == [frozen != 0, frozen != 1, False]
     assert grads[frozen] is None
@@ -71,7 +73,7 @@ def test_computes_only_the_wanted_gradients(frozen: int) -> None:
 
 def test_every_new_node_is_described() -> None:
     inputs, kwargs = tensors("bias")
-    graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    graph, _ = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
     inserted = [node for node in graph.nodes if node.meta.get(INSERTED_KEY)]
     assert len(inserted) > 8
     for node in inserted:
@@ -85,15 +87,15 @@ def test_every_new_node_is_described() -> None:
 def test_channels_last_gradients_are_gathered_channels_last() -> None:
     inputs, kwargs = tensors("plain")
     inputs = [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in inputs]
-    graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
+    graph, _ = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse_pass(8))
     (node,) = graph.find_nodes(op="call_function", target=conv_backward)
     assert node.args[0].meta["val"].is_contiguous(memory_format=torch.channels_last)
 
 
 REJECTED = {
-    "transposed convolution": lambda x: F.conv_transpose2d(x, torch.ones(4, 8, 3, 3)),
-    "grouped convolution": lambda x: F.conv2d(x, torch.ones(8, 2, 3, 3), groups=2),
-    "not a 2-D convolution": lambda x: F.conv1d(x[0], torch.ones(8, 6, 3)),
+    "transposed convolution": lambda x: functional.conv_transpose2d(x, torch.ones(4, 8, 3, 3)),
+    "grouped convolution": lambda x: functional.conv2d(x, torch.ones(8, 2, 3, 3), groups=2),
+    "not a 2-D convolution": lambda x: functional.conv1d(x[0], torch.ones(8, 6, 3)),
 }
 
 
@@ -114,7 +116,7 @@ def test_leaves_excluded_and_foreign_layers_dense() -> None:
         (sparse_pass(8, excluded="filtered out by filter_fn"), "filtered out by filter_fn"),
         (sparse_pass(16), "its weight is not that of its module"),
     ):
-        graph, _ = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+        graph, _ = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
         assert [site.reason for site in sparse.sites] == [reason]
         assert count(graph, aten.topk.default) == 0
 
@@ -130,7 +132,7 @@ def test_leaves_graphs_without_convolutions_alone() -> None:
 
 def test_leaves_inference_graphs_alone() -> None:
     sparse = sparse_pass(8)
-    graph = fx.symbolic_trace(lambda x, w: F.conv2d(x, w)).graph
+    graph = fx.symbolic_trace(lambda x, w: functional.conv2d(x, w)).graph
     before = str(graph)
     sparse(graph)
     assert not is_joint_graph(graph)
@@ -148,7 +150,7 @@ def test_a_second_run_changes_nothing() -> None:
         second(graph)
         assert str(graph) == before
 
-    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, twice)
+    joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, twice)
     assert len(first.sites) == 1
     assert second.sites == []
 
@@ -156,7 +158,7 @@ def test_a_second_run_changes_nothing() -> None:
 def test_counts_flops_of_the_dense_backward() -> None:
     inputs, kwargs = tensors("plain")
     sparse = sparse_pass(8)
-    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
     products = 2 * 8 * 6 * 6 * 3 * 3 * 3
     assert sparse.sites[0].flops == sparse.total_flops == 2 * 2 * products
 
@@ -166,7 +168,7 @@ def test_runs_the_previous_pass_first() -> None:
     seen = []
     sparse = sparse_pass(8)
     sparse.previous = (lambda graph: seen.append(count(graph, aten.topk.default)),)
-    joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
     assert seen == [0]
     assert sparse.uuid() is None, "a pass without identity must turn the caches off"
 
@@ -193,7 +195,7 @@ def test_a_failure_in_the_pass_is_an_error_of_ours() -> None:
     sparse = sparse_pass(8)
     sparse.slot_count = 5  # no such input
     with pytest.raises(Exception, match="runtime sparsity tensor") as caught:
-        joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, sparse)
+        joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
     chain = [caught.value, getattr(caught.value, "inner_exception", None)]
     assert any(isinstance(error, SsPropCompileError) for error in chain)
 
@@ -215,7 +217,9 @@ def test_bias_gradient_split_off_by_the_compiler_is_masked_too() -> None:
         sparse(graph)
         assert total not in graph.nodes
 
-    _, grads = joint_graph(lambda *xs: F.conv2d(*xs, **kwargs), inputs, 1, split_then_sparse)
+    _, grads = joint_graph(
+        lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, split_then_sparse
+    )
     for grad, expected in zip(grads, masked_gradients(inputs, kwargs), strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
 

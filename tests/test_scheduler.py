@@ -175,3 +175,27 @@ class TestState:
         assert other_counts.tensor.tolist() == [32, 64]
         # The original has not moved.
         assert (scheduler.last_step, counts.tensor.tolist()) == (1, [16, 32])
+
+
+def test_tensors_taken_before_another_model_registers_stay_live():
+    scheduler = SparsityScheduler(constant(0.5))
+    first = scheduler.register([10], 1)
+    tensor, whole = first.tensor, scheduler.keep_counts
+    scheduler.register([25] * 1000, 1)
+    scheduler.schedule = constant(0.9)
+    scheduler.step()
+    assert tensor.tolist() == [1]
+    assert whole is scheduler.keep_counts
+    assert whole[:2].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"last_step": True}, {"last_step": -1}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="state_dict must come from"):
+        SparsityScheduler(constant(0.5)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("rate", ["0.5", None, 1.0, float("nan")])
+def test_a_schedule_that_returns_no_drop_rate_is_refused(rate):
+    with pytest.raises(ValueError, match="schedule must return a drop rate"):
+        SparsityScheduler(lambda step: rate)

@@ -340,3 +340,19 @@ class TestValues:
         parts.clear()
         boundaries[0] = 5
         assert schedule(2) == 0.8
+
+
+def test_bar_is_dense_for_exactly_its_fraction_of_the_period():
+    for period in (25, 60, 799):
+        for dense in range(period + 1):
+            schedule = bar(0.8, period, dense / period)
+            assert sum(schedule(step) == 0 for step in range(period)) == dense
+
+
+def test_join_and_bar_name_what_is_not_of_their_type():
+    with pytest.raises(TypeError, match="schedules must be a sequence"):
+        join(constant(0.5), [])
+    with pytest.raises(TypeError, match="boundaries must be a sequence"):
+        join([constant(0.5)], 3)
+    with pytest.raises(TypeError, match="dense_fraction must be a number"):
+        bar(0.5, 2, "0.5")

@@ -114,8 +114,12 @@ class TestFindSlots:
         assert table.slots == ()
         assert table.excluded == {}
 
-    def test_a_layer_that_has_not_seen_its_input_gets_none(self):
-        assert slots_of(nn.Sequential(nn.LazyConv2d(32, 3), nn.Conv2d(32, 16, 1))) == {"1": 16}
+    def test_a_layer_that_has_not_seen_its_input_is_an_error(self):
+        with pytest.raises(ValueError, match="model must have all its weights, but '0'"):
+            slots_of(nn.Sequential(nn.LazyConv2d(32, 3), nn.Conv2d(32, 16, 1)))
+
+    def test_weights_that_are_not_of_a_convolution_get_none(self):
+        assert slots_of(nn.Sequential(nn.Bilinear(8, 8, 64), nn.LayerNorm([64, 8, 8]))) == {}
 
     def test_a_convolution_of_the_users_own(self):
         class Standardized(nn.Module):
@@ -152,8 +156,3 @@ class TestFindSlots:
         table = find_slots(model, SparsityConfig(min_channels=32))
         assert [slot.name for slot in table.slots] == ["1", "2"]
         assert table.excluded == {"0": "fewer than min_channels=32 output channels"}
-
-    def test_names_cover_every_module(self):
-        model = nn.Sequential(Block(8), nn.ReLU())
-        names = find_slots(model, SparsityConfig()).names
-        assert names == {id(module): name for name, module in model.named_modules()}
