@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import step
+from benchmarks import markdown, step
 
 
 def main() -> None:
@@ -10,6 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="BENCHMARK")
     step.add_parser(subparsers)
+    markdown.add_parser(subparsers)
     args = parser.parse_args()
     args.run(args)
 
