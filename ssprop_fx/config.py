@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["SparsityConfig"]
+__all__ = ["TARGETS", "SparsityConfig"]
+
+TARGETS = ("conv", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,10 @@ class SparsityConfig:
             elsewhere, where tensor cores want multiples of 8.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
-            name as in `model.named_modules()`. None lets all take part.
-        targets: the kinds of layer that take part. Only `("conv",)` is supported.
+            name as in `model.named_modules()`. None lets all take part but the classifier of a
+            timm model (`model.get_classifier()`): it has few of the FLOPs, and what its backward
+            leaves out is missing in every other layer.
+        targets: the kinds of layer that take part, of `"conv"` and `"linear"`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -37,7 +41,7 @@ class SparsityConfig:
     channel_multiple: int | Literal["auto"] = "auto"
     min_channels: int = 32
     filter_fn: Callable[[nn.Module, str], bool] | None = None
-    targets: tuple[str, ...] = ("conv",)
+    targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
         if self.channel_multiple != "auto":
@@ -50,10 +54,8 @@ class SparsityConfig:
             )
         if isinstance(self.targets, str) or not isinstance(self.targets, tuple):
             raise TypeError(f'targets must be a tuple such as ("conv",), got {self.targets!r}')
-        if self.targets != ("conv",):
-            raise ValueError(
-                f'targets must be ("conv",), got {self.targets!r}: only convolutions are supported'
-            )
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(f"targets must be of {TARGETS}, at least one, got {self.targets!r}")
 
 
 def _check_positive_int(name: str, value: object, alternative: str = "") -> None:

@@ -7,7 +7,7 @@ tensor.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
@@ -32,7 +32,7 @@ class SlotTable:
 
 
 def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
-    """Give a slot to each layer of `model` that owns a convolution weight.
+    """Give a slot to each convolution and linear layer of `model` that takes part.
 
     Args:
         model: the model, before compilation.
@@ -46,37 +46,60 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
     """
     slots: list[Slot] = []
     excluded: dict[str, str] = {}
+    classifier = set() if config.filter_fn else _classifier_modules(model)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
             raise ValueError(
                 f"model must have all its weights, but {name!r} is a lazy layer that has none yet:"
                 " run one forward before ssprop_compile"
             )
-        channels = _output_channels_maybe(module)
-        if channels is None:
+        target = _target_maybe(module)
+        if target is None:
             continue
-        if config.filter_fn is not None and not config.filter_fn(module, name):
+        channels, groups = _channels_and_groups(module)
+        if target not in config.targets:
+            excluded[name] = f"{target} layers are not among the targets"
+        elif config.filter_fn is not None and not config.filter_fn(module, name):
             excluded[name] = "filtered out by filter_fn"
+        elif module in classifier:
+            excluded[name] = "the classifier"
         elif channels < config.min_channels:
             excluded[name] = f"fewer than min_channels={config.min_channels} output channels"
         else:
-            groups = int(getattr(module, "groups", 1))
-            slots.append(Slot(index=len(slots), name=name, channels=channels, groups=groups))
+            slots.append(Slot(len(slots), name, channels, groups))
     return SlotTable(tuple(slots), excluded)
 
 
-def _output_channels_maybe(module: nn.Module) -> int | None:
-    """Return the output channels of a layer that owns a convolution weight, else None."""
+def _target_maybe(module: nn.Module) -> str | None:
+    """Return the kind of layer that owns a weight of a convolution or linear layer, else None."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not 3 <= weight.ndim <= 5:
+    if not isinstance(weight, torch.Tensor):
         return None
-    # By its attributes, because some convolutions do not derive from torch's. Three dimensions
-    # alone may also be a bilinear layer or a normalisation.
-    if weight.ndim == 3 and not hasattr(module, "kernel_size"):
-        return None
+    # By attributes, because some libraries' layers do not derive from torch's. Two dimensions
+    # alone may also be an embedding, three a bilinear layer or a normalisation.
+    if weight.ndim == 2:
+        return "linear" if hasattr(module, "in_features") else None
+    if weight.ndim == 3:
+        return "conv" if hasattr(module, "kernel_size") else None
+    return "conv" if weight.ndim in (4, 5) else None
+
+
+def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
+    """Return a layer's output channels and the number of groups that they are selected in."""
+    outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
+    groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
-        return int(weight.shape[1]) * int(getattr(module, "groups", 1))
-    return int(weight.shape[0])
+        inputs, outputs = outputs // groups, inputs * groups
+    is_depthwise = inputs == 1
+    return int(outputs), 1 if is_depthwise else int(groups)
+
+
+def _classifier_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of the layer that gives a timm model's classes, none for other models."""
+    get_classifier = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else None
+    heads = classifier if isinstance(classifier, (list, tuple)) else [classifier]
+    return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
 
 
 def resolve_multiple(channel_multiple: int | Literal["auto"], device_type: str) -> int:

@@ -126,7 +126,7 @@ class Variants:
 
 
 def _why_no_layer(excluded: dict[str, str]) -> str:
-    reasons = sorted(set(excluded.values())) or ["it has no convolution"]
+    reasons = sorted(set(excluded.values())) or ["it has no convolution and no linear layer"]
     return (
         "no layer of the model takes part in sparse back-propagation, so it trains dense:"
         f" {'; '.join(reasons)}. See SparsityConfig(min_channels=..., filter_fn=...)."
@@ -153,5 +153,5 @@ def _why_no_effect(backend: SparseBackend, runs_before: int) -> str:
             " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or an active dispatch mode, such"
             " as FlopCounterMode, makes Dynamo run eagerly."
         )
-    reasons = sorted({site.reason for site in sites}) or ["it has no convolution backward"]
+    reasons = sorted({site.reason for site in sites}) or ["it has no backward"]
     return f"no site of the model was made sparse, so it trains dense: {'; '.join(reasons)}."

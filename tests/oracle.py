@@ -31,6 +31,12 @@ def mask_channels(grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1)
     return grad * mask.view(shape)
 
 
+def selection_groups(module: nn.Module) -> int:
+    """Channels are selected within each group, but across all of a depthwise convolution."""
+    groups = getattr(module, "groups", 1)
+    return 1 if groups > 1 and module.in_channels == groups else groups
+
+
 def oracle_gradients(
     model: nn.Module,
     inputs: Tensor,
@@ -45,12 +51,14 @@ def oracle_gradients(
     def install(module: nn.Module) -> None:
         def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda grad: mask_channels(grad, drop_rate, module.groups))
+                dim = -1 if isinstance(module, nn.Linear) else 1
+                groups = selection_groups(module)
+                output.register_hook(lambda grad: mask_channels(grad, drop_rate, groups, dim))
 
         module.register_forward_hook(hook)
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and takes_part(module, name):
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and takes_part(module, name):
             install(module)
     loss(model(inputs)).backward()
     return gradients(model, inputs)

@@ -12,7 +12,7 @@ def test_defaults():
     assert config.channel_multiple == "auto"
     assert config.min_channels == 32
     assert config.filter_fn is None
-    assert config.targets == ("conv",)
+    assert config.targets == ("conv", "linear")
 
 
 def test_takes_what_is_valid():

@@ -212,8 +212,10 @@ def test_mode_and_options_reach_inductor() -> None:
 
 
 def test_report_counts_and_names(capsys: pytest.CaptureFixture[str]) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 64, 3), nn.Conv2d(64, 64, 3, groups=2))
-    config = SparsityConfig(channel_multiple=16, min_channels=8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 64, 3), nn.Conv2d(64, 80, 3))
+    config = SparsityConfig(
+        channel_multiple=16, min_channels=8, filter_fn=lambda module, name: name != "2"
+    )
     scheduler = SparsityScheduler(constant(0.7))
     compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")
     assert "no sparse graph" in str(report(compiled))
@@ -221,7 +223,7 @@ def test_report_counts_and_names(capsys: pytest.CaptureFixture[str]) -> None:
     made = report(compiled)
     by_name = {site.name: site for site in made.sites}
     assert by_name["0"].reason == "fewer than min_channels=8 output channels"
-    assert by_name["2"].reason == "grouped convolution"
+    assert by_name["2"].reason == "filtered out by filter_fn"
     sparse = by_name["1"]
     assert (sparse.kind, sparse.channels, sparse.kept, sparse.reason) == ("conv2d", 64, 16, "")
     assert sparse.flops == 2 * 2 * (2 * 64 * 8 * 8) * 4 * 9
@@ -230,7 +232,7 @@ def test_report_counts_and_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert by_name["0"].flops == 2 * (2 * 4 * 10 * 10) * 3 * 9
     assert made.backward_flops == sum(site.flops for site in made.sites)
     assert "sparse" in str(made)
-    assert "dense: grouped convolution" in str(made)
+    assert "dense: filtered out by filter_fn" in str(made)
 
 
 def test_two_models_with_equal_graphs_use_their_own_slots() -> None:

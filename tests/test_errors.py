@@ -5,6 +5,7 @@ import torch
 from graphs import small_net
 from ssprop_passes import sparse_backward
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
+from ssprop_passes.operators import reduced_conv_backward
 from torch import Tensor, nn
 from torch._dynamo.exc import SkipFrame
 from torch._subclasses.fake_tensor import (
@@ -86,7 +87,7 @@ def test_an_error_while_the_backward_compiles_reaches_the_user(
     lower = inductor_graph.GraphLowering.call_function
 
     def fail(self: object, target: object, *args: object) -> object:
-        if target is aten.convolution_backward.default:
+        if target is reduced_conv_backward:
             raise RuntimeError("boom")
         return lower(self, target, *args)
 
@@ -154,17 +155,26 @@ def test_layers_that_dynamo_runs_eagerly_are_named() -> None:
 
 
 def test_a_model_in_which_nothing_can_be_sparse_warns() -> None:
-    grouped = nn.Conv2d(3, 12, 3, groups=3)
+    class Functional(nn.Module):
+        """Its convolution is not that of the layer that owns the weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.layer.weight)
+
     scheduler = SparsityScheduler(constant(0.5))
     config = SparsityConfig(min_channels=1)
-    model = ssprop_compile(grouped, scheduler, config=config, backend="aot_eager")
-    with pytest.warns(NoEffectWarning, match="no site of the model was made sparse.*grouped"):
+    model = ssprop_compile(Functional(), scheduler, config=config, backend="aot_eager")
+    with pytest.warns(NoEffectWarning, match="no site of the model.*owns no weight"):
         model(X)
 
 
-def test_a_model_without_convolutions_warns_at_once() -> None:
-    with pytest.warns(NoEffectWarning, match="it has no convolution"):
-        model = ssprop_compile(nn.Linear(3, 3), SparsityScheduler(constant(0.5)))
+def test_a_model_in_which_no_layer_takes_part_warns_at_once() -> None:
+    with pytest.warns(NoEffectWarning, match="it has no convolution and no linear layer"):
+        model = ssprop_compile(nn.BatchNorm1d(3), SparsityScheduler(constant(0.5)))
     with pytest.warns(NoEffectWarning, match="fewer than min_channels=32"):
         ssprop_compile(nn.Conv2d(3, 8, 3), SparsityScheduler(constant(0.5)))
     assert model(torch.randn(2, 3)).shape == (2, 3)

@@ -353,8 +353,8 @@ class TestSchedulers:
 
 class TestNoEffect:
     def test_a_model_without_convolutions_warns_at_once(self):
-        with pytest.warns(NoEffectWarning, match="no layer of the model .* it has no convolution"):
-            compiled(nn.Linear(4, 4))
+        with pytest.warns(NoEffectWarning, match="no layer of the model .* no linear layer"):
+            compiled(nn.BatchNorm1d(4))
 
     def test_a_model_whose_layers_are_all_excluded_says_why(self):
         config = SparsityConfig(min_channels=64, filter_fn=lambda module, fqn: fqn != "0")
@@ -363,17 +363,29 @@ class TestNoEffect:
             compiled(model, config=config)
 
     def test_a_model_whose_sites_are_all_left_dense_warns_once(self):
-        model = compiled(nn.Sequential(nn.Conv2d(32, 32, 3, groups=32)))
+        class Borrowing(nn.Module):
+            """Its convolution is not a call of the layer that owns the weight."""
+
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Conv2d(32, 32, 3)
+
+            def forward(self, x):
+                return nn.functional.conv2d(x, self.layer.weight)
+
+        model = compiled(Borrowing())
         x = torch.randn(2, 32, 8, 8)
-        with pytest.warns(NoEffectWarning, match="no site .* made sparse.*: grouped convolution"):
+        with pytest.warns(NoEffectWarning, match="no site .* made sparse.*: its module owns no"):
             model(x).sum().backward()
         # NoEffectWarning is an error in the tests: a second one would raise.
         model(x).sum().backward()
-        assert [site.reason for site in report(model).sites] == ["grouped convolution"]
+        assert [site.reason for site in report(model).sites] == [
+            "its module owns no weight of this kind"
+        ]
 
     def test_it_still_trains(self):
         with pytest.warns(NoEffectWarning):
-            model = compiled(nn.Linear(4, 4))
+            model = compiled(nn.BatchNorm1d(4))
         model(torch.randn(2, 4)).sum().backward()
         assert model.weight.grad is not None
 

@@ -99,15 +99,13 @@ class TestFindSlots:
     def test_depthwise(self):
         assert slots_of(nn.Sequential(nn.Conv2d(24, 24, 3, groups=24))) == {"0": 24}
 
-    def test_layers_without_a_convolution_weight_get_none(self):
+    def test_layers_of_other_kinds_get_none(self):
         model = nn.Sequential(
-            nn.Linear(8, 8),
             nn.BatchNorm2d(8),
             nn.LayerNorm([8, 8]),
             nn.Embedding(8, 8),
             nn.PReLU(8),
             nn.LSTM(8, 8),
-            nn.MultiheadAttention(8, 2),
             nn.ReLU(),
         )
         table = find_slots(model, SparsityConfig(min_channels=1))
@@ -147,12 +145,46 @@ class TestFindSlots:
             return fqn != "0.second"
 
         table = find_slots(model, SparsityConfig(min_channels=1, filter_fn=is_wanted))
-        assert [slot.name for slot in table.slots] == ["0.first"]
+        assert [slot.name for slot in table.slots] == ["0.first", "2"]
         assert table.excluded == {"0.second": "filtered out by filter_fn"}
-        assert calls == [(model[0].second, "0.second"), (model[0].first, "0.first")]
+        layers = [(model[0].second, "0.second"), (model[0].first, "0.first"), (model[2], "2")]
+        assert calls == layers
 
     def test_min_channels_is_the_smallest_that_takes_part(self):
         model = nn.Sequential(nn.Conv2d(3, 31, 1), nn.Conv2d(31, 32, 1), nn.Conv2d(32, 33, 1))
         table = find_slots(model, SparsityConfig(min_channels=32))
         assert [slot.name for slot in table.slots] == ["1", "2"]
         assert table.excluded == {"0": "fewer than min_channels=32 output channels"}
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 64), nn.Linear(64, 1000)
+
+    def get_classifier(self):
+        return self.head
+
+
+def test_the_classifier_of_a_timm_model_stays_dense_unless_filter_fn_decides():
+    table = find_slots(Classifier(), SparsityConfig())
+    assert [slot.name for slot in table.slots] == ["body"]
+    assert table.excluded == {"head": "the classifier"}
+    table = find_slots(Classifier(), SparsityConfig(filter_fn=lambda module, fqn: True))
+    assert [slot.name for slot in table.slots] == ["body", "head"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "groups"),
+    [
+        (nn.Conv2d(8, 48, 1, groups=4), 48, 4),
+        (nn.Conv2d(8, 48, 1, groups=8), 48, 1),
+        (nn.ConvTranspose2d(8, 48, 1, groups=4), 48, 4),
+        (nn.ConvTranspose1d(8, 48, 1, groups=8), 48, 1),
+        (nn.Conv1d(1, 48, 1), 48, 1),
+        (nn.Linear(8, 48), 48, 1),
+    ],
+)
+def test_channels_are_selected_within_groups_but_across_a_depthwise_layer(layer, channels, groups):
+    (slot,) = find_slots(layer, SparsityConfig(min_channels=1)).slots
+    assert (slot.channels, slot.groups) == (channels, groups)

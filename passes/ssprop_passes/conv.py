@@ -16,10 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.rewrite import replace_outputs
+from ssprop_passes.operators import conv_backward_flops, reduced_conv_backward
+from ssprop_passes.rewrite import find_sum_maybe, replace_node, replace_outputs
 from ssprop_passes.selection import (
+    add_channels,
     channel_scores,
     gather_channels,
+    is_channels_last,
     scatter_rows,
     select_channels,
     sum_channels,
@@ -42,6 +45,15 @@ class ConvGeometry:
     output_padding: tuple[int, ...]
     groups: int
 
+    def is_depthwise(self, weight: Tensor) -> bool:
+        """Say whether each output channel reads a single input channel, one of several."""
+        inputs_of_group = weight.shape[0] // self.groups if self.transposed else weight.shape[1]
+        return self.groups > 1 and inputs_of_group == 1
+
+    def selection_groups(self, weight: Tensor) -> int:
+        """Return the number of groups that channels are selected in."""
+        return 1 if self.is_depthwise(weight) else self.groups
+
 
 def sparse_conv_backward(
     grad_output: Tensor,
@@ -51,15 +63,17 @@ def sparse_conv_backward(
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """Return the gradients of a convolution from the k strongest channels of `grad_output`.
+    """Return the gradients of a convolution from the strongest channels of `grad_output`.
 
-    ssProp (Zhong, Huang, Shi, arXiv 2408.12561, section 3).
+    ssProp (Zhong, Huang, Shi, arXiv 2408.12561, section 3), for convolutions of any dimension.
+    With groups, the k strongest channels of each group. Depthwise, where each output channel
+    reads one input channel, the k strongest of all, and the input is gathered with them.
 
     Args:
         grad_output: [N, C, *out_space].
         input: [N, C_in, *space].
-        weight: [C, C_in, *kernel].
-        k: keep count, in [1, C]; may be a SymInt.
+        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
+        k: keep count of each selection group; may be a SymInt.
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
 
@@ -67,28 +81,57 @@ def sparse_conv_backward(
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
         and entries of the bias that were not selected are zero.
     """
-    indices = select_channels(channel_scores(grad_output), k)
+    is_depthwise = geometry.is_depthwise(weight)
+    indices = select_channels(channel_scores(grad_output), k, geometry.selection_groups(weight))
     kept = gather_channels(grad_output, indices)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0] or output_mask[1]:
-        grad_input, rows, _ = aten.convolution_backward(
+        rows = weight_rows(weight, geometry.groups, geometry.transposed)
+        kept_weight, kept_input, groups = rows[indices], input, geometry.groups
+        if is_depthwise:
+            sources = indices // (grad_output.shape[1] // input.shape[1])
+            kept_input, groups = gather_channels(input, sources), k
+        elif geometry.transposed:
+            kept_weight = rows_weight(kept_weight, groups)
+        grad_input, kept_grad = reduced_conv_backward(
             kept,
-            input,
-            weight[indices],
-            None,
+            kept_input,
+            kept_weight,
             geometry.stride,
             geometry.padding,
             geometry.dilation,
             geometry.transposed,
             geometry.output_padding,
-            geometry.groups,
-            [output_mask[0], output_mask[1], False],
+            groups,
+            output_mask[:2],
+            is_channels_last(input) or is_channels_last(weight),
         )
-        grad_weight = scatter_rows(rows, indices, weight) if output_mask[1] else None
+        if output_mask[0] and is_depthwise:
+            grad_input = add_channels(grad_input, sources, input)
+        if output_mask[1]:
+            if not is_depthwise:
+                kept_grad = weight_rows(kept_grad, groups, geometry.transposed)
+            grad_weight = scatter_rows(kept_grad, indices, rows)
+            if geometry.transposed:
+                grad_weight = rows_weight(grad_weight, geometry.groups)
     if output_mask[2]:
         bias = grad_output.new_empty(grad_output.shape[1])
         grad_bias = scatter_rows(sum_channels(kept), indices, bias)
     return grad_input if output_mask[0] else None, grad_weight, grad_bias
+
+
+def weight_rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Return a convolution weight as one row an output channel, [C, C_in / groups, *kernel]."""
+    if not transposed:
+        return weight
+    by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return by_group.transpose(1, 2).flatten(0, 1)
+
+
+def rows_weight(rows: Tensor, groups: int) -> Tensor:
+    """Return the weight of a transposed convolution, [C_in, C / groups, *kernel], from its rows."""
+    by_group = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
+    return by_group.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -123,19 +166,20 @@ class ConvMatch(SiteMatch):
     @property
     def groups(self) -> int:
         """Number of groups that channels are selected in."""
-        return self.geometry.groups
+        return self.geometry.selection_groups(self.weight.meta["val"])
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the wanted gradients of input and weight.
-
-        Not from `torch.utils.flop_counter`: its formula miscounts the groups of a backward.
-        """
-        positions = hinted(
-            (self.input if self.geometry.transposed else self.grad_output).meta["val"]
+        """Floating-point operations of the wanted gradients of input and weight."""
+        grad_output, input_, weight = (hinted(node.meta["val"]).shape for node in self.inputs)
+        return conv_backward_flops(
+            grad_output, input_, weight, self.geometry.transposed, self.output_mask
         )
-        products = positions.numel() * self.weight.meta["val"][0].numel()
-        return 2 * int(products) * sum(self.output_mask[:2])
+
+    @property
+    def nodes(self) -> Sequence[fx.Node]:
+        """The node."""
+        return (self.node,)
 
     @property
     def inputs(self) -> Sequence[fx.Node]:
@@ -145,29 +189,7 @@ class ConvMatch(SiteMatch):
     @property
     def bias_sum(self) -> fx.Node | None:
         """The sum that is the bias gradient where Inductor split it off, as it does on GPU."""
-        if self.output_mask[2]:
-            return None
-        over = [d for d in range(self.grad_output.meta["val"].ndim) if d != 1]
-        for user in self.grad_output.users:
-            if (
-                user.target is aten.sum.dim_IntList
-                and len(user.args) == 2
-                and sorted(cast(list[int], user.args[1])) == over
-                and user.meta.get("seq_nr") == self.node.meta.get("seq_nr")
-                and user.meta.get("partitioner_tag") == "is_backward"
-            ):
-                return user
-        return None
-
-    def why_unsupported(self) -> str:
-        """Return why this convolution's backward cannot be made sparse, "" if it can."""
-        if self.geometry.transposed:
-            return "transposed convolution"
-        if self.weight.meta["val"].ndim != 4:
-            return "not a 2-D convolution"
-        if self.geometry.groups != 1:
-            return "grouped convolution"
-        return ""
+        return None if self.output_mask[2] else find_sum_maybe(self.grad_output, 1, self.node)
 
     def backward(self, k: int, *tensors: Tensor) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
@@ -179,8 +201,7 @@ class ConvMatch(SiteMatch):
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Put the sparse gradients in place of the node's results."""
         if (bias_sum := self.bias_sum) is not None:
-            bias_sum.replace_all_uses_with(cast(fx.Node, gradients[2]))
-            bias_sum.graph.erase_node(bias_sum)
+            replace_node(bias_sum, cast(fx.Node, gradients[2]))
         replace_outputs(self.node, gradients)
 
 

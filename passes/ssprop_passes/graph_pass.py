@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 from ssprop_passes.errors import SsPropCompileError
 
@@ -64,6 +65,8 @@ class GraphPass(CustomGraphPass):
         self.ran = True
         try:
             self.transform(graph)
+            # A replacement may stand after a user of what it replaces.
+            stable_topological_sort(graph)
             graph.lint()
         except Exception as error:
             raise SsPropCompileError(

@@ -7,12 +7,20 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["INSERTED_KEY", "replace_outputs", "splice", "trace"]
+__all__ = [
+    "INSERTED_KEY",
+    "find_sum_maybe",
+    "replace_node",
+    "replace_outputs",
+    "splice",
+    "trace",
+]
 
 # Marks, in `node.meta`, what a pass inserted, so that a second run leaves it alone.
 INSERTED_KEY = "ssprop"
@@ -75,6 +83,33 @@ def splice(
                 copy.meta["partitioner_tag"] = "is_backward"
                 environment[node] = copy
     return tuple(None if out is None else environment[out] for out in outputs)
+
+
+def replace_node(node: fx.Node, replacement: fx.Node) -> None:
+    """Let the users of a node use `replacement` instead, and erase it."""
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def find_sum_maybe(grad_output: fx.Node, dim: int, node: fx.Node) -> fx.Node | None:
+    """Return the backward node that sums `grad_output` into the bias gradient of a layer.
+
+    Args:
+        grad_output: gradient of the layer's output.
+        dim: its channel dimension.
+        node: a backward node of the layer.
+    """
+    over = [d for d in range(grad_output.meta["val"].ndim) if d != dim]
+    for user in grad_output.users:
+        if (
+            user.target is torch.ops.aten.sum.dim_IntList
+            and sorted(cast(list[int], user.args[1])) == over
+            and user.meta.get("partitioner_tag") == "is_backward"
+            and user.meta.get("custom") == node.meta.get("custom")
+            and not user.meta.get(INSERTED_KEY)
+        ):
+            return user
+    return None
 
 
 def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:

@@ -7,7 +7,15 @@ int or a SymInt that is read at run time.
 import torch
 from torch import Tensor
 
-__all__ = ["channel_scores", "gather_channels", "scatter_rows", "select_channels", "sum_channels"]
+__all__ = [
+    "add_channels",
+    "channel_scores",
+    "gather_channels",
+    "is_channels_last",
+    "scatter_rows",
+    "select_channels",
+    "sum_channels",
+]
 
 
 def channel_scores(grad_output: Tensor, dim: int = 1) -> Tensor:
@@ -49,7 +57,7 @@ def select_channels(scores: Tensor, k: int, groups: int = 1) -> Tensor:
 
 def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
     """Return `x[:, indices]`, [N, k, *space], in the memory format of `x`, [N, C, *space]."""
-    if _is_channels_last(x):
+    if is_channels_last(x):
         # Indexing dimension 1 directly yields a contiguous tensor when the number of indices is
         # only known at run time, and convolutions on it are two to three times slower.
         return x.permute(_last(x))[..., indices].permute(_first(x))
@@ -72,7 +80,7 @@ def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).index_add(1, indices, channels)
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Say whether a tensor lies channels last; never where its space is a single point.
 
     A single point has no layout, and torch asks the unbacked channel count for one.

@@ -22,8 +22,8 @@ __all__ = [
     "why_dense",
 ]
 
-# Up to torch 2.11 the fake kernel of a convolution with an unbacked size guards on `u0 > 1`, so
-# a keep count of 1 cannot be compiled there.
+# On torch 2.11 Inductor orders strides by guarding on `u0 > 1`, so that a keep count of 1 cannot
+# be compiled for every kind of site.
 MIN_KEEP_COUNT = 1 if torch.__version__ >= torch.torch_version.TorchVersion("2.12") else 2
 
 # Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
@@ -81,7 +81,7 @@ class SiteMatch(ABC):
     returns an instance or None, listed in `ssprop_passes.kinds`.
 
     Attributes:
-        node: the node that the replacement is inserted before, and whose metadata it inherits.
+        node: the first of `nodes`: the replacement is inserted before it, with its metadata.
     """
 
     node: fx.Node
@@ -108,12 +108,13 @@ class SiteMatch(ABC):
 
     @property
     @abstractmethod
+    def nodes(self) -> Sequence[fx.Node]:
+        """The nodes that compute the dense gradients of input and weight."""
+
+    @property
+    @abstractmethod
     def inputs(self) -> Sequence[fx.Node]:
         """The nodes that `backward` takes the values of."""
-
-    @abstractmethod
-    def why_unsupported(self) -> str:
-        """Return why this site cannot be made sparse whatever the configuration, "" if it can."""
 
     @abstractmethod
     def backward(self, k: int, *tensors: Tensor) -> Gradients:
@@ -146,8 +147,6 @@ def why_dense(
         slots: the layers that take part, by name.
         excluded: the layers that do not, by name, with the reason.
     """
-    if reason := match.why_unsupported():
-        return reason
     if name is None:
         return "outside the model's modules"
     if name in excluded:

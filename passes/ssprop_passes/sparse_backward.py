@@ -74,13 +74,16 @@ class SparseBackwardPass(GraphPass):
         """Rewrite every site that has a slot; record all of them."""
         keep_counts = find_keep_counts(graph, self.slot_count)
         anchors = []
+        seen: set[fx.Node] = set()
         for node in graph.nodes:
-            if node.meta.get(INSERTED_KEY) or node.meta.get("partitioner_tag") == "is_forward":
+            is_forward = node.meta.get("partitioner_tag") == "is_forward"
+            if is_forward or node in seen or node.meta.get(INSERTED_KEY):
                 continue
             match = find_match_maybe(node)
             self.total_flops += match.flops if match else matrix_product_flops(node)
             if match:
                 anchors.append(node)
+                seen.update(match.nodes)
         for node in anchors:
             # Matched anew: what the rewrite of another site replaced may be an input of this one.
             match = find_match_maybe(node)
@@ -108,10 +111,6 @@ class SparseBackwardPass(GraphPass):
         inputs = [keep_counts, *match.inputs]
         fake_mode = keep_counts.meta["val"].fake_mode
         traced = trace(replacement, inputs, fake_mode, self.decompositions())
-        for node in traced.graph.nodes:
-            if node.target is torch.ops.aten.convolution_backward.default:
-                # Inductor's lowering guards on the weight's size, which is not known here.
-                node.meta["should_fallback"] = True
         match.replace(splice(graph, match.node, traced, inputs))
 
 

@@ -1,0 +1,223 @@
+"""Linear layers: their two backward matrix products from the strongest features of grad_output.
+
+A linear call y = x w^T + b leaves three nodes in the backward part of the joint graph, found by
+the operands that they share with the forward product. Products of two activations, such as those
+of attention, are not of a layer and have no slot.
+
+    before    dx = mm(dy, w)
+              dw = mm(t(dy), x)
+              db = sum(dy, 0)
+
+    after     idx = topk(mean(abs(dy), 0), k)
+              dx = mm(dy[:, idx], w[idx])
+              dw = zeros.index_put([idx], mm(t(dy[:, idx]), x))
+              db = zeros.index_put([idx], sum(dy[:, idx], 0))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
+from ssprop_passes.selection import (
+    channel_scores,
+    gather_channels,
+    scatter_rows,
+    select_channels,
+    sum_channels,
+)
+from ssprop_passes.sites import Gradients, SiteMatch, hinted
+
+__all__ = ["LinearMatch", "match_linear_backward", "sparse_linear_backward"]
+
+aten = torch.ops.aten
+
+
+def sparse_linear_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, k: int, output_mask: Sequence[bool]
+) -> Gradients:
+    """Return the gradients of a linear layer from the k strongest features of `grad_output`.
+
+    Unified top-k, one choice of features for all samples: meProp (Sun et al., arXiv 1706.06197),
+    ranked by mean magnitude.
+
+    Args:
+        grad_output: [T, C], T being all leading dimensions together.
+        input: [T, C_in].
+        weight: [C, C_in].
+        k: keep count, in [1, C]; may be a SymInt.
+        output_mask: which of the gradients of input, weight and bias are wanted.
+
+    Returns:
+        Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
+        and entries of the bias that were not selected are zero.
+    """
+    indices = select_channels(channel_scores(grad_output), k)
+    kept = gather_channels(grad_output, indices)
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0]:
+        grad_input = kept @ weight[indices]
+    if output_mask[1]:
+        grad_weight = scatter_rows(kept.t() @ input, indices, weight)
+    if output_mask[2]:
+        bias = grad_output.new_empty(grad_output.shape[1])
+        grad_bias = scatter_rows(sum_channels(kept), indices, bias)
+    return grad_input, grad_weight, grad_bias
+
+
+@dataclass(frozen=True)
+class LinearMatch(SiteMatch):
+    """The backward products of one linear call.
+
+    Attributes:
+        node: the first of them in the graph.
+        grad_output, input: [T, C] and [T, C_in].
+        transposed_weight: [C_in, C], as the forward product takes it.
+        grad_input_node, grad_weight_node: the products, None where not computed.
+    """
+
+    node: fx.Node
+    grad_output: fx.Node
+    input: fx.Node
+    transposed_weight: fx.Node
+    grad_input_node: fx.Node | None
+    grad_weight_node: fx.Node | None
+
+    @property
+    def kind(self) -> str:
+        """`linear`."""
+        return "linear"
+
+    @property
+    def channels(self) -> int:
+        """Output features, C."""
+        return int(self.transposed_weight.meta["val"].shape[1])
+
+    @property
+    def groups(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the wanted products."""
+        outputs = hinted(self.grad_output.meta["val"]).numel()
+        features = int(self.transposed_weight.meta["val"].shape[0])
+        return 2 * int(outputs) * features * len(self.nodes)
+
+    @property
+    def nodes(self) -> Sequence[fx.Node]:
+        """The products."""
+        nodes = (self.grad_input_node, self.grad_weight_node)
+        return tuple(node for node in nodes if node is not None)
+
+    @property
+    def inputs(self) -> Sequence[fx.Node]:
+        """grad_output, input and transposed weight."""
+        return self.grad_output, self.input, self.transposed_weight
+
+    @property
+    def bias_sum(self) -> fx.Node | None:
+        """The sum that is the bias gradient.
+
+        Of grad_output itself, or, where the bias was added after reshaping, of what grad_output
+        is a view of.
+        """
+        found = find_sum_maybe(self.grad_output, 1, self.node)
+        if found is None and self.grad_output.target is aten.view.default:
+            source = cast(fx.Node, self.grad_output.args[0])
+            if source.meta["val"].shape[-1] == self.channels:
+                found = find_sum_maybe(source, source.meta["val"].ndim - 1, self.node)
+        return found
+
+    def backward(self, k: int, *tensors: Tensor) -> Gradients:
+        """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
+        grad_output, input_, transposed_weight = tensors
+        bias_sum = self.bias_sum
+        nodes = (self.grad_input_node, self.grad_weight_node, bias_sum)
+        mask = [node is not None for node in nodes]
+        gradients = sparse_linear_backward(grad_output, input_, transposed_weight.t(), k, mask)
+        if bias_sum is not None:
+            grad_bias = cast(Tensor, gradients[2]).view(bias_sum.meta["val"].shape)
+            return gradients[0], gradients[1], grad_bias
+        return gradients
+
+    def replace(self, gradients: Sequence[fx.Node | None]) -> None:
+        """Put the sparse gradients in place of the products and the sum."""
+        nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
+        for node, gradient in zip(nodes, gradients, strict=True):
+            if node is not None:
+                replace_node(node, cast(fx.Node, gradient))
+
+
+def match_linear_backward(node: fx.Node) -> LinearMatch | None:
+    """Return the match of a linear call's backward if `node` is one of its products, else None."""
+    if not _is_backward_product(node):
+        return None
+    left, right = cast(tuple[fx.Node, fx.Node], node.args)
+    # dw = mm(t(dy), x), whose x is the forward product's; dx = mm(dy, t(w^T)), whose w^T is.
+    if (grad_output := _transposed_maybe(left)) is not None:
+        forward = _forward_maybe(right, 0, node)
+    else:
+        grad_output, weight = left, _transposed_maybe(right)
+        forward = None if weight is None else _forward_maybe(weight, 1, node)
+    if forward is None:
+        return None
+    input_, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
+    products = [n for n in grad_output.users if _is_backward_product(n) and _same_call(n, node)]
+    products += [
+        n
+        for user in grad_output.users
+        if _transposed_maybe(user) is grad_output
+        for n in user.users
+        if _is_backward_product(n) and _same_call(n, node)
+    ]
+    by_weight = [n for n in products if _transposed_maybe(n.args[1]) is transposed_weight]
+    by_input = [n for n in products if n.args[1] is input_]
+    grad_input_node = by_weight[0] if by_weight else None
+    grad_weight_node = by_input[0] if by_input else None
+    if node not in (grad_input_node, grad_weight_node):
+        return None
+    return LinearMatch(
+        node, grad_output, input_, transposed_weight, grad_input_node, grad_weight_node
+    )
+
+
+def _is_backward_product(node: fx.Node) -> bool:
+    return (
+        node.target is aten.mm.default
+        and node.meta.get("partitioner_tag") == "is_backward"
+        and not node.meta.get(INSERTED_KEY)
+    )
+
+
+def _same_call(node: fx.Node, other: fx.Node) -> bool:
+    """Say whether two nodes stem from one autograd call."""
+    return node.meta.get("seq_nr") == other.meta.get("seq_nr")
+
+
+def _transposed_maybe(node: object) -> fx.Node | None:
+    """Return what a node is the matrix transpose of, None if it is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.t.default or (
+        node.target is aten.permute.default and node.args[1] == [1, 0]
+    ):
+        return cast(fx.Node, node.args[0])
+    return None
+
+
+def _forward_maybe(operand: fx.Node, position: int, backward: fx.Node) -> fx.Node | None:
+    """Return the forward product of the call that takes `operand` at `position`."""
+    for user in operand.users:
+        if (
+            user.target in (aten.mm.default, aten.addmm.default)
+            and user.args[-2:][position] is operand
+            and user.meta.get("partitioner_tag") == "is_forward"
+            and _same_call(user, backward)
+        ):
+            return user
+    return None

@@ -1,0 +1,141 @@
+"""Operators with fake kernels of their own, where torch's ask for the size of an unbacked k.
+
+`aten.convolution_backward` on tensors whose channel count is read at run time: its fake kernel
+guards on that count where it is not the leading size (and on torch 2.11 everywhere), and Inductor's
+lowering guards on the weight's. Here the layout of the results is an argument and not a question.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["conv_backward_flops", "reduced_conv_backward"]
+
+aten = torch.ops.aten
+
+_library = torch.library.Library("ssprop", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding,"
+    " int[] dilation, bool transposed, int[] output_padding, SymInt groups, bool[] output_mask,"
+    " bool channels_last) -> (Tensor, Tensor)"
+)
+
+
+def _conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_input, grad_weight, _ = aten.convolution_backward(
+        grad_output,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [*output_mask, False],
+    )
+    layout = _memory_format(input.ndim, channels_last)
+    unwanted = grad_output.new_empty(0)
+    return (
+        grad_input.contiguous(memory_format=layout) if output_mask[0] else unwanted,
+        grad_weight.contiguous(memory_format=layout) if output_mask[1] else unwanted,
+    )
+
+
+def _fake_conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+
+    def empty(shape: Sequence[int], is_wanted: bool) -> Tensor:
+        if not is_wanted:
+            return grad_output.new_empty(0)
+        return grad_output.new_empty_strided(shape, _strides(shape, channels_last))
+
+    return empty(input.shape, output_mask[0]), empty(weight.shape, output_mask[1])
+
+
+_library.impl(  # type: ignore[no-untyped-call]
+    "conv_backward", _conv_backward, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("ssprop::conv_backward", _fake_conv_backward, lib=_library)
+
+reduced_conv_backward = torch.ops.ssprop.conv_backward.default
+
+
+def conv_backward_flops(
+    grad_output_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    output_mask: Sequence[bool],
+) -> int:
+    """Return the floating-point operations of a convolution's backward, two a multiply-add.
+
+    Each gradient of input and weight takes as many products as the forward. The formula of
+    `torch.utils.flop_counter` for the backward miscounts groups.
+    """
+    positions = math.prod(input_shape if transposed else grad_output_shape)
+    return 2 * positions * math.prod(weight_shape[1:]) * sum(output_mask[:2])
+
+
+@register_flop_formula(torch.ops.ssprop.conv_backward)
+def _reduced_flops(
+    grad_output_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    output_mask: Sequence[bool],
+    *_args: object,
+    **_kwargs: object,
+) -> int:
+    return conv_backward_flops(
+        grad_output_shape, input_shape, weight_shape, transposed, output_mask
+    )
+
+
+def _memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+def _strides(shape: Sequence[int], channels_last: bool) -> list[int]:
+    """Return dense strides; without torch's own max(size, 1), which asks for the size."""
+    order = [1, *range(len(shape) - 1, 1, -1), 0] if channels_last else range(len(shape))[::-1]
+    strides = [1] * len(shape)
+    step = 1
+    for dim in order:
+        strides[dim] = step
+        step = step * shape[dim]
+    return strides

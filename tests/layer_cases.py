@@ -1,0 +1,218 @@
+"""Random single layers, what the packages make of their backward, and what an oracle does.
+
+`python tests/layer_cases.py 10000` runs that many cases against the oracle.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import keep_count, mask_channels
+from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
+from ssprop_passes.linear import sparse_linear_backward
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution; one entry a spatial dimension where a tuple."""
+
+    batch: int
+    size: tuple[int, ...]
+    inputs_of_group: int
+    channels_of_group: int
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    transposed: bool
+    channels_last: bool
+    dtype: torch.dtype
+    drop_rate: float
+    output_mask: tuple[bool, bool, bool]
+    seed: int
+
+    @property
+    def channels(self) -> int:
+        return self.channels_of_group * self.groups
+
+    @property
+    def selection_groups(self) -> int:
+        return 1 if self.inputs_of_group == 1 else self.groups
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, weight and bias."""
+        generator = torch.Generator().manual_seed(self.seed)
+        inputs = self.inputs_of_group * self.groups
+        weight_shape = (
+            (inputs, self.channels_of_group)
+            if self.transposed
+            else (self.channels, self.inputs_of_group)
+        )
+        shapes = ((self.batch, inputs, *self.size), (*weight_shape, *self.kernel), (self.channels,))
+        tensors = [torch.randn(s, dtype=self.dtype, generator=generator) for s in shapes]
+        if self.channels_last and len(self.size) == 2:
+            tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+        return tuple(tensors)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        name = f"conv{'_transpose' if self.transposed else ''}{len(self.size)}d"
+        kwargs = {"output_padding": self.output_padding} if self.transposed else {}
+        return getattr(functional, name)(
+            x,
+            weight,
+            bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            **kwargs,
+        )
+
+    def keep_count(self) -> int:
+        return keep_count(self.channels // self.selection_groups, self.drop_rate)
+
+    def sparse(self, grad_output: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        geometry = ConvGeometry(
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return sparse_conv_backward(
+            grad_output, x, weight, self.keep_count(), geometry, self.output_mask
+        )
+
+    @property
+    def channel_dim(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """A linear layer."""
+
+    rows: int
+    features: int
+    channels: int
+    dtype: torch.dtype
+    drop_rate: float
+    output_mask: tuple[bool, bool, bool]
+    seed: int
+    selection_groups: int = 1
+    channel_dim: int = 1
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input, weight and bias."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = ((self.rows, self.features), (self.channels, self.features), (self.channels,))
+        return tuple(torch.randn(s, dtype=self.dtype, generator=generator) for s in shapes)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    def sparse(self, grad_output: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        k = keep_count(self.channels, self.drop_rate)
+        return sparse_linear_backward(grad_output, x, weight, k, self.output_mask)
+
+
+Case = ConvCase | LinearCase
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def check(case: Case) -> None:
+    """Compare the sparse gradients of a case with the dense ones of the masked grad_output."""
+    tensors = [t.requires_grad_() for t in case.tensors()]
+    output = case.forward(*tensors)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    grad_output = torch.randn(output.shape, dtype=case.dtype, generator=generator)
+    if output.is_contiguous(memory_format=torch.channels_last) if output.ndim == 4 else False:
+        grad_output = grad_output.to(memory_format=torch.channels_last)
+    masked = mask_channels(grad_output, case.drop_rate, case.selection_groups, case.channel_dim)
+    expected = torch.autograd.grad(output, tensors, masked)
+    with torch.no_grad():
+        actual = case.sparse(grad_output, *tensors[:2])
+    for got, want, is_wanted in zip(actual, expected, case.output_mask, strict=True):
+        assert (got is not None) == is_wanted
+        if got is not None:
+            assert got.shape == want.shape
+            assert got.dtype == want.dtype
+            error = (got - want).norm() / want.norm().clamp(min=1e-30)
+            assert error < TOLERANCE[case.dtype] or want.norm() == 0 == got.norm()
+
+
+DROP_RATES = st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.95])
+DTYPES = st.sampled_from([torch.float64, torch.float32])
+MASKS = st.tuples(st.booleans(), st.booleans(), st.booleans())
+SEEDS = st.integers(0, 2**31)
+
+
+@st.composite
+def conv_cases(draw: st.DrawFn) -> ConvCase:
+    dims = draw(st.integers(1, 3))
+
+    def per_dim(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, dilation, padding, stride = per_dim(1, 3), per_dim(1, 2), per_dim(0, 2), per_dim(1, 3)
+    transposed = draw(st.booleans())
+    # Large enough for one output position; a transposed convolution's output must be positive.
+    size = tuple(
+        draw(st.integers(1, 6)) + (2 * p + 1 if transposed else d * (k - 1))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    )
+    return ConvCase(
+        batch=draw(st.integers(1, 3)),
+        size=size,
+        inputs_of_group=draw(st.sampled_from([1, 1, 2, 3])),
+        channels_of_group=draw(st.integers(1, 6)),
+        groups=draw(st.sampled_from([1, 1, 2, 4])),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        output_padding=tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+        if transposed
+        else (0,) * dims,
+        transposed=transposed,
+        channels_last=draw(st.booleans()),
+        dtype=draw(DTYPES),
+        drop_rate=draw(DROP_RATES),
+        output_mask=draw(MASKS),
+        seed=draw(SEEDS),
+    )
+
+
+LINEAR_CASES = st.builds(
+    LinearCase,
+    rows=st.integers(1, 9),
+    features=st.integers(1, 9),
+    channels=st.integers(1, 20),
+    dtype=DTYPES,
+    drop_rate=DROP_RATES,
+    output_mask=MASKS,
+    seed=SEEDS,
+)
+CASES = st.one_of(conv_cases(), conv_cases(), LINEAR_CASES)
+
+
+def run(count: int) -> None:
+    """Check `count` random cases."""
+    quiet = list(HealthCheck)
+    settings(max_examples=count, deadline=None, suppress_health_check=quiet, database=None)(
+        given(CASES)(check)
+    )()
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]))
+    print(f"{sys.argv[1]} cases, none failing")

@@ -1,0 +1,164 @@
+"""Every kind of layer through ssprop_compile, against the oracle in float64."""
+
+import pytest
+import torch
+from oracle import gradients, oracle_gradients, relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
+
+EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
+
+# name -> layer, shape of its input
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(6, 12, 3, stride=2), (2, 6, 15)),
+    "conv2d": (lambda: nn.Conv2d(3, 10, 3, dilation=2), (2, 3, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(3, 10, 2, padding=1, bias=False), (2, 3, 4, 5, 6)),
+    "conv2d, same": (lambda: nn.Conv2d(3, 10, (2, 4), padding="same"), (2, 3, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 20, 3, groups=4), (2, 8, 7, 7)),
+    "grouped, 1d": (lambda: nn.Conv1d(8, 20, 3, groups=2), (2, 8, 9)),
+    "depthwise": (lambda: nn.Conv2d(10, 10, 3, padding=1, groups=10), (2, 10, 7, 7)),
+    "depthwise, multiplied": (lambda: nn.Conv2d(5, 15, 3, stride=2, groups=5), (2, 5, 9, 9)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 10, 3, stride=2, output_padding=1), (2, 4, 5, 5)),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(6, 12, 2, groups=3), (2, 6, 5, 5)),
+    "transposed, depthwise": (lambda: nn.ConvTranspose1d(6, 12, 2, groups=6), (2, 6, 5)),
+    "linear": (lambda: nn.Linear(7, 12), (5, 7)),
+    "linear, 3-D": (lambda: nn.Linear(7, 12), (2, 5, 7)),
+    "linear, 4-D, no bias": (lambda: nn.Linear(7, 12, bias=False), (2, 3, 4, 7)),
+    "one point": (lambda: nn.Conv2d(6, 12, 1), (3, 6, 1, 1)),
+}
+
+
+class Permuted(nn.Module):
+    """A linear layer on an input whose last dimension is not contiguous, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2)) + self.layer(x.transpose(1, 2).tanh())
+
+
+LAYERS["linear, permuted, twice"] = (Permuted, (2, 6, 5))
+
+
+def loss(output: Tensor) -> Tensor:
+    return output.square().mean() + output.sin().sum()
+
+
+def everywhere(module: nn.Module, name: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_equal_the_oracle(name: str, memory_format: torch.memory_format) -> None:
+    make, shape = LAYERS[name]
+    if memory_format is torch.channels_last and len(shape) != 4:
+        pytest.skip("channels_last is a layout of four dimensions")
+    # Between two pointwise functions, so that grad_output and input are computed ones.
+    model = nn.Sequential(nn.Tanh(), make(), nn.Tanh()).double()
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
+    expected = oracle_gradients(model, x, 0.7, everywhere, loss)
+    scheduler = SparsityScheduler(constant(0.7))
+    compiled = ssprop_compile(model, scheduler, config=EXACT, backend="aot_eager")
+    x.requires_grad_()
+    loss(compiled(x)).backward()
+    assert relative_error(gradients(model, x), expected) < 1e-10
+    assert {site.reason for site in report(compiled).sites} == {""}
+    assert report(compiled).saved_flops > 0.5 * report(compiled).backward_flops
+
+
+class Zoo(nn.Module):
+    """One of every kind, for a single compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name.replace(".", ""): LAYERS[name][0]() for name in LAYERS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for name, layer in self.layers.items():
+            shape = LAYERS[name][1]
+            data = x[: torch.Size(shape).numel()].view(shape)
+            total = total + functional.silu(layer(data.tanh())).square().sum()
+        return total
+
+
+def test_gradients_equal_the_oracle_under_inductor() -> None:
+    model = Zoo().double()
+    x = torch.randn(1000, dtype=torch.float64)
+    expected = oracle_gradients(model, x, 0.7, everywhere, loss)
+    compiled = ssprop_compile(model, SparsityScheduler(constant(0.7)), config=EXACT)
+    x.requires_grad_()
+    loss(compiled(x)).backward()
+    assert relative_error(gradients(model, x), expected) < 1e-10
+    assert len(report(compiled).sparse_sites) == len(LAYERS) + 1
+    assert {site.reason for site in report(compiled).sites} == {""}
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 12), lambda: nn.Conv1d(6, 12, 1)])
+def test_only_the_wanted_gradients(make: type[nn.Module], frozen: str) -> None:
+    layer = make().double()
+    x = torch.randn(3, 6, 6, dtype=torch.float64)
+    expected = oracle_gradients(layer, x, 0.5, everywhere, loss)
+    if frozen == "input":
+        expected.pop("inputs")
+    else:
+        expected.pop(frozen)
+        getattr(layer, frozen).requires_grad_(False)
+        x.requires_grad_()
+    compiled = ssprop_compile(
+        layer, SparsityScheduler(constant(0.5)), config=EXACT, backend="aot_eager"
+    )
+    loss(compiled(x)).backward()
+    assert relative_error(gradients(layer, x), expected) < 1e-10
+
+
+def test_the_keep_count_of_a_grouped_convolution_is_that_of_a_group() -> None:
+    layer = nn.Conv2d(8, 40, 3, groups=4)
+    scheduler = SparsityScheduler(constant(0.75))
+    compiled = ssprop_compile(layer, scheduler, config=EXACT, backend="aot_eager")
+    loss(compiled(torch.randn(2, 8, 5, 5))).backward()
+    assert scheduler.keep_counts.tolist() == [2]
+    rows = (layer.weight.grad.flatten(1).abs().sum(1) > 0).view(4, 10).sum(1)
+    assert rows.tolist() == [2, 2, 2, 2]
+    assert report(compiled).sites[0].kept == 8
+
+
+def test_products_of_activations_are_not_touched() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    for shape in ((5, 8), (2, 5, 8)):
+        model = Attention().double()
+        x = torch.randn(shape, dtype=torch.float64)
+        expected = oracle_gradients(model, x, 0.5, everywhere, loss)
+        compiled = ssprop_compile(
+            model, SparsityScheduler(constant(0.5)), config=EXACT, backend="aot_eager"
+        )
+        x.requires_grad_()
+        loss(compiled(x)).backward()
+        assert relative_error(gradients(model, x), expected) < 1e-10
+        assert [site.name for site in report(compiled).sparse_sites] == ["qkv"]
+
+
+def test_targets_choose_the_kinds() -> None:
+    for target, names in (("conv", {"0"}), ("linear", {"2"})):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 16))
+        config = SparsityConfig(channel_multiple=1, min_channels=1, targets=(target,))
+        scheduler = SparsityScheduler(constant(0.5))
+        compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")
+        loss(compiled(torch.randn(2, 3, 5, 5))).backward()
+        assert {site.name for site in report(compiled).sparse_sites} == names
+        (dense,) = [site for site in report(compiled).sites if site.reason]
+        assert "not among the targets" in dense.reason
