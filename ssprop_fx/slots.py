@@ -12,6 +12,7 @@ from typing import Literal, cast
 import torch
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ssprop_fx.config import SparsityConfig
 
@@ -61,6 +62,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = f"{target} layers are not among the targets"
         elif config.filter_fn is not None and not config.filter_fn(module, name):
             excluded[name] = "filtered out by filter_fn"
+        elif isinstance(module, NonDynamicallyQuantizableLinear):
+            excluded[name] = "nn.MultiheadAttention takes its weight and does not call it"
         elif module in classifier:
             excluded[name] = "the classifier"
         elif channels < config.min_channels:

@@ -188,3 +188,9 @@ def test_the_classifier_of_a_timm_model_stays_dense_unless_filter_fn_decides():
 def test_channels_are_selected_within_groups_but_across_a_depthwise_layer(layer, channels, groups):
     (slot,) = find_slots(layer, SparsityConfig(min_channels=1)).slots
     assert (slot.channels, slot.groups) == (channels, groups)
+
+
+def test_the_projection_inside_multi_head_attention_stays_dense():
+    table = find_slots(nn.MultiheadAttention(64, 2), SparsityConfig())
+    assert table.slots == ()
+    assert set(table.excluded) == {"out_proj"}
