@@ -88,7 +88,7 @@ class SparseBackend:
                 "the model's layers have changed since ssprop_compile: call it again, on the"
                 " changed model"
             )
-        layers = mark_layers(gm, self.model)
+        layers = mark_layers(gm, example_inputs, self.model)
         gm = with_extra_input(gm, self.keep_counts.tensor)
         inputs = [*example_inputs, self.keep_counts.tensor]
         key = record_key(gm, inputs, repr((self.table.slots, self.table.excluded, layers)))
@@ -184,31 +184,54 @@ def compile_aot_eager(
         return lookup_backend("aot_eager")(gm, list(inputs))
 
 
-def mark_layers(gm: fx.GraphModule, model: nn.Module) -> tuple[str, ...]:
+def mark_layers(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
+) -> tuple[str, ...]:
     """Write into each node's metadata the name of the layer that it belongs to.
 
-    AOTAutograd copies `meta["custom"]` to the backward nodes. The layer is found by the identity
-    of the module object: its path in Dynamo's metadata starts at whatever frame is being
-    compiled, and after a graph break that is not the model.
+    AOTAutograd copies `meta["custom"]` to the backward nodes. A node that takes a layer's weight
+    belongs to that layer, any other node to the innermost module whose forward it stems from.
+    Both are found by the identity of an object: the paths in Dynamo's metadata start at whatever
+    frame is being compiled, and after a graph break that is not the model.
 
     Args:
         gm: the graph that Dynamo captured; subgraphs are marked as well.
+        example_inputs: its inputs.
         model: the model.
 
     Returns:
         The names, in order of the marked nodes.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    modules: dict[int, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        modules[id(module)] = name
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), name)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = {
+        node: owners[id(value)]
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if id(value) in owners
+    }
     layers: list[str] = []
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
-            stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
-            name = names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
-            if node.op in ("call_function", "call_method") and name is not None:
+    for graph_module in gm.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
+            if node.op not in ("call_function", "call_method"):
+                continue
+            owned = [weights[operand] for operand in node.all_input_nodes if operand in weights]
+            name = owned[0] if len(owned) == 1 else _innermost_module_maybe(node, modules)
+            if name is not None:
                 node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
                 layers.append(name)
     return tuple(layers)
+
+
+def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
+    """Return the name of the innermost module whose forward a node stems from."""
+    # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
+    stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
+    return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
 
 
 def with_extra_input(gm: fx.GraphModule, tensor: Tensor) -> fx.GraphModule:

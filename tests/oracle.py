@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 
 def keep_count(channels: int, drop_rate: float) -> int:
@@ -29,6 +31,41 @@ def mask_channels(grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1)
     shape = [1] * grad.ndim
     shape[dim] = -1
     return grad * mask.view(shape)
+
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class MaskCalls(TorchFunctionMode):
+    """Masks the calls that take a layer's weight without calling the layer.
+
+    A call from inside the layer is masked twice, by this and by the hook, and the second time
+    changes nothing.
+    """
+
+    def __init__(self, owners: dict[int, nn.Module], drop_rate: float) -> None:
+        super().__init__()
+        self.owners = owners
+        self.drop_rate = drop_rate
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        module = self.owners.get(id(weight))
+        if func in FUNCTIONS and module is not None and output.requires_grad:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            groups = selection_groups(module)
+            output.register_hook(lambda grad: mask_channels(grad, self.drop_rate, groups, dim))
+        return output
+
+
+FUNCTIONS = {
+    functional.linear,
+    *(getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
+}
 
 
 def selection_groups(module: nn.Module) -> int:
@@ -57,10 +94,14 @@ def oracle_gradients(
 
         module.register_forward_hook(hook)
 
+    owners: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and takes_part(module, name):
+        if isinstance(module, LAYERS) and takes_part(module, name):
             install(module)
-    loss(model(inputs)).backward()
+            owners.setdefault(id(module.weight), module)
+    with MaskCalls(owners, drop_rate):
+        output = model(inputs)
+    loss(output).backward()
     return gradients(model, inputs)
 
 

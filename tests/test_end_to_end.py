@@ -99,7 +99,7 @@ class Branches(nn.Module):
 def test_layers_keep_their_slots_through_graph_breaks_and_repeated_calls() -> None:
     model = Branches().double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    # The functional call belongs to no layer's forward, so it stays dense, as in the oracle.
+    # The functional call with a computed weight is of no layer, so it stays dense.
     expected = oracle_gradients(model, x, 0.6, everywhere, loss)
     scheduler = SparsityScheduler(constant(0.6))
     compiled = ssprop_compile(model, scheduler, config=EXACT, backend="aot_eager")

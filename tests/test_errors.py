@@ -156,14 +156,14 @@ def test_layers_that_dynamo_runs_eagerly_are_named() -> None:
 
 def test_a_model_in_which_nothing_can_be_sparse_warns() -> None:
     class Functional(nn.Module):
-        """Its convolution is not that of the layer that owns the weight."""
+        """Its convolution takes a computed weight, outside of the layer."""
 
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Conv2d(3, 8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.conv2d(x, self.layer.weight)
+            return nn.functional.conv2d(x, self.layer.weight.tanh())
 
     scheduler = SparsityScheduler(constant(0.5))
     config = SparsityConfig(min_channels=1)

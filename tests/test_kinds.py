@@ -162,3 +162,27 @@ def test_targets_choose_the_kinds() -> None:
         assert {site.name for site in report(compiled).sparse_sites} == names
         (dense,) = [site for site in report(compiled).sites if site.reason]
         assert "not among the targets" in dense.reason
+
+
+def test_a_call_with_a_layers_weight_is_that_layers() -> None:
+    class Borrowing(nn.Module):
+        """As BEiT and EVA do: the weight of a layer in a functional call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24, bias=False)
+            self.bias = nn.Parameter(torch.randn(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, weight=self.qkv.weight, bias=self.bias)
+
+    model = Borrowing().double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = oracle_gradients(model, x, 0.5, everywhere, loss)
+    compiled = ssprop_compile(
+        model, SparsityScheduler(constant(0.5)), config=EXACT, backend="aot_eager"
+    )
+    x.requires_grad_()
+    loss(compiled(x)).backward()
+    assert relative_error(gradients(model, x), expected) < 1e-10
+    assert [site.name for site in report(compiled).sparse_sites] == ["qkv"]

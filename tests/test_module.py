@@ -364,14 +364,14 @@ class TestNoEffect:
 
     def test_a_model_whose_sites_are_all_left_dense_warns_once(self):
         class Borrowing(nn.Module):
-            """Its convolution is not a call of the layer that owns the weight."""
+            """Its convolution takes a computed weight, outside of the layer."""
 
             def __init__(self):
                 super().__init__()
                 self.layer = nn.Conv2d(32, 32, 3)
 
             def forward(self, x):
-                return nn.functional.conv2d(x, self.layer.weight)
+                return nn.functional.conv2d(x, self.layer.weight.tanh())
 
         model = compiled(Borrowing())
         x = torch.randn(2, 32, 8, 8)
