@@ -112,17 +112,22 @@ def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest relative error (2-norm) over all gradients.
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative error (2-norm) of each gradient.
 
     Some gradients are zero but for rounding, such as that of a bias before batch norm: a gradient
     is not measured against less than a millionth of the largest one.
     """
     assert actual.keys() == expected.keys()
     floor = 1e-6 * max(want.double().norm() for want in expected.values())
-    errors = [
-        ((actual[name].double() - want.double()).norm() / want.double().norm().clamp(min=floor))
+    errors = {
+        name: ((actual[name].double() - want.double()).norm() / want.double().norm().clamp(floor))
         for name, want in expected.items()
-    ]
-    assert not any(error.isnan() for error in errors), "NaN in a gradient"
-    return max(errors).item()
+    }
+    assert not any(error.isnan() for error in errors.values()), "NaN in a gradient"
+    return {name: error.item() for name, error in errors.items()}
+
+
+def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest relative error of all gradients."""
+    return max(relative_errors(actual, expected).values())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
 
 MODELS = ("resnet18", "vgg11", "vgg11_bn", "densenet121", "regnety_002")
+SLOWER = ("vgg11_bn", "densenet121", "regnety_002")
 SIZE = 64
 
 
@@ -35,8 +36,15 @@ def error_of(name: str, drop_rate: float, backend: str) -> float:
     return relative_error(gradients(model, inputs), expected)
 
 
-@pytest.mark.parametrize("drop_rate", [0.5, 0.8])
-@pytest.mark.parametrize("name", MODELS)
+CASES = [
+    # The slower models at the second rate among the slow tests.
+    pytest.param(name, rate, marks=pytest.mark.slow if rate == 0.5 and name in SLOWER else ())
+    for name in MODELS
+    for rate in (0.5, 0.8)
+]
+
+
+@pytest.mark.parametrize(("name", "drop_rate"), CASES)
 def test_gradients_equal_the_oracle_under_aot_eager(name: str, drop_rate: float) -> None:
     assert error_of(name, drop_rate, "aot_eager") < 1e-8
 
