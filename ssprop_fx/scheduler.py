@@ -16,18 +16,32 @@ class KeepCounts:
     Made by `SparsityScheduler.register`.
 
     Attributes:
-        channels: channels that each of the model's slots keeps some of.
+        channels: output channels of each of the model's slots.
+        groups: number of groups that each selects them in.
         multiple: keep counts are rounded to multiples of this; assign and call
             `SparsityScheduler.refresh` to change it.
     """
 
     def __init__(
-        self, scheduler: "SparsityScheduler", start: int, channels: Sequence[int], multiple: int
+        self,
+        scheduler: "SparsityScheduler",
+        start: int,
+        channels: Sequence[int],
+        multiple: int,
+        groups: Sequence[int],
     ) -> None:
         self._scheduler = scheduler
         self._start = start
         self.channels = tuple(channels)
         self.multiple = multiple
+        self.groups = tuple(groups)
+
+    def at(self, drop_rate: float) -> list[int]:
+        """Return the keep count of each slot at a drop rate."""
+        return [
+            keep_count(channels, drop_rate, self.multiple, groups)
+            for channels, groups in zip(self.channels, self.groups, strict=True)
+        ]
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -106,12 +120,15 @@ class SparsityScheduler:
             )
         self._set_step(last_step)
 
-    def register(self, channels: Sequence[int], multiple: int) -> KeepCounts:
+    def register(
+        self, channels: Sequence[int], multiple: int, groups: Sequence[int] | None = None
+    ) -> KeepCounts:
         """Add a model's slots to the runtime sparsity tensor. `ssprop_compile` calls this.
 
         Args:
-            channels: channels that each slot keeps some of: output channels, of one group.
+            channels: output channels of each slot.
             multiple: keep counts are rounded to multiples of this.
+            groups: number of groups that each slot selects channels in; one by default.
 
         Returns:
             The model's part of the tensor.
@@ -119,18 +136,14 @@ class SparsityScheduler:
         start = self._keep_counts.numel()
         # In place, so that whoever holds the tensor or a part of it goes on seeing the counts.
         self._keep_counts.resize_(start + len(channels))
-        counts = KeepCounts(self, start, channels, multiple)
+        counts = KeepCounts(self, start, channels, multiple, groups or [1] * len(channels))
         self._registered.append(counts)
         self.refresh()
         return counts
 
     def refresh(self) -> None:
         """Write the keep counts of the drop rate in force into the runtime sparsity tensor."""
-        values = [
-            keep_count(channels, self._drop_rate, counts.multiple)
-            for counts in self._registered
-            for channels in counts.channels
-        ]
+        values = [k for counts in self._registered for k in counts.at(self._drop_rate)]
         self._keep_counts.copy_(torch.tensor(values, dtype=torch.int64))
 
     def _set_step(self, step: int) -> None:

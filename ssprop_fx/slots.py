@@ -112,27 +112,31 @@ def resolve_multiple(channel_multiple: int | Literal["auto"], device_type: str) 
     return channel_multiple
 
 
-def keep_count(channels: int, drop_rate: float, multiple: int = 1) -> int:
-    """Return how many of `channels` a backward keeps at `drop_rate`.
+def keep_count(channels: int, drop_rate: float, multiple: int = 1, groups: int = 1) -> int:
+    """Return how many channels of each group a backward keeps at `drop_rate`.
 
     Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
-    arXiv 2408.12561); others round to the nearest multiple, at least one and at most `channels`.
-    On torch releases below 2.12 the smallest keep count is 2 (`MIN_KEEP_COUNT`).
+    arXiv 2408.12561), in each group. With others the kept channels of all groups together are the
+    nearest multiple, at least one of each group. On torch releases below 2.12 the smallest keep
+    count is 2 (`MIN_KEEP_COUNT`).
 
     Args:
         channels: output channels of the layer.
         drop_rate: fraction in [0, 1) left out.
         multiple: channels are kept in multiples of this.
+        groups: number of groups that channels are selected in.
 
     Returns:
-        The keep count, in [1, channels].
+        The keep count, in [1, channels / groups].
 
     Example:
         >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
         (12, 16, 16)
+        >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)
+        (3, 4)
     """
-    if multiple == 1:
-        kept = int((1 - drop_rate) * channels)
-    else:
-        kept = math.floor((1 - drop_rate) * channels / multiple + 0.5) * multiple
-    return min(max(kept, multiple, MIN_KEEP_COUNT), channels)
+    channels_of_group = channels // groups
+    step = multiple // math.gcd(multiple, groups)
+    kept = (1 - drop_rate) * channels_of_group
+    rounded = int(kept) if multiple == 1 else math.floor(kept / step + 0.5) * step
+    return min(max(rounded, step, MIN_KEEP_COUNT), channels_of_group)

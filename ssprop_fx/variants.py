@@ -49,8 +49,10 @@ class Variants:
         self.config = config
         self.compile_kwargs = compile_kwargs
         self.table = find_slots(model, config)
-        channels = [slot.channels // slot.groups for slot in self.table.slots]
-        self.part = keep_counts or scheduler.register(channels, self._multiple())
+        slots = self.table.slots
+        self.part = keep_counts or scheduler.register(
+            [slot.channels for slot in slots], self._multiple(), [slot.groups for slot in slots]
+        )
         self.backend = SparseBackend(
             model, config, self.table, self.part, compile_kwargs["backend"], self._options()
         )
@@ -62,7 +64,7 @@ class Variants:
             dynamic=compile_kwargs["dynamic"],
         )
         self._warned = False
-        if not channels:
+        if not slots:
             self._warn(_why_no_layer(self.table.excluded), stacklevel=5)
 
     @property

@@ -194,3 +194,20 @@ def test_the_projection_inside_multi_head_attention_stays_dense():
     table = find_slots(nn.MultiheadAttention(64, 2), SparsityConfig())
     assert table.slots == ()
     assert set(table.excluded) == {"out_proj"}
+
+
+@pytest.mark.parametrize(
+    ("channels", "drop_rate", "multiple", "groups", "expected"),
+    [
+        (64, 0.8, 1, 4, 3),  # max(int(0.2 * 16), 1)
+        (64, 0.95, 1, 8, 1),
+        (128, 0.8, 16, 8, 4),  # 3.2 of 16, in steps of 2
+        (320, 0.8, 16, 20, 4),  # 20 groups of 4 are 80, a multiple of 16
+        (256, 0.8, 16, 32, 2),  # 32 groups of any size are
+        (24, 0.8, 16, 3, 8),  # no smaller multiple of 16 than all
+    ],
+)
+def test_keep_counts_of_groups(channels, drop_rate, multiple, groups, expected):
+    assert keep_count(channels, drop_rate, multiple, groups) == min(expected, channels // groups)
+    kept = groups * keep_count(channels, drop_rate, multiple, groups)
+    assert kept == channels or kept % multiple == 0
