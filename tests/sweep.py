@@ -6,10 +6,12 @@ the table; `python tests/sweep.py --model NAME` checks one and prints its row as
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -218,8 +220,14 @@ def check_apart(name: str) -> Row:
     """Check a model in a process of its own, so that a crash or a hang is a row as well."""
     command = [sys.executable, "-W", "ignore", __file__, "--model", name]
     try:
+        # One thread each: processes that spin on the same cores slow each other by far more.
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
         return Row(name, failure=f"more than {TIMEOUT_S} s")
@@ -263,17 +271,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, help="file for the table")
     parser.add_argument("--model", help="check this one and print its row")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     args = parser.parse_args()
     if args.model:
         print(json.dumps(asdict(check(args.model))))
         return
-    rows: dict[str, list[Row]] = {}
-    for module, names in MODELS.items():
-        for name in names:
-            row = check_apart(name)
-            print(module, row, flush=True)
-            rows.setdefault(module, []).append(row)
-    args.output.write_text(markdown(rows))
+    names = [name for found in MODELS.values() for name in found]
+    rows: dict[str, Row] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(check_apart, names):
+            print(row, flush=True)
+            rows[row.model] = row
+    args.output.write_text(
+        markdown({module: [rows[name] for name in found] for module, found in MODELS.items()})
+    )
 
 
 if __name__ == "__main__":
