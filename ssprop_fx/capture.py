@@ -4,6 +4,7 @@ Private torch: fake tensors, and Dynamo's record of the code that it has compile
 """
 
 import copy
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ssprop_passes.graph_pass import is_joint_graph
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache
+from torch._dynamo.exc import TorchDynamoException
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -68,25 +70,21 @@ def capture_joint_graphs(
     try:
         mode, device, model, inputs = _fake_copies(model, (tuple(args), dict(kwargs)))
     except Exception as error:
-        raise CaptureError(f"the model cannot be copied without its values: {_line(error)}") from (
-            error
-        )
+        message = f"the model cannot be copied to fake tensors: {_line(error)}"
+        raise CaptureError(message) from error
     model.train()
     backend = _Backend(model, visit)
     step = _fresh_function(lambda model, args, kwargs: model(*args, **kwargs))
     # Static shapes, so that Dynamo does not note these sizes against later ones of the user's.
-    compiled = torch.compile(step, backend=backend, dynamic=False)
+    compiled = torch.compile(step, backend=backend, dynamic=False, **_isolated())
     try:
         with _no_traces_in_dynamo(), torch.enable_grad(), mode:
             compiled(model, *inputs)
     except Exception as error:
-        cause = backend.error or error
-        raise CaptureError(f"the model cannot be traced without values: {_line(cause)}") from cause
+        raise _trace_error(backend.error or error) from error
     if backend.error is not None:
-        # Dynamo swallowed it and ran eager.
-        raise CaptureError(
-            f"the model cannot be traced without values: {_line(backend.error)}"
-        ) from backend.error
+        # Dynamo swallowed it and ran eagerly.
+        raise _trace_error(backend.error) from backend.error
     if not backend.was_called:
         raise CaptureError(
             "Dynamo captured no graph of the model: is compilation disabled"
@@ -169,6 +167,12 @@ def _fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(function.__code__.replace(), function.__globals__)
 
 
+def _isolated() -> dict[str, Any]:
+    """Return what keeps this use of `torch.compile` from counting as a recompile of another."""
+    is_known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if is_known else {}
+
+
 @contextmanager
 def _no_traces_in_dynamo() -> Iterator[None]:
     """Forget afterwards what Dynamo compiles meanwhile.
@@ -191,7 +195,16 @@ def _no_traces_in_dynamo() -> Iterator[None]:
             remove_from_cache(code)
 
 
+def _trace_error(error: BaseException) -> CaptureError:
+    return CaptureError(f"the model cannot be traced on fake tensors: {_line(error)}")
+
+
 def _line(error: BaseException) -> str:
-    """Return the first line of an error's message, with its class."""
+    """Return the first line of the message of what is at the root of an error, with its class."""
+    # Dynamo raises some of its errors "from None", and says little in them.
+    while deeper := error.__cause__ or (
+        error.__context__ if isinstance(error, TorchDynamoException) else None
+    ):
+        error = deeper
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

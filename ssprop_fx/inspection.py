@@ -167,7 +167,7 @@ def inspect_sites(
         >>> [(site.name, inspection.kept_at(site, 0.75)) for site in inspection.sites]
         [('2', 16), ('0', 16)]
         >>> round(inspection.saved_at(0.75), 3)
-        0.576
+        0.574
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

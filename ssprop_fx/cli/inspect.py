@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from typing import Any
 
 import torch
@@ -135,10 +136,15 @@ def run(args: argparse.Namespace) -> int:
 
     model, input_size = _create_model(args)
     images = torch.empty(args.batch_size, *input_size, device="meta")
+    # Torch logs what goes wrong inside it at length; here it is one line.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         inspection = inspect_sites(model, images, config=config)
     except CaptureError as error:
         raise CommandError(f"{args.model}: {error}", exit_code=1) from error
+    finally:
+        logging.disable(disabled)
     described = {
         "model": args.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -244,4 +250,6 @@ def _as_dict(inspection: Inspection, drop_rates: list[float]) -> dict[str, Any]:
 
 
 def _multiple(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {text!r}")
     return text if text == "auto" else int(text)
