@@ -88,7 +88,7 @@ def capture_joint_graphs(
     if not backend.was_called:
         raise CaptureError(
             "Dynamo captured no graph of the model: is compilation disabled"
-            " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
+            " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or its recompile limit hit?"
         )
     return Capture(frozenset(backend.captured), device)
 
@@ -178,7 +178,8 @@ def _no_traces_in_dynamo() -> Iterator[None]:
     """Forget afterwards what Dynamo compiles meanwhile.
 
     Behind a graph break Dynamo compiles the code of the model's classes, which the user's own
-    compiled models share. Code that they have compiled already is left alone.
+    compiled models share. Code that they have compiled already is left alone: there, on torch
+    releases whose `torch.compile` cannot isolate recompiles, each capture counts as one.
     """
     compiled: set[types.CodeType] = set()
 

@@ -26,7 +26,8 @@ class Inspection:
             of one batch, were they dense.
         channel_multiple: what keep counts are rounded to a multiple of.
         uncaptured: layers that take part but are called in no graph that Dynamo captured: the
-            model does not call them, or does so where Dynamo cannot follow. They train dense.
+            model does not call them, or does so where Dynamo cannot follow. They train dense, and
+            in the latter case `backward_flops` is without theirs.
     """
 
     sites: tuple[Site, ...]
@@ -120,7 +121,10 @@ class Inspection:
             for rate in drop_rates
         ]
         if self.uncaptured:
-            lines.append(f"called in no captured graph, so dense: {', '.join(self.uncaptured)}")
+            lines.append(
+                f"{len(self.uncaptured)} layers are called in no captured graph, so they stay dense"
+                f" and may be missing from the total: {', '.join(self.uncaptured)}"
+            )
         return "\n".join(lines)
 
     def by_kind(self) -> dict[str, tuple[Site, ...]]:

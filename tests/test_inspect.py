@@ -50,7 +50,6 @@ MODELS = {
     "test_resnet": (lambda: timm.create_model("test_resnet"), (2, 3, 32, 32)),
     "test_vit": (lambda: timm.create_model("test_vit"), (2, 3, 160, 160)),
     "test_efficientnet": (lambda: timm.create_model("test_efficientnet"), (2, 3, 32, 32)),
-    "test_convnext": (lambda: timm.create_model("test_convnext"), (2, 3, 64, 64)),
 }
 
 
@@ -116,7 +115,7 @@ def test_an_inspection_prints_what_it_knows() -> None:
     assert inspection.uncaptured == ("unused",)
     text = inspection.table([0.5])
     assert "fewer than min_channels=32 output channels" in text
-    assert "called in no captured graph, so dense: unused" in text
+    assert "missing from the total: unused" in text
     assert f"drop rate 0.5: {inspection.saved_at(0.5):.1%} of the backward's FLOPs saved" in text
     assert "3 of 4 sites sparse" in str(inspection)
     assert "conv2d: 3 sites, 2 sparse" in str(inspection)
@@ -178,7 +177,7 @@ def test_nothing_is_left_behind(make) -> None:
     compiled(torch.ones(2, 3, 8, 8))
     calls = counter.calls
     assert calls > 0
-    for size in range(9, 20):
+    for size in range(9, 11):
         inspect_sites(model, torch.ones(2, 3, size, size))
     compiled(torch.ones(2, 3, 8, 8))
     assert counter.calls == calls

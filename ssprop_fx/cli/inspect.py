@@ -33,7 +33,8 @@ _EPILOG = """\
   channel_multiple    what keep counts are rounded to a multiple of
   saved               list of {drop_rate, share}: share of the backward's FLOPs saved
   kinds               list of {kind, sites, sparse, share}: sites by kind
-  uncaptured          layers that take part but are called in no captured graph: they train dense
+  uncaptured          layers that take part but are called in no captured graph: they train
+                      dense, and may be missing from backward_flops
   sites               list, in backward order, of
     name              the layer's name, "" where the site belongs to none
     kind              such as conv2d
