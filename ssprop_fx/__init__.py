@@ -2,13 +2,17 @@
 
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 
+from ssprop_fx.capture import CaptureError
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.inspection import Inspection, inspect_sites
 from ssprop_fx.report import Report, report
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
 
 __all__ = [
+    "CaptureError",
+    "Inspection",
     "NoEffectWarning",
     "Report",
     "Schedule",
@@ -18,6 +22,7 @@ __all__ = [
     "bar",
     "constant",
     "cosine",
+    "inspect_sites",
     "join",
     "linear",
     "report",

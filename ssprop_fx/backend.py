@@ -170,7 +170,7 @@ def compile_inductor(
 def compile_aot_eager(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    sparse_pass: SparseBackwardPass,
+    sparse_pass: Callable[[fx.Graph], None],
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""

@@ -18,6 +18,7 @@ USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/graph_pass.py",
     "passes/ssprop_passes/rewrite.py",
     "ssprop_fx/backend.py",
+    "ssprop_fx/capture.py",
     "ssprop_fx/variants.py",
     "ssprop_fx/records.py",
 }

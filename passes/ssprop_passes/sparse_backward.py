@@ -28,7 +28,7 @@ from ssprop_passes.sites import (
     why_dense,
 )
 
-__all__ = ["SparseBackwardPass"]
+__all__ = ["SparseBackwardPass", "find_sites"]
 
 
 class SparseBackwardPass(GraphPass):
@@ -73,31 +73,14 @@ class SparseBackwardPass(GraphPass):
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
         keep_counts = find_keep_counts(graph, self.slot_count)
-        anchors = []
-        seen: set[fx.Node] = set()
-        for node in graph.nodes:
-            is_forward = node.meta.get("partitioner_tag") == "is_forward"
-            if is_forward or node in seen or node.meta.get(INSERTED_KEY):
-                continue
-            match = find_match_maybe(node)
-            self.total_flops += match.flops if match else matrix_product_flops(node)
-            if match:
-                anchors.append(node)
-                seen.update(match.nodes)
-        for node in anchors:
-            # Matched anew: what the rewrite of another site replaced may be an input of this one.
-            match = find_match_maybe(node)
-            assert match is not None
-            name = layer_name(match.node)
-            reason = why_dense(match, name, self.slots, self.excluded)
-            slot = -1 if reason else self.slots[name or ""].index
-            self.sites.append(
-                Site(
-                    name or "", match.kind, match.channels, match.groups, match.flops, slot, reason
-                )
-            )
-            if not reason:
-                self._rewrite(graph, match, keep_counts, slot)
+        found, self.total_flops = find_sites(graph, self.slots, self.excluded)
+        for node, site in found:
+            self.sites.append(site)
+            if not site.reason:
+                # Matched anew: what the rewrite of another site replaced may be an input of it.
+                match = find_match_maybe(node)
+                assert match is not None
+                self._rewrite(graph, match, keep_counts, site.slot)
 
     def _rewrite(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
         limit = match.channels // match.groups
@@ -112,6 +95,40 @@ class SparseBackwardPass(GraphPass):
         fake_mode = keep_counts.meta["val"].fake_mode
         traced = trace(replacement, inputs, fake_mode, self.decompositions())
         match.replace(splice(graph, match.node, traced, inputs))
+
+
+def find_sites(
+    graph: fx.Graph, slots: Mapping[str, Slot], excluded: Mapping[str, str]
+) -> tuple[list[tuple[fx.Node, Site]], int]:
+    """Find the sites of a joint graph, and leave the graph as it is.
+
+    Args:
+        graph: the joint graph.
+        slots: the layers that take part, by name.
+        excluded: the layers that do not, by name, with the reason.
+
+    Returns:
+        The first node of each site with what is to become of the site, in graph order; and the
+        floating-point operations of all backward convolutions and matrix products.
+    """
+    found: list[tuple[fx.Node, Site]] = []
+    total_flops = 0
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_forward = node.meta.get("partitioner_tag") == "is_forward"
+        if is_forward or node in seen or node.meta.get(INSERTED_KEY):
+            continue
+        match = find_match_maybe(node)
+        total_flops += match.flops if match else matrix_product_flops(node)
+        if match is None:
+            continue
+        seen.update(match.nodes)
+        name = layer_name(node)
+        reason = why_dense(match, name, slots, excluded)
+        slot = -1 if reason else slots[name or ""].index
+        site = Site(name or "", match.kind, match.channels, match.groups, match.flops, slot, reason)
+        found.append((node, site))
+    return found, total_flops
 
 
 def find_match_maybe(node: fx.Node) -> SiteMatch | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import ssprop_fx
-from ssprop_fx.cli import train
+from ssprop_fx.cli import inspect, train
 from ssprop_fx.training.errors import CommandError
 
 __all__ = ["main"]
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C.
+        Exit status: 0, 1 for a model that cannot be inspected, 2 for a mistake of the user's,
+        130 for Ctrl-C.
     """
     parser = _Parser(prog="ssprop-fx", description=ssprop_fx.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {ssprop_fx.__version__}")
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
     train.add_parser(subparsers)
+    inspect.add_parser(subparsers)
     try:
         args = parser.parse_args(argv)
         status: int = args.run(args)

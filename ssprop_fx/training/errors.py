@@ -1,6 +1,9 @@
 """CommandError: what the user did wrong, in one line."""
 
-__all__ = ["CommandError"]
+import difflib
+from collections.abc import Sequence
+
+__all__ = ["CommandError", "unknown_name"]
 
 
 class CommandError(Exception):
@@ -14,3 +17,16 @@ class CommandError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.exit_code = exit_code
+
+
+def unknown_name(flag: str, name: str, known: Sequence[str]) -> CommandError:
+    """Return the error for a name that timm does not know, with those that are close to it.
+
+    Args:
+        flag: what the user gave the name to.
+        name: the name.
+        known: all names that there are.
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm knows none like it"
+    return CommandError(f"{flag} {name}: unknown; {hint}")

@@ -1,6 +1,5 @@
 """What a run is made of: device, model, optimizer, schedulers."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -15,7 +14,7 @@ from ssprop_fx.config import SparsityConfig
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data import Datasets
-from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.errors import CommandError, unknown_name
 from ssprop_fx.training.schedule_spec import parse_schedule
 from ssprop_fx.training.state import TrainState
 
@@ -36,9 +35,9 @@ def check_names(config: TrainConfig) -> None:
         CommandError: timm has no such model or optimizer.
     """
     if not timm.is_model(config.model):
-        raise _unknown("--model", config.model, timm.list_models())
+        raise unknown_name("--model", config.model, timm.list_models())
     if config.opt not in list_optimizers():
-        raise _unknown("--opt", config.opt, list_optimizers())
+        raise unknown_name("--opt", config.opt, list_optimizers())
 
 
 def find_device(name: str | None) -> torch.device:
@@ -158,9 +157,3 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
         min_channels=config.min_channels,
     )
-
-
-def _unknown(flag: str, name: str, known: list[str]) -> CommandError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm knows none like it"
-    return CommandError(f"{flag} {name}: unknown; {hint}")
