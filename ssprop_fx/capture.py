@@ -108,7 +108,7 @@ class _Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.was_called = True
         try:
-            self.captured.update(mark_layers(gm, self.model))
+            self.captured.update(mark_layers(gm, example_inputs, self.model))
             return compile_aot_eager(gm, example_inputs, self._visit_joint, {})
         except Exception as error:
             self.error = error

@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["TARGETS", "SparsityConfig"]
+__all__ = ["DEFAULT_TARGETS", "TARGETS", "SparsityConfig"]
 
-TARGETS = ("conv", "linear")
+TARGETS = ("conv", "depthwise", "linear")
+DEFAULT_TARGETS = ("conv", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,9 @@ class SparsityConfig:
             name as in `model.named_modules()`. None lets all take part but the classifier of a
             timm model (`model.get_classifier()`): it has few of the FLOPs, and what its backward
             leaves out is missing in every other layer.
-        targets: the kinds of layer that take part, of `"conv"` and `"linear"`.
+        targets: the kinds of layer that take part, of `"conv"`, `"depthwise"` (convolutions whose
+            output channels read one input channel each) and `"linear"`. Depthwise convolutions
+            are not among them by default: moving their channels costs more than it saves.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -41,7 +44,7 @@ class SparsityConfig:
     channel_multiple: int | Literal["auto"] = "auto"
     min_channels: int = 32
     filter_fn: Callable[[nn.Module, str], bool] | None = None
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = DEFAULT_TARGETS
 
     def __post_init__(self) -> None:
         if self.channel_multiple != "auto":

@@ -66,7 +66,7 @@ class Inspection:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
         if site.reason or drop_rate == 0:
             return site.channels
-        of_group = keep_count(site.channels // site.groups, drop_rate, self.channel_multiple)
+        of_group = keep_count(site.channels, drop_rate, self.channel_multiple, site.groups)
         return of_group * site.groups
 
     def saved_at(self, drop_rate: float) -> float:

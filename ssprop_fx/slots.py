@@ -82,19 +82,25 @@ def _target_maybe(module: nn.Module) -> str | None:
     # alone may also be an embedding, three a bilinear layer or a normalisation.
     if weight.ndim == 2:
         return "linear" if hasattr(module, "in_features") else None
-    if weight.ndim == 3:
-        return "conv" if hasattr(module, "kernel_size") else None
-    return "conv" if weight.ndim in (4, 5) else None
+    if weight.ndim not in (3, 4, 5) or (weight.ndim == 3 and not hasattr(module, "kernel_size")):
+        return None
+    return "depthwise" if _is_depthwise(module) else "conv"
 
 
 def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
     """Return a layer's output channels and the number of groups that they are selected in."""
     outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
-    groups = getattr(module, "groups", 1)
-    if getattr(module, "transposed", False):
-        inputs, outputs = outputs // groups, inputs * groups
-    is_depthwise = inputs == 1
-    return int(outputs), 1 if is_depthwise else int(groups)
+    groups = int(getattr(module, "groups", 1))
+    channels = inputs * groups if getattr(module, "transposed", False) else outputs
+    return int(channels), 1 if _is_depthwise(module) else groups
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Say whether each output channel of a convolution reads one input channel of several."""
+    outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
+    groups = int(getattr(module, "groups", 1))
+    inputs_of_group = outputs // groups if getattr(module, "transposed", False) else inputs
+    return groups > 1 and inputs_of_group == 1
 
 
 def _classifier_modules(model: nn.Module) -> set[nn.Module]:

@@ -21,6 +21,7 @@ from oracle import gradients, oracle_gradients, relative_error
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
+from ssprop_fx.config import TARGETS
 
 # timm module -> models: the smallest, and another where a family differs inside.
 MODELS = {
@@ -199,7 +200,9 @@ def check(name: str) -> Row:
     start = time.perf_counter()
     model, inputs = build(name)
     expected = oracle_gradients(model, inputs, DROP_RATE, takes_part, loss)
-    config = SparsityConfig(channel_multiple=1, min_channels=1, filter_fn=takes_part)
+    config = SparsityConfig(
+        channel_multiple=1, min_channels=1, filter_fn=takes_part, targets=TARGETS
+    )
     scheduler = SparsityScheduler(constant(DROP_RATE))
     compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")
     inputs.requires_grad_()

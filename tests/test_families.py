@@ -8,6 +8,7 @@ from oracle import gradients, oracle_gradients, relative_errors
 from sweep import build, loss, takes_part
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
+from ssprop_fx.config import TARGETS
 
 FAMILIES = (
     "test_resnet",
@@ -34,7 +35,9 @@ def test_float32_gradients_under_inductor(name: str) -> None:
     """
     model, inputs = build(name)
     exact = oracle_gradients(model, inputs, 0.8, takes_part, loss)
-    config = SparsityConfig(channel_multiple=1, min_channels=1, filter_fn=takes_part)
+    config = SparsityConfig(
+        channel_multiple=1, min_channels=1, filter_fn=takes_part, targets=TARGETS
+    )
     single, x = copy.deepcopy(model).float(), inputs.float().requires_grad_()
     compiled = ssprop_compile(single, SparsityScheduler(constant(0.8)), config=config)
     loss(compiled(x)).backward()

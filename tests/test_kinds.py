@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
+from ssprop_fx.config import TARGETS
 
-EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
+EXACT = SparsityConfig(channel_multiple=1, min_channels=1, targets=TARGETS)
 
 # name -> layer, shape of its input
 LAYERS = {
@@ -153,15 +154,18 @@ def test_products_of_activations_are_not_touched() -> None:
 
 
 def test_targets_choose_the_kinds() -> None:
-    for target, names in (("conv", {"0"}), ("linear", {"2"})):
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 16))
+    for target, names in (("conv", {"0"}), ("depthwise", {"1"}), ("linear", {"3"})):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8), nn.Flatten(), nn.Linear(8 * 9, 16)
+        )
         config = SparsityConfig(channel_multiple=1, min_channels=1, targets=(target,))
         scheduler = SparsityScheduler(constant(0.5))
         compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")
         loss(compiled(torch.randn(2, 3, 5, 5))).backward()
         assert {site.name for site in report(compiled).sparse_sites} == names
-        (dense,) = [site for site in report(compiled).sites if site.reason]
-        assert "not among the targets" in dense.reason
+        dense = [site.reason for site in report(compiled).sites if site.reason]
+        assert len(dense) == 2
+        assert all("not among the targets" in reason for reason in dense)
 
 
 def test_a_call_with_a_layers_weight_is_that_layers() -> None:

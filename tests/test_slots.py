@@ -6,6 +6,7 @@ from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
 from torch import nn
 
 from ssprop_fx import SparsityConfig
+from ssprop_fx.config import TARGETS
 from ssprop_fx.slots import find_slots, keep_count, resolve_multiple
 
 RATES = [0.0, 0.05, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999]
@@ -186,7 +187,7 @@ def test_the_classifier_of_a_timm_model_stays_dense_unless_filter_fn_decides():
     ],
 )
 def test_channels_are_selected_within_groups_but_across_a_depthwise_layer(layer, channels, groups):
-    (slot,) = find_slots(layer, SparsityConfig(min_channels=1)).slots
+    (slot,) = find_slots(layer, SparsityConfig(min_channels=1, targets=TARGETS)).slots
     assert (slot.channels, slot.groups) == (channels, groups)
 
 

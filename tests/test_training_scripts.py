@@ -19,10 +19,13 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
+from ssprop_fx.config import TARGETS
 from ssprop_fx.module import SsPropModule
 
 EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
-ALL = SparsityConfig(channel_multiple=1, min_channels=1, filter_fn=lambda module, name: True)
+ALL = SparsityConfig(
+    channel_multiple=1, min_channels=1, targets=TARGETS, filter_fn=lambda module, name: True
+)
 
 
 def loss(output: Tensor) -> Tensor:

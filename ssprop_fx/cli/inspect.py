@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ssprop_fx.config import TARGETS, SparsityConfig
+from ssprop_fx.config import DEFAULT_TARGETS, TARGETS, SparsityConfig
 from ssprop_fx.inspection import CaptureError, Inspection, inspect_sites
 from ssprop_fx.training.errors import CommandError, unknown_name
 
@@ -99,8 +99,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--targets",
         nargs="+",
         choices=TARGETS,
-        default=list(TARGETS),
-        help="kinds of layer that take part (default: all)",
+        default=list(DEFAULT_TARGETS),
+        help=f"kinds of layer that take part (default: {' '.join(DEFAULT_TARGETS)})",
     )
 
 
