@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.results import Row, save, table
 from benchmarks.timing import alternate, synchronize
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, join, report, ssprop_compile
+from ssprop_fx.config import DEFAULT_TARGETS, TARGETS
 
 __all__ = ["add_parser"]
 
@@ -40,6 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.8])
     parser.add_argument("--channel-multiple", default="auto")
     parser.add_argument("--min-channels", type=int, default=SparsityConfig.min_channels)
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=TARGETS,
+        default=list(DEFAULT_TARGETS),
+        help="kinds of layer",
+    )
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--contiguous", action="store_true", help="not channels_last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     multiple = (
         args.channel_multiple if args.channel_multiple == "auto" else int(args.channel_multiple)
     )
-    config = SparsityConfig(channel_multiple=multiple, min_channels=args.min_channels)
+    config = SparsityConfig(
+        channel_multiple=multiple, min_channels=args.min_channels, targets=tuple(args.targets)
+    )
     dense = torch.compile(model)
     sparse = ssprop_compile(model, scheduler, config=config)
 

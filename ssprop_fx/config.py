@@ -29,7 +29,8 @@ class SparsityConfig:
             leaves out is missing in every other layer.
         targets: the kinds of layer that take part, of `"conv"`, `"depthwise"` (convolutions whose
             output channels read one input channel each) and `"linear"`. Depthwise convolutions
-            are not among them by default: moving their channels costs more than it saves.
+            are not among them by default: with small kernels on a CPU, moving their channels
+            costs more than it saves.
 
     Raises:
         TypeError: an argument has the wrong type.

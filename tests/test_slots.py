@@ -98,7 +98,11 @@ class TestFindSlots:
         assert slots_of(nn.Sequential(conv, transposed)) == {"0": 32, "1": 32}
 
     def test_depthwise(self):
-        assert slots_of(nn.Sequential(nn.Conv2d(24, 24, 3, groups=24))) == {"0": 24}
+        model = nn.Sequential(nn.Conv2d(24, 24, 3, groups=24))
+        assert slots_of(model, targets=TARGETS) == {"0": 24}
+        assert slots_of(model) == {}
+        excluded = find_slots(model, SparsityConfig()).excluded
+        assert excluded == {"0": "depthwise layers are not among the targets"}
 
     def test_layers_of_other_kinds_get_none(self):
         model = nn.Sequential(
