@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
@@ -91,16 +92,20 @@ class SparseBackend:
         layers = mark_layers(gm, example_inputs, self.model)
         gm = with_extra_input(gm, self.keep_counts.tensor)
         inputs = [*example_inputs, self.keep_counts.tensor]
-        key = record_key(gm, inputs, repr((self.table.slots, self.table.excluded, layers)))
+        identity = (sources_hash(), self.table.slots, self.table.excluded, layers)
+        key = record_key(gm, inputs, repr(identity))
 
         compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, self.options)
-        graph = None if sparse_pass.ran else load_record_maybe(key)
-        if graph is None and not sparse_pass.ran and is_differentiable(inputs):
-            # A hit in a compile cache that was brought from elsewhere, without its records.
-            options = {**self.options, "force_disable_caches": True}
-            compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, options)
-        if graph is None:
-            graph = CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
+        known = None
+        if not sparse_pass.ran and is_differentiable(inputs):
+            # A hit in Inductor's compile cache, or an inference graph.
+            known = load_record_maybe(key)
+            if known is None:
+                # The cache was brought from elsewhere, without its records.
+                options = {**self.options, "force_disable_caches": True}
+                compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, options)
+        graph = known or CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
+        if known is None and self.kind == "inductor":
             save_record(key, graph)
         self.graphs.append(graph)
         self.captured.update(layers)
