@@ -65,7 +65,7 @@ MODELS = {
     "hrnet": ["hrnet_w18_small"],
     "iformer": ["iformer_t"],
     "inception_next": ["inception_next_atto"],
-    "inception_resnet_v2": ["ens_adv_inception_resnet_v2"],
+    "inception_resnet_v2": ["inception_resnet_v2"],
     "inception_v3": ["adv_inception_v3"],
     "inception_v4": ["inception_v4"],
     "lcnetv2": ["lcnetv2_small"],

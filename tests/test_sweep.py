@@ -1,0 +1,22 @@
+"""Every timm module against the oracle; `python tests/sweep.py` does the same in parallel."""
+
+import pytest
+import timm
+from sweep import MODELS, SKIPPED, TOLERANCE, check_apart
+
+
+def test_the_table_names_every_timm_module_and_only_models_that_exist() -> None:
+    modules = timm.list_modules()
+    assert set(MODELS) | set(SKIPPED) == set(modules)
+    for module, names in MODELS.items():
+        assert names
+        assert set(names) <= set(timm.list_models(module=module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for names in MODELS.values() for name in names])
+def test_gradients_equal_the_oracle(name: str) -> None:
+    row = check_apart(name)
+    assert not row.failure
+    assert row.error < TOLERANCE
+    assert row.kinds
