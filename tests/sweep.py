@@ -66,7 +66,7 @@ MODELS = {
     "iformer": ["iformer_t"],
     "inception_next": ["inception_next_atto"],
     "inception_resnet_v2": ["inception_resnet_v2"],
-    "inception_v3": ["adv_inception_v3"],
+    "inception_v3": ["inception_v3"],
     "inception_v4": ["inception_v4"],
     "lcnetv2": ["lcnetv2_small"],
     "levit": ["levit_128s"],
