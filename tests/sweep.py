@@ -81,7 +81,7 @@ MODELS = {
     "mvitv2": ["mvitv2_tiny"],
     "naflexvit": ["naflexvit_base_patch16_parfac_gap"],
     "nasnet": ["nasnetalarge"],
-    "nest": ["jx_nest_tiny"],
+    "nest": ["nest_tiny_jx"],
     "nextvit": ["nextvit_small"],
     "nfnet": ["test_nfnet", "eca_nfnet_l0"],
     "pit": ["pit_ti_224"],
