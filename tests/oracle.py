@@ -14,8 +14,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
+# What the documentation says: torch 2.11 cannot compile a keep count of 1.
+SMALLEST = 2 if torch.__version__.startswith("2.11") else 1
+
+
 def keep_count(channels: int, drop_rate: float) -> int:
-    return max(int((1 - drop_rate) * channels), 1)
+    return min(max(int((1 - drop_rate) * channels), SMALLEST), channels)
 
 
 def mask_channels(grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1) -> Tensor:
