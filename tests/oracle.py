@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-
 # What the documentation says: torch 2.11 cannot compile a keep count of 1.
 SMALLEST = 2 if torch.__version__.startswith("2.11") else 1
 

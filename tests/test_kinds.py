@@ -69,7 +69,7 @@ def test_gradients_equal_the_oracle(name: str, memory_format: torch.memory_forma
     loss(compiled(x)).backward()
     assert relative_error(gradients(model, x), expected) < 1e-10
     assert {site.reason for site in report(compiled).sites} == {""}
-    assert report(compiled).saved_flops > 0.5 * report(compiled).backward_flops
+    assert report(compiled).saved_flops >= 0.5 * report(compiled).backward_flops
 
 
 class Zoo(nn.Module):
