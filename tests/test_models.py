@@ -16,7 +16,7 @@ SIZE = 64
 
 
 def takes_part(module: nn.Module, name: str) -> bool:
-    return module.groups == 1
+    return getattr(module, "groups", 1) == 1
 
 
 def loss(output: Tensor) -> Tensor:
