@@ -190,3 +190,28 @@ def test_a_call_with_a_layers_weight_is_that_layers() -> None:
     loss(compiled(x)).backward()
     assert relative_error(gradients(model, x), expected) < 1e-10
     assert [site.name for site in report(compiled).sparse_sites] == ["qkv"]
+
+
+def test_gradients_have_the_layout_that_following_views_need() -> None:
+    class Tokens(nn.Module):
+        """As PVT v2 does: a depthwise convolution between two views of a token sequence."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+            self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = self.dw(x.transpose(1, 2).view(2, 8, 3, 4))
+            return x.flatten(2).transpose(1, 2)
+
+    model = Tokens().double()
+    x = torch.randn(2, 12, 6, dtype=torch.float64)
+    expected = oracle_gradients(model, x, 0.5, everywhere, loss)
+    compiled = ssprop_compile(
+        model, SparsityScheduler(constant(0.5)), config=EXACT, backend="aot_eager"
+    )
+    x.requires_grad_()
+    loss(compiled(x)).backward()
+    assert relative_error(gradients(model, x), expected) < 1e-10

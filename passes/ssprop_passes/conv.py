@@ -191,6 +191,11 @@ class ConvMatch(SiteMatch):
         """The sum that is the bias gradient where Inductor split it off, as it does on GPU."""
         return None if self.output_mask[2] else find_sum_maybe(self.grad_output, 1, self.node)
 
+    @property
+    def dense_gradients(self) -> Gradients:
+        """The fake values of the node's results."""
+        return cast(Gradients, tuple(self.node.meta["val"]))
+
     def backward(self, k: int, *tensors: Tensor) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
         grad_output, input_, weight = tensors

@@ -133,6 +133,12 @@ class LinearMatch(SiteMatch):
                 found = find_sum_maybe(source, source.meta["val"].ndim - 1, self.node)
         return found
 
+    @property
+    def dense_gradients(self) -> Gradients:
+        """The fake values of the products and the sum."""
+        nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
+        return cast(Gradients, tuple(None if n is None else n.meta["val"] for n in nodes))
+
     def backward(self, k: int, *tensors: Tensor) -> Gradients:
         """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
         grad_output, input_, transposed_weight = tensors

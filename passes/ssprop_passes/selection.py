@@ -4,6 +4,8 @@ Plain torch functions: at once the reference and what the pass traces. The keep 
 int or a SymInt that is read at run time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ __all__ = [
     "scatter_rows",
     "select_channels",
     "sum_channels",
+    "with_strides",
 ]
 
 
@@ -78,6 +81,15 @@ def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
         like: [N, C, *space].
     """
     return torch.zeros_like(like).index_add(1, indices, channels)
+
+
+def with_strides(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return `x` with its dimensions laid out in the order of `strides`; itself if it has these."""
+    if tuple(x.stride()) == tuple(strides):
+        return x
+    order = sorted(range(x.ndim), key=lambda d: -strides[d])
+    inverse = [order.index(d) for d in range(x.ndim)]
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -116,6 +116,11 @@ class SiteMatch(ABC):
     def inputs(self) -> Sequence[fx.Node]:
         """The nodes that `backward` takes the values of."""
 
+    @property
+    @abstractmethod
+    def dense_gradients(self) -> Gradients:
+        """The fake values of the dense gradients that are replaced."""
+
     @abstractmethod
     def backward(self, k: int, *tensors: Tensor) -> Gradients:
         """Return the sparse gradients: plain torch, which the pass traces.

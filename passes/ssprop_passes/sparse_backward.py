@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
+from ssprop_passes.selection import with_strides
 from ssprop_passes.sites import (
     MIN_KEEP_COUNT,
     Site,
@@ -89,7 +90,14 @@ class SparseBackwardPass(GraphPass):
             k = cast(int, keep_counts[slot].item())
             torch._check(k >= min(MIN_KEEP_COUNT, limit))
             torch._check(k <= limit)
-            return match.backward(k, *tensors)
+            gradients = match.backward(k, *tensors)
+            # What follows in the graph may be views that only the dense gradient's layout allows.
+            return tuple(
+                gradient
+                if gradient is None or dense is None
+                else with_strides(gradient, dense.stride())
+                for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
+            )
 
         inputs = [keep_counts, *match.inputs]
         fake_mode = keep_counts.meta["val"].fake_mode
