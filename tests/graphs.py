@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from ssprop_passes.selection import Selection
 from ssprop_passes.sites import SITE_KEY, Slot
 from ssprop_passes.sparse_backward import SparseBackwardPass
 from torch import fx, nn
@@ -37,12 +38,12 @@ def joint_graph(
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
 
     def capture(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
-        from ssprop_fx.backend import with_extra_input
+        from ssprop_fx.backend import with_extra_inputs
 
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 node.meta["custom"] = {SITE_KEY: "layer"}
-        gm = with_extra_input(gm, keep_counts)
+        gm = with_extra_inputs(gm, [keep_counts])
         compiled = backend(gm, [*example_inputs, keep_counts])
         return lambda *args: compiled(*args, keep_counts)
 
@@ -52,7 +53,9 @@ def joint_graph(
     return graph, tuple(leaf.grad for leaf in leaves)
 
 
-def sparse_pass(channels: int, groups: int = 1, excluded: str = "") -> SparseBackwardPass:
+def sparse_pass(
+    channels: int, groups: int = 1, excluded: str = "", **selection: object
+) -> SparseBackwardPass:
     slot = Slot(0, "layer", channels, groups)
     return SparseBackwardPass(
         slots={} if excluded else {"layer": slot},
@@ -60,6 +63,7 @@ def sparse_pass(channels: int, groups: int = 1, excluded: str = "") -> SparseBac
         layers=("layer",),
         slot_count=1,
         decompositions=dict,
+        selection=Selection(**selection),
     )
 
 

@@ -124,11 +124,16 @@ class LinearCase:
 
 
 Case = ConvCase | LinearCase
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
 def check(case: Case) -> None:
-    """Compare the sparse gradients of a case with the dense ones of the masked grad_output."""
+    """Compare the sparse gradients of a case with the dense ones of the masked grad_output.
+
+    The rounding error of a sum of products is bounded by the sum of their magnitudes (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1), and measured against it: the sum
+    itself may cancel.
+    """
     tensors = [t.requires_grad_() for t in case.tensors()]
     output = case.forward(*tensors)
     generator = torch.Generator().manual_seed(case.seed + 1)
@@ -137,15 +142,18 @@ def check(case: Case) -> None:
         grad_output = grad_output.to(memory_format=torch.channels_last)
     masked = mask_channels(grad_output, case.drop_rate, case.selection_groups, case.channel_dim)
     expected = torch.autograd.grad(output, tensors, masked)
+    absolute = [t.detach().abs().requires_grad_() for t in tensors]
+    magnitudes = torch.autograd.grad(case.forward(*absolute), absolute, masked.abs())
     with torch.no_grad():
         actual = case.sparse(grad_output, *tensors[:2])
-    for got, want, is_wanted in zip(actual, expected, case.output_mask, strict=True):
+    for got, want, magnitude, is_wanted in zip(
+        actual, expected, magnitudes, case.output_mask, strict=True
+    ):
         assert (got is not None) == is_wanted
         if got is not None:
             assert got.shape == want.shape
             assert got.dtype == want.dtype
-            error = (got - want).norm() / want.norm().clamp(min=1e-30)
-            assert error < TOLERANCE[case.dtype] or want.norm() == 0 == got.norm()
+            assert (got - want).norm() <= TOLERANCE[case.dtype] * magnitude.norm()
 
 
 DROP_RATES = st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.95])

@@ -134,3 +134,96 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
 def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the largest relative error of all gradients."""
     return max(relative_errors(actual, expected).values())
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """Return the weights that each output channel of a layer is made with, one row a channel."""
+    weight = layer.weight.detach()
+    if not getattr(layer, "transposed", False):
+        return weight.flatten(1)
+    per_group = weight.shape[1]
+    inputs = weight.shape[0] // layer.groups
+    rows = [
+        weight[group * inputs : (group + 1) * inputs, channel]
+        for group in range(layer.groups)
+        for channel in range(per_group)
+    ]
+    return torch.stack(rows).flatten(1)
+
+
+def channel_scores(name: str, grad: Tensor, layer: nn.Module) -> Tensor:
+    """Return the scores, [C], of the gradient of a layer's output."""
+    channels = grad.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+    if name == "mean_abs":
+        return channels.abs().sum(1) / channels.shape[1]
+    norms = channels.square().sum(1).sqrt()
+    return norms * weight_rows(layer).square().sum(1).sqrt() if name == "l2_weight" else norms
+
+
+def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
+    """Return min(1, c * scores), c such that they add up to k, by bisection."""
+    scores = scores.clamp(min=scores.mean() / 1000)
+    low, high = 0.0, float(1 / scores.min())
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if (c * scores).clamp(max=1).sum() < k else (low, c)
+    return (high * scores).clamp(max=1)
+
+
+def channel_factors(
+    select: str, scores: Tensor, k: int, groups: int, block: int, kept: Tensor | None
+) -> Tensor:
+    """Return what each channel of grad_output is multiplied by, [C].
+
+    Args:
+        select: name of the selector.
+        scores: [C].
+        k: keep count of each group.
+        groups: number of groups.
+        block: channels are chosen in blocks of so many.
+        kept: where the selector is a random one, which channels it has kept, bool [C].
+    """
+    units = scores.view(groups, -1, block).sum(-1)
+    factors = torch.zeros_like(units)
+    for group, of_group in zip(factors, units, strict=True):
+        if select == "topk":
+            group[of_group.argsort(descending=True)[: k // block]] = 1
+        else:
+            group[:] = 1
+            if select == "sampled":
+                group[:] = 1 / inclusion_probabilities(of_group, k // block)
+    factors = factors.repeat_interleave(block, 1).flatten()
+    return factors if select == "topk" else factors * kept
+
+
+def scaled_gradients(
+    model: nn.Module, layer: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], factors: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the gradients where each channel of one layer's grad_output is multiplied by a factor.
+
+    Returns:
+        The gradients, dense but for that, and grad_output itself.
+    """
+    seen: list[Tensor] = []
+
+    def scale(grad: Tensor) -> Tensor:
+        seen.append(grad.detach())
+        if isinstance(layer, nn.Linear):
+            return grad * factors
+        return grad * factors.view(-1, *[1] * (grad.ndim - 2))
+
+    def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+        output.register_hook(scale)
+
+    handle = layer.register_forward_hook(hook)
+    x = x.detach().clone().requires_grad_()
+    names, leaves = zip(*model.named_parameters(), ("inputs", x), strict=True)
+    found = torch.autograd.grad(loss(model(x)), leaves)
+    handle.remove()
+    return dict(zip(names, found, strict=True)), seen[0]
+
+
+def find_factors(by_channel: list[Tensor], gradient: Tensor) -> Tensor:
+    """Return what the channels' shares of a gradient were multiplied by to add up to it, [C]."""
+    shares = torch.stack([share.flatten() for share in by_channel], 1)
+    return torch.linalg.lstsq(shares, gradient.reshape(-1, 1)).solution[:, 0]

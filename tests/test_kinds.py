@@ -42,7 +42,19 @@ class Permuted(nn.Module):
         return self.layer(x.transpose(1, 2)) + self.layer(x.transpose(1, 2).tanh())
 
 
+class Mixed(nn.Module):
+    """A linear layer over the second dimension, so that gradients reach it through a transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
 LAYERS["linear, permuted, twice"] = (Permuted, (2, 6, 5))
+LAYERS["linear, mixed"] = (Mixed, (2, 6, 5))
 
 
 def loss(output: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph_pass import is_joint_graph
 from ssprop_passes.operators import reduced_conv_backward
 from ssprop_passes.rewrite import INSERTED_KEY
+from ssprop_passes.scores import l2
+from ssprop_passes.selection import Selection
+from ssprop_passes.selectors import sampled
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
 from torch import fx
 from torch.nn import functional
@@ -71,6 +74,50 @@ def test_computes_only_the_wanted_gradients(frozen: int) -> None:
     assert grads[frozen] is None
     for index in {0, 1, 2} - {frozen}:
         torch.testing.assert_close(grads[index], expected[index], rtol=1e-10, atol=1e-10)
+
+
+# gradients -> what the convolution's own node goes on computing, of input, weight and bias
+LEFT_DENSE = {"weight": [True, False, False], "input": [False, True, True]}
+
+
+@pytest.mark.parametrize("gradients", LEFT_DENSE)
+def test_the_other_gradient_stays_where_it_was(gradients: str) -> None:
+    inputs, kwargs = tensors("bias")
+    first, second = (sparse_pass(8, gradients=gradients) for _ in range(2))
+
+    def twice(graph: fx.Graph) -> None:
+        first(graph)
+        before = str(graph)
+        second(graph)
+        assert str(graph) == before
+
+    graph, grads = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, twice)
+    assert second.sites == []
+    (dense,) = graph.find_nodes(op="call_function", target=dense_backward)
+    assert dense.args[-1] == LEFT_DENSE[gradients]
+    assert [val is not None for val in dense.meta["val"]] == LEFT_DENSE[gradients]
+    (reduced,) = graph.find_nodes(op="call_function", target=reduced_conv_backward)
+    assert reduced.args[-2] == [not is_dense for is_dense in LEFT_DENSE[gradients][:2]]
+    assert first.sites[0].sparse_flops * 2 == first.sites[0].flops == first.total_flops
+    assert first.sites[0].saved_flops(kept=2) == first.total_flops * 3 // 8
+    sparse = masked_gradients(inputs, kwargs)
+    whole = torch.autograd.grad(functional.conv2d(*inputs, **kwargs).square().sum(), inputs)
+    for grad, is_dense, *both in zip(grads, LEFT_DENSE[gradients], sparse, whole, strict=True):
+        torch.testing.assert_close(grad, both[is_dense], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("gradients", "frozen"), [("weight", (1, 2)), ("input", (0,))])
+def test_a_site_without_the_gradient_that_is_sparse_stays_dense(
+    gradients: str, frozen: tuple[int, ...]
+) -> None:
+    inputs, kwargs = tensors("bias")
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    sparse = sparse_pass(8, gradients=gradients)
+    graph, _ = joint_graph(lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, sparse)
+    assert count(graph, aten.topk.default) == 0
+    assert sparse.sites[0].reason == f"it computes no {gradients} gradient"
+    assert sparse.sites[0].sparse_flops == sparse.sites[0].saved_flops(kept=2) == 0
 
 
 def test_every_new_node_is_described() -> None:
@@ -170,9 +217,19 @@ def test_uuid_changes_with_what_changes_the_rewrite() -> None:
         uuid(slots={"layer": Slot(1, "layer", 8)}),
         uuid(excluded={"other": "filtered out by filter_fn"}),
         uuid(layers=("layer", "layer")),
+        uuid(selection=Selection(score=l2)),
+        uuid(selection=Selection(select=sampled)),
+        uuid(selection=Selection(gradients="weight")),
+        uuid(selection=Selection(block=2)),
+        uuid(selection=Selection(memory=0.5)),
+        uuid(memories=("layer",)),
+        uuid(selection=Selection(select=lambda scores, k: scores.argsort()[:k])),
+        uuid(selection=Selection(select=lambda scores, k: scores.argsort()[-k:])),
     ]
     assert all(others)
-    assert len({uuid(), *others}) == 4
+    assert len({uuid(), *others}) == 12
+    stateful = [1]
+    assert uuid(selection=Selection(select=stateful.pop)) is None, "unknown turns the caches off"
 
 
 def test_a_failure_in_the_pass_is_an_error_of_ours() -> None:
@@ -185,10 +242,11 @@ def test_a_failure_in_the_pass_is_an_error_of_ours() -> None:
     assert any(isinstance(error, SsPropCompileError) for error in chain)
 
 
-def test_bias_gradient_split_off_by_the_compiler_is_masked_too() -> None:
+@pytest.mark.parametrize("gradients", ["both", "weight", "input"])
+def test_bias_gradient_split_off_by_the_compiler_follows_the_weights(gradients: str) -> None:
     """On GPU Inductor computes the bias gradient as a dense sum beside the convolution's node."""
     inputs, kwargs = tensors("bias")
-    sparse = sparse_pass(8)
+    sparse = sparse_pass(8, gradients=gradients)
 
     def split_then_sparse(graph: fx.Graph) -> None:
         (node,) = graph.find_nodes(op="call_function", target=dense_backward)
@@ -200,13 +258,16 @@ def test_bias_gradient_split_off_by_the_compiler_is_masked_too() -> None:
         graph.erase_node(bias)
         node.args = (*node.args[:-1], [True, True, False])
         sparse(graph)
-        assert total not in graph.nodes
+        assert (total in graph.nodes) == (gradients == "input")
 
     _, grads = joint_graph(
         lambda *xs: functional.conv2d(*xs, **kwargs), inputs, 1, split_then_sparse
     )
-    for grad, expected in zip(grads, masked_gradients(inputs, kwargs), strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+    masked = masked_gradients(inputs, kwargs)
+    dense = torch.autograd.grad(functional.conv2d(*inputs, **kwargs).square().sum(), inputs)
+    is_dense = LEFT_DENSE.get(gradients, [False] * 3)
+    for grad, whole, *both in zip(grads, is_dense, masked, dense, strict=True):
+        torch.testing.assert_close(grad, both[whole], rtol=1e-10, atol=1e-10)
 
 
 def test_smallest_keep_count_is_that_of_the_torch_release() -> None:

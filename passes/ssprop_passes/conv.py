@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.operators import conv_backward_flops, reduced_conv_backward
-from ssprop_passes.rewrite import find_sum_maybe, replace_node, replace_outputs
+from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
 from ssprop_passes.selection import (
+    Selection,
     add_channels,
-    channel_scores,
     gather_channels,
     is_channels_last,
     scatter_rows,
-    select_channels,
     sum_channels,
 )
 from ssprop_passes.sites import Gradients, SiteMatch, hinted
@@ -62,12 +61,14 @@ def sparse_conv_backward(
     k: int,
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
+    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    memory: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients of a convolution from the strongest channels of `grad_output`.
+    """Return the gradients of a convolution from the kept channels of `grad_output`.
 
     ssProp (Zhong, Huang, Shi, arXiv 2408.12561, section 3), for convolutions of any dimension.
-    With groups, the k strongest channels of each group. Depthwise, where each output channel
-    reads one input channel, the k strongest of all, and the input is gathered with them.
+    With groups, k channels of each group are kept. Depthwise, where each output channel reads one
+    input channel, k of all, and the input is gathered with them.
 
     Args:
         grad_output: [N, C, *out_space].
@@ -76,17 +77,18 @@ def sparse_conv_backward(
         k: keep count of each selection group; may be a SymInt.
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
+        selection: which channels are kept; those with the largest mean magnitude by default.
+        memory: what earlier steps left out, [C, *out_space]; updated in place.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
         and entries of the bias that were not selected are zero.
     """
     is_depthwise = geometry.is_depthwise(weight)
-    indices = select_channels(channel_scores(grad_output), k, geometry.selection_groups(weight))
-    kept = gather_channels(grad_output, indices)
+    rows = weight_rows(weight, geometry.groups, geometry.transposed)
+    kept, indices = selection.keep(grad_output, rows, k, geometry.selection_groups(weight), memory)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0] or output_mask[1]:
-        rows = weight_rows(weight, geometry.groups, geometry.transposed)
         kept_weight, kept_input, groups = rows[indices], input, geometry.groups
         if is_depthwise:
             sources = indices // (grad_output.shape[1] // input.shape[1])
@@ -169,12 +171,14 @@ class ConvMatch(SiteMatch):
         return self.geometry.selection_groups(self.weight.meta["val"])
 
     @property
-    def flops(self) -> int:
-        """Floating-point operations of the wanted gradients of input and weight."""
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which gradients are computed, that of the bias by this node or another."""
+        return (*self.output_mask[:2], self.output_mask[2] or self.bias_sum is not None)
+
+    def flops_of(self, mask: Sequence[bool]) -> int:
+        """Return the floating-point operations of gradients of input and weight."""
         grad_output, input_, weight = (hinted(node.meta["val"]).shape for node in self.inputs)
-        return conv_backward_flops(
-            grad_output, input_, weight, self.geometry.transposed, self.output_mask
-        )
+        return conv_backward_flops(grad_output, input_, weight, self.geometry.transposed, mask)
 
     @property
     def nodes(self) -> Sequence[fx.Node]:
@@ -196,18 +200,33 @@ class ConvMatch(SiteMatch):
         """The fake values of the node's results."""
         return cast(Gradients, tuple(self.node.meta["val"]))
 
-    def backward(self, k: int, *tensors: Tensor) -> Gradients:
+    def backward(
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+    ) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
         grad_output, input_, weight = tensors
         # One meaning of the bias gradient on every device: of the kept channels alone.
-        mask = (*self.output_mask[:2], self.output_mask[2] or self.bias_sum is not None)
-        return sparse_conv_backward(grad_output, input_, weight, k, self.geometry, mask)
+        mask = selection.sparse(self.wanted)
+        return sparse_conv_backward(
+            grad_output, input_, weight, k, self.geometry, mask, selection, memory
+        )
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Put the sparse gradients in place of the node's results."""
-        if (bias_sum := self.bias_sum) is not None:
-            replace_node(bias_sum, cast(fx.Node, gradients[2]))
+        if (bias_sum := self.bias_sum) is not None and gradients[2] is not None:
+            replace_node(bias_sum, gradients[2])
         replace_outputs(self.node, gradients)
+        if self.node.users:
+            # It computes what stays dense, and is not to be matched again.
+            dense = [
+                wanted and g is None for wanted, g in zip(self.output_mask, gradients, strict=True)
+            ]
+            self.node.args = (*self.node.args[:-1], dense)
+            values = zip(self.node.meta["val"], dense, strict=True)
+            self.node.meta["val"] = tuple(val if is_dense else None for val, is_dense in values)
+            self.node.meta[INSERTED_KEY] = True
+        else:
+            self.node.graph.erase_node(self.node)
 
 
 def match_conv_backward(node: fx.Node) -> ConvMatch | None:

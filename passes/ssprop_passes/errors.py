@@ -1,6 +1,6 @@
 """What the user sees when something goes wrong."""
 
-__all__ = ["NoEffectWarning", "SsPropCompileError"]
+__all__ = ["CaptureError", "NoEffectWarning", "SsPropCompileError"]
 
 
 class SsPropCompileError(RuntimeError):
@@ -13,3 +13,7 @@ class SsPropCompileError(RuntimeError):
 
 class NoEffectWarning(UserWarning):
     """Sparse back-propagation was asked for and nothing was made sparse."""
+
+
+class CaptureError(RuntimeError):
+    """A model's graphs could not be had without running it; the message is one line."""

@@ -53,8 +53,11 @@ class GraphPass(CustomGraphPass):
         """Rewrite a joint graph in place."""
 
     @abstractmethod
-    def identity(self) -> str:
-        """Return what the rewrite depends on besides the graph and this package's sources."""
+    def identity(self) -> str | None:
+        """Return what the rewrite depends on besides the graph and this package's sources.
+
+        None where that cannot be told in words.
+        """
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the previous passes, then transform a graph that has a backward."""
@@ -74,11 +77,15 @@ class GraphPass(CustomGraphPass):
             ) from error
 
     def uuid(self) -> str | None:
-        """Return the cache identity; None, which turns the caches off, if a previous pass's is."""
+        """Return the cache identity.
+
+        None, which turns the caches off, if this pass or a previous one has none.
+        """
         previous = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.previous]
-        if not all(previous):
+        identity = self.identity()
+        if identity is None or not all(previous):
             return None
-        parts = (type(self).__name__, sources_hash(), self.identity(), repr(previous))
+        parts = (type(self).__name__, sources_hash(), identity, repr(previous))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -16,33 +16,36 @@ of attention, are not of a layer and have no slot.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
-from ssprop_passes.selection import (
-    channel_scores,
-    gather_channels,
-    scatter_rows,
-    select_channels,
-    sum_channels,
-)
+from ssprop_passes.selection import Selection, scatter_rows, sum_channels
 from ssprop_passes.sites import Gradients, SiteMatch, hinted
 
 __all__ = ["LinearMatch", "match_linear_backward", "sparse_linear_backward"]
 
 aten = torch.ops.aten
 
+# What stands between the gradient that a bias was added to and that of the product.
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.clone.default)
+
 
 def sparse_linear_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, k: int, output_mask: Sequence[bool]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    k: int,
+    output_mask: Sequence[bool],
+    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    memory: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients of a linear layer from the k strongest features of `grad_output`.
+    """Return the gradients of a linear layer from the k kept features of `grad_output`.
 
     Unified top-k, one choice of features for all samples: meProp (Sun et al., arXiv 1706.06197),
-    ranked by mean magnitude.
+    by default ranked by mean magnitude.
 
     Args:
         grad_output: [T, C], T being all leading dimensions together.
@@ -50,13 +53,14 @@ def sparse_linear_backward(
         weight: [C, C_in].
         k: keep count, in [1, C]; may be a SymInt.
         output_mask: which of the gradients of input, weight and bias are wanted.
+        selection: which features are kept; those with the largest mean magnitude by default.
+        memory: what earlier steps left out, [C]; updated in place.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
         and entries of the bias that were not selected are zero.
     """
-    indices = select_channels(channel_scores(grad_output), k)
-    kept = gather_channels(grad_output, indices)
+    kept, indices = selection.keep(grad_output, weight, k, memory=memory)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         grad_input = kept @ weight[indices]
@@ -102,11 +106,19 @@ class LinearMatch(SiteMatch):
         return 1
 
     @property
-    def flops(self) -> int:
-        """Floating-point operations of the wanted products."""
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which of the products and the sum are there."""
+        return (
+            self.grad_input_node is not None,
+            self.grad_weight_node is not None,
+            self.bias_sum is not None,
+        )
+
+    def flops_of(self, mask: Sequence[bool]) -> int:
+        """Return the floating-point operations of products."""
         outputs = hinted(self.grad_output.meta["val"]).numel()
         features = int(self.transposed_weight.meta["val"].shape[0])
-        return 2 * int(outputs) * features * len(self.nodes)
+        return 2 * int(outputs) * features * sum(mask[:2])
 
     @property
     def nodes(self) -> Sequence[fx.Node]:
@@ -123,15 +135,16 @@ class LinearMatch(SiteMatch):
     def bias_sum(self) -> fx.Node | None:
         """The sum that is the bias gradient.
 
-        Of grad_output itself, or, where the bias was added after reshaping, of what grad_output
-        is a view of.
+        Of grad_output itself, or, where the bias was added before flattening the leading
+        dimensions, of what grad_output is a view of, or a contiguous copy.
         """
-        found = find_sum_maybe(self.grad_output, 1, self.node)
-        if found is None and self.grad_output.target is aten.view.default:
-            source = cast(fx.Node, self.grad_output.args[0])
-            if source.meta["val"].shape[-1] == self.channels:
-                found = find_sum_maybe(source, source.meta["val"].ndim - 1, self.node)
-        return found
+        source: Any = self.grad_output
+        while isinstance(source, fx.Node) and source.meta["val"].shape[-1] == self.channels:
+            found = find_sum_maybe(source, source.meta["val"].ndim - 1, self.node)
+            if found is not None or source.target not in _RESHAPES:
+                return found
+            source = source.args[0]
+        return None
 
     @property
     def dense_gradients(self) -> Gradients:
@@ -139,24 +152,33 @@ class LinearMatch(SiteMatch):
         nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
         return cast(Gradients, tuple(None if n is None else n.meta["val"] for n in nodes))
 
-    def backward(self, k: int, *tensors: Tensor) -> Gradients:
+    def backward(
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+    ) -> Gradients:
         """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
         grad_output, input_, transposed_weight = tensors
-        bias_sum = self.bias_sum
-        nodes = (self.grad_input_node, self.grad_weight_node, bias_sum)
-        mask = [node is not None for node in nodes]
-        gradients = sparse_linear_backward(grad_output, input_, transposed_weight.t(), k, mask)
-        if bias_sum is not None:
-            grad_bias = cast(Tensor, gradients[2]).view(bias_sum.meta["val"].shape)
-            return gradients[0], gradients[1], grad_bias
-        return gradients
+        grad_input, grad_weight, grad_bias = sparse_linear_backward(
+            grad_output,
+            input_,
+            transposed_weight.t(),
+            k,
+            selection.sparse(self.wanted),
+            selection,
+            memory,
+        )
+        if grad_bias is not None:
+            grad_bias = grad_bias.view(cast(fx.Node, self.bias_sum).meta["val"].shape)
+        return grad_input, grad_weight, grad_bias
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Put the sparse gradients in place of the products and the sum."""
         nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
         for node, gradient in zip(nodes, gradients, strict=True):
-            if node is not None:
-                replace_node(node, cast(fx.Node, gradient))
+            if gradient is not None:
+                replace_node(cast(fx.Node, node), gradient)
+            elif node is not None:
+                # It stays dense, and is not to be matched again.
+                node.meta[INSERTED_KEY] = True
 
 
 def match_linear_backward(node: fx.Node) -> LinearMatch | None:

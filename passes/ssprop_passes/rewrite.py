@@ -58,6 +58,9 @@ def splice(
 ) -> tuple[fx.Node | None, ...]:
     """Copy a traced graph into `graph` before a backward node.
 
+    Writes to an input go to the end of `graph`. What reads an input that is written is never moved
+    to the forward, which would see the value before the backwards that come in between.
+
     Args:
         graph: the joint graph.
         before: the node that the copy is going to replace; its metadata is inherited.
@@ -69,6 +72,8 @@ def splice(
     """
     environment: dict[fx.Node, fx.Node] = {}
     remaining = iter(inputs)
+    written = {node.args[0] for node in traced.graph.nodes if _is_write(node)}
+    end = graph.output_node()
     inherited = {key: before.meta[key] for key in _INHERITED if key in before.meta}
     with graph.inserting_before(before):
         for node in traced.graph.nodes:
@@ -80,8 +85,11 @@ def splice(
                 assert node.op == "call_function", f"replacement traced to {node.format_node()}"
                 copy = graph.node_copy(node, environment.__getitem__)
                 copy.meta.update(inherited, **{INSERTED_KEY: True})
-                copy.meta["partitioner_tag"] = "is_backward"
+                is_bound = _is_write(node) or not written.isdisjoint(node.all_input_nodes)
+                copy.meta["partitioner_tag"] = "must_be_in_backward" if is_bound else "is_backward"
                 environment[node] = copy
+                if _is_write(node):
+                    end.prepend(copy)
     return tuple(None if out is None else environment[out] for out in outputs)
 
 
@@ -113,13 +121,16 @@ def find_sum_maybe(grad_output: fx.Node, dim: int, node: fx.Node) -> fx.Node | N
 
 
 def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:
-    """Let the users of a node with several results use `outputs` instead, and erase it."""
+    """Let the users of a node with several results use `outputs` instead where not None."""
     for user in list(node.users):
         assert user.target is operator.getitem, f"{node} is used by {user.format_node()}"
         replacement = outputs[cast(int, user.args[1])]
-        if replacement is None:
-            assert not user.users, f"{user} is used, but was not asked for"
-        else:
+        if replacement is not None:
             user.replace_all_uses_with(replacement)
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+        if not user.users:
+            node.graph.erase_node(user)
+
+
+def _is_write(node: fx.Node) -> bool:
+    """Say whether a node changes one of its operands, in the replacements the first."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

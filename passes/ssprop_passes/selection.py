@@ -1,61 +1,159 @@
-"""What every sparse backward shares: score the channels, select, gather, scatter.
+"""Selection: which channels a sparse backward is made of; gathering and scattering them.
 
 Plain torch functions: at once the reference and what the pass traces. The keep count k may be an
 int or a SymInt that is read at run time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ssprop_passes.identity import identity_maybe
+from ssprop_passes.memory import left_out, recall
+from ssprop_passes.scores import Score, mean_abs
+from ssprop_passes.selectors import Selector, topk
+
 __all__ = [
+    "GRADIENTS",
+    "Selection",
     "add_channels",
-    "channel_scores",
     "gather_channels",
     "is_channels_last",
+    "scale_channels",
     "scatter_rows",
-    "select_channels",
     "sum_channels",
     "with_strides",
 ]
 
+# Which of the gradients of input, weight and bias are made of the kept channels alone.
+GRADIENTS = {
+    "both": (True, True, True),
+    "weight": (False, True, True),
+    "input": (True, False, False),
+}
 
-def channel_scores(grad_output: Tensor, dim: int = 1) -> Tensor:
-    """Return the mean magnitude of each channel, the score of ssProp (arXiv 2408.12561).
 
-    Args:
-        grad_output: any shape, with C channels in dimension `dim`.
-        dim: the channel dimension.
+@dataclass(frozen=True)
+class Selection:
+    """How channels are chosen, and for which gradients.
 
-    Returns:
-        Scores, [C].
+    Attributes:
+        score: what each channel is worth; see `ssprop_passes.scores`.
+        select: which are kept, given that; see `ssprop_passes.selectors`.
+        gradients: `"both"`, or `"weight"` or `"input"` alone; the other one is then dense, and
+            exact. The gradient of the bias follows that of the weight.
+        block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
+        memory: coefficient eta in [0, 1) of what earlier steps left out; see
+            `ssprop_passes.memory`.
     """
-    return grad_output.abs().mean(_all_but(grad_output, dim))
+
+    score: Score = mean_abs
+    select: Selector = topk
+    gradients: str = "both"
+    block: int = 1
+    memory: float = 0.0
+
+    def sparse(self, wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
+        """Return which gradients of input, weight and bias are sparse, given those wanted."""
+        chosen = GRADIENTS[self.gradients]
+        return wanted[0] and chosen[0], wanted[1] and chosen[1], wanted[2] and chosen[2]
+
+    def keep(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        k: int,
+        groups: int = 1,
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the kept channels of `grad_output`, weighted if the selector weights them.
+
+        With a memory they are chosen from, and are those of, `grad_output` and the memory together.
+
+        Args:
+            grad_output: [N, C, *space].
+            weight: [C, ...].
+            k: keep count of each group, in [1, C / groups]; a multiple of `block`.
+            groups: number of groups, whose channels follow one another.
+            memory: batch mean of what earlier steps left out, [C, *space]; that of this step takes
+                its place, in the same tensor.
+
+        Returns:
+            The channels, [N, groups * k, *space], and their indices, int64 [groups * k], grouped.
+
+        Raises:
+            ValueError: a score or selector of the user's returns what is none.
+        """
+        if memory is not None:
+            grad_output = recall(grad_output, memory, self.memory)
+        scores = self.score(grad_output, weight)
+        if tuple(scores.shape) != (grad_output.shape[1],):
+            raise ValueError(
+                f"score must return one score a channel, shape ({grad_output.shape[1]},),"
+                f" got {tuple(scores.shape)}"
+            )
+        indices, weights = self.choose(scores, k, groups)
+        if memory is not None:
+            memory.copy_(left_out(grad_output, indices, weights, memory.dtype))
+        kept = gather_channels(grad_output, indices)
+        return kept if weights is None else scale_channels(kept, weights), indices
+
+    def choose(self, scores: Tensor, k: int, groups: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Return the channels that are kept, and their weights, None where all are 1.
+
+        Args:
+            scores: [C], the groups one after another.
+            k: keep count of each group, in [1, C / groups]; a multiple of `block`.
+            groups: number of groups.
+
+        Returns:
+            Indices into the C channels, int64 [groups * k], grouped; weights, [groups * k].
+
+        Raises:
+            ValueError: the selector returns no indices.
+        """
+        channels = scores.shape[0]
+        if groups > 1:
+            scores = scores.view(groups, channels // groups)
+        if self.block == 1:
+            indices, weights = self._select(scores, k)
+        else:
+            by_block = scores.view(*scores.shape[:-1], -1, self.block).sum(-1)
+            indices, weights = self._select(by_block, k // self.block)
+            within = torch.arange(self.block, device=scores.device)
+            indices = (indices[..., None] * self.block + within).flatten(-2)
+            if weights is not None:
+                weights = weights[..., None].expand(*weights.shape, self.block).flatten(-2)
+        if groups > 1:
+            offsets = torch.arange(0, channels, channels // groups, device=scores.device)
+            indices = (indices + offsets[:, None]).flatten()
+            weights = None if weights is None else weights.flatten()
+        return indices, weights
+
+    def _select(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        chosen = self.select(scores, k)
+        indices, weights = chosen if isinstance(chosen, tuple) else (chosen, None)
+        if indices.dtype != torch.int64 or indices.shape[:-1] != scores.shape[:-1]:
+            raise ValueError(
+                "select must return int64 indices, k of each group,"
+                f" got {indices.dtype} of shape {tuple(indices.shape)}"
+            )
+        return indices, weights
+
+    @property
+    def identity(self) -> str | None:
+        """A text that changes with what is computed, None where a function's is not known."""
+        score, select = identity_maybe(self.score), identity_maybe(self.select)
+        if score is None or select is None:
+            return None
+        return repr((score, select, self.gradients, self.block, self.memory))
 
 
 def sum_channels(grad_output: Tensor, dim: int = 1) -> Tensor:
     """Return the sum of each channel, [C]: the gradient of a bias."""
     return grad_output.sum(_all_but(grad_output, dim))
-
-
-def select_channels(scores: Tensor, k: int, groups: int = 1) -> Tensor:
-    """Return the channels of the k largest scores of each group.
-
-    Args:
-        scores: [C], the groups one after another.
-        k: keep count of each group, in [1, C / groups].
-        groups: number of groups.
-
-    Returns:
-        Indices into the C channels, int64 [groups * k], grouped.
-    """
-    if groups == 1:
-        return torch.topk(scores, k, sorted=False).indices
-    per_group = scores.shape[0] // groups
-    local = torch.topk(scores.view(groups, per_group), k, sorted=False).indices
-    offsets = torch.arange(0, scores.shape[0], per_group, device=scores.device)
-    return (local + offsets[:, None]).flatten()
 
 
 def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
@@ -65,6 +163,11 @@ def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
         # only known at run time, and convolutions on it are two to three times slower.
         return x.permute(_last(x))[..., indices].permute(_first(x))
     return x[:, indices]
+
+
+def scale_channels(x: Tensor, weights: Tensor) -> Tensor:
+    """Return `x`, [N, k, *space], with each channel times its weight, [k], in the dtype of `x`."""
+    return x * weights.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
 def scatter_rows(rows: Tensor, indices: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from ssprop_passes.selection import Selection
+
 __all__ = [
     "MIN_KEEP_COUNT",
     "SITE_KEY",
@@ -16,6 +18,7 @@ __all__ = [
     "Site",
     "SiteMatch",
     "Slot",
+    "Times",
     "hinted",
     "layer_name",
     "matrix_product_flops",
@@ -52,6 +55,29 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Times of one site's backward, in milliseconds.
+
+    Attributes:
+        dense: of the dense backward.
+        sparse: of the sparse one, without scores.
+        kept: the channels that it kept, of all groups together.
+    """
+
+    dense: float
+    sparse: float
+    kept: int
+
+    def saved(self, kept: int, channels: int) -> float:
+        """Return the time saved by keeping `kept` of the site's channels; negative if it is lost.
+
+        The arithmetic is taken to be in proportion to the channels kept, the rest of the sparse
+        backward's time to be fixed.
+        """
+        return self.dense - self.sparse - self.dense * (kept - self.kept) / channels
+
+
+@dataclass(frozen=True)
 class Site:
     """What became of one site.
 
@@ -63,6 +89,9 @@ class Site:
         flops: floating-point operations of the dense backward.
         slot: index in the runtime sparsity tensor, -1 for a site left dense.
         reason: why it was left dense, "" for a sparse one.
+        sparse_flops: those of `flops` that its sparse gradients take at full size; 0 for a site
+            left dense.
+        times: what the gate measured, None without a gate.
     """
 
     name: str
@@ -72,6 +101,16 @@ class Site:
     flops: int
     slot: int = -1
     reason: str = ""
+    sparse_flops: int = 0
+    times: Times | None = None
+
+    def saved_flops(self, kept: int) -> int:
+        """Return the operations that are left out where so many channels are kept."""
+        return self.sparse_flops * (self.channels - kept) // self.channels
+
+    def saved_ms(self, kept: int) -> float | None:
+        """Return the milliseconds saved where so many are kept, None where not measured."""
+        return None if self.times is None else self.times.saved(kept, self.channels)
 
 
 class SiteMatch(ABC):
@@ -103,8 +142,16 @@ class SiteMatch(ABC):
 
     @property
     @abstractmethod
-    def flops(self) -> int:
-        """Floating-point operations of the dense backward: two a multiply-add."""
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which of the gradients of input, weight and bias are computed."""
+
+    @abstractmethod
+    def flops_of(self, mask: Sequence[bool]) -> int:
+        """Return the floating-point operations, two a multiply-add, of dense gradients.
+
+        Args:
+            mask: which of those of input, weight and bias to count.
+        """
 
     @property
     @abstractmethod
@@ -122,17 +169,29 @@ class SiteMatch(ABC):
         """The fake values of the dense gradients that are replaced."""
 
     @abstractmethod
-    def backward(self, k: int, *tensors: Tensor) -> Gradients:
-        """Return the sparse gradients: plain torch, which the pass traces.
+    def backward(
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+    ) -> Gradients:
+        """Return the sparse gradients, None for the others: plain torch, which the pass traces.
 
         Args:
             k: keep count of each group; may be a SymInt.
+            selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
+            memory: what earlier steps left out, updated in place; see `ssprop_passes.memory`.
         """
 
     @abstractmethod
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
-        """Let the users of the dense gradients use these, and erase what has become dead."""
+        """Let the users of the dense gradients use these, and erase what has become dead.
+
+        Where there is None, what computes the dense gradient stays, marked with `INSERTED_KEY`.
+        """
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the dense backward."""
+        return self.flops_of(self.wanted)
 
 
 def layer_name(node: fx.Node) -> str | None:
@@ -142,7 +201,11 @@ def layer_name(node: fx.Node) -> str | None:
 
 
 def why_dense(
-    match: SiteMatch, name: str | None, slots: Mapping[str, Slot], excluded: Mapping[str, str]
+    match: SiteMatch,
+    name: str | None,
+    slots: Mapping[str, Slot],
+    excluded: Mapping[str, str],
+    selection: Selection,
 ) -> str:
     """Return why a site stays dense, "" if it can be made sparse.
 
@@ -151,6 +214,7 @@ def why_dense(
         name: its layer's name.
         slots: the layers that take part, by name.
         excluded: the layers that do not, by name, with the reason.
+        selection: says which gradients are sparse.
     """
     if name is None:
         return "outside the model's modules"
@@ -160,6 +224,8 @@ def why_dense(
         return "its module owns no weight of this kind"
     if (slots[name].channels, slots[name].groups) != (match.channels, match.groups):
         return "its weight is not that of its module"
+    if not any(selection.sparse(match.wanted)):
+        return f"it computes no {selection.gradients} gradient"
     return ""
 
 

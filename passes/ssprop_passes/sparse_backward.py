@@ -7,18 +7,23 @@ backward does not need is not saved, and what it adds is fused with its neighbou
 
     after     k = keep_counts[slot].item()
               dx, dw = sparse_backward(dy, x, w, k)
+
+With a memory, another input of the graph, `sparse_backward` writes it in place.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
+from ssprop_passes.memory import MEMORY_KEY
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
-from ssprop_passes.selection import with_strides
+from ssprop_passes.selection import Selection, with_strides
 from ssprop_passes.sites import (
     MIN_KEEP_COUNT,
     Site,
@@ -42,6 +47,10 @@ class SparseBackwardPass(GraphPass):
             the identity, because equal graphs of different models must not share an artifact.
         slot_count: length of the runtime sparsity tensor, the graph's last input.
         decompositions: returns the decomposition table of the compiler that the graph is for.
+        selection: how channels are chosen, and for which gradients.
+        gate: says which sites are worth making sparse; None to make all.
+        memories: layers that the graph's memories are of, one an entry; the memories are inputs
+            of the graph, right before the runtime sparsity tensor.
         previous: pass or passes to run first.
 
     Attributes:
@@ -56,6 +65,9 @@ class SparseBackwardPass(GraphPass):
         layers: tuple[str, ...],
         slot_count: int,
         decompositions: Callable[[], dict[Any, Callable[..., Any]]],
+        selection: Selection = Selection(),  # noqa: B008, it is frozen
+        gate: Gate | None = None,
+        memories: Sequence[str] = (),
         previous: Previous = None,
     ) -> None:
         super().__init__(previous)
@@ -64,33 +76,76 @@ class SparseBackwardPass(GraphPass):
         self.layers = layers
         self.slot_count = slot_count
         self.decompositions = decompositions
+        self.selection = selection
+        self.gate = gate
+        self.memories = tuple(memories)
         self.sites: list[Site] = []
         self.total_flops = 0
 
-    def identity(self) -> str:
-        """Return the slots, exclusions and layers of this graph."""
-        return repr((sorted(self.slots.items()), sorted(self.excluded.items()), self.layers))
+    def identity(self) -> str | None:
+        """Return the slots, exclusions and layers of this graph, and how channels are chosen."""
+        selection = self.selection.identity
+        if selection is None:
+            return None
+        slots, excluded = sorted(self.slots.items()), sorted(self.excluded.items())
+        gate = self.gate and self.gate.identity()
+        return repr((slots, excluded, self.layers, selection, gate, self.memories))
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
         keep_counts = find_keep_counts(graph, self.slot_count)
-        found, self.total_flops = find_sites(graph, self.slots, self.excluded)
+        memories = find_memories(graph, keep_counts, len(self.memories))
+        found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
-            self.sites.append(site)
             if not site.reason:
                 # Matched anew: what the rewrite of another site replaced may be an input of it.
                 match = find_match_maybe(node)
                 assert match is not None
-                self._rewrite(graph, match, keep_counts, site.slot)
+                site = self._judge(match, site)
+                if not site.reason:
+                    memory = memories[_memory_maybe(match)] if memories else None
+                    self._rewrite(graph, match, keep_counts, site.slot, memory)
+            self.sites.append(site)
 
-    def _rewrite(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
-        limit = match.channels // match.groups
+    def _judge(self, match: SiteMatch, site: Site) -> Site:
+        """Return a site with what is yet to be said of it, by the gate above all."""
+        if self.selection.memory and _memory_maybe(match) is None:
+            reason = "no convolution or linear call gives its output, so it has no memory"
+            return replace(site, slot=-1, sparse_flops=0, reason=reason)
+        if self.gate is None:
+            return site
+        times = self.gate.times(match, site.slot, self.selection)
+        if reason := why_slower(times, site.channels):
+            return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
+        return replace(site, times=times)
+
+    def _rewrite(
+        self,
+        graph: fx.Graph,
+        match: SiteMatch,
+        keep_counts: fx.Node,
+        slot: int,
+        memory: fx.Node | None,
+    ) -> None:
+        block = self.selection.block
+        limit = match.channels // match.groups // block
+
+        inputs = [keep_counts, *match.inputs]
+        if memory is not None:
+            inputs.append(memory)
 
         def replacement(keep_counts: Tensor, *tensors: Tensor) -> Any:
-            k = cast(int, keep_counts[slot].item())
+            # Counted in blocks, so that k is known to be a multiple of their size.
+            count = keep_counts[slot] if block == 1 else keep_counts[slot] // block
+            k = cast(int, count.item())
             torch._check(k >= min(MIN_KEEP_COUNT, limit))
             torch._check(k <= limit)
-            gradients = match.backward(k, *tensors)
+            gradients = match.backward(
+                k if block == 1 else k * block,
+                self.selection,
+                *tensors[: len(match.inputs)],
+                memory=None if memory is None else tensors[-1],
+            )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             return tuple(
                 gradient
@@ -99,14 +154,21 @@ class SparseBackwardPass(GraphPass):
                 for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
             )
 
-        inputs = [keep_counts, *match.inputs]
         fake_mode = keep_counts.meta["val"].fake_mode
         traced = trace(replacement, inputs, fake_mode, self.decompositions())
         match.replace(splice(graph, match.node, traced, inputs))
 
 
+def _memory_maybe(match: SiteMatch) -> Any:
+    """Return the number of a site's memory among those of the graph, None if it has none."""
+    return (match.node.meta.get("custom") or {}).get(MEMORY_KEY)
+
+
 def find_sites(
-    graph: fx.Graph, slots: Mapping[str, Slot], excluded: Mapping[str, str]
+    graph: fx.Graph,
+    slots: Mapping[str, Slot],
+    excluded: Mapping[str, str],
+    selection: Selection = Selection(),  # noqa: B008, it is frozen
 ) -> tuple[list[tuple[fx.Node, Site]], int]:
     """Find the sites of a joint graph, and leave the graph as it is.
 
@@ -114,6 +176,7 @@ def find_sites(
         graph: the joint graph.
         slots: the layers that take part, by name.
         excluded: the layers that do not, by name, with the reason.
+        selection: says which gradients are sparse.
 
     Returns:
         The first node of each site with what is to become of the site, in graph order; and the
@@ -132,9 +195,13 @@ def find_sites(
             continue
         seen.update(match.nodes)
         name = layer_name(node)
-        reason = why_dense(match, name, slots, excluded)
-        slot = -1 if reason else slots[name or ""].index
-        site = Site(name or "", match.kind, match.channels, match.groups, match.flops, slot, reason)
+        reason = why_dense(match, name, slots, excluded, selection)
+        site = Site(
+            name or "", match.kind, match.channels, match.groups, match.flops, reason=reason
+        )
+        if not reason:
+            sparse_flops = match.flops_of(selection.sparse(match.wanted))
+            site = replace(site, slot=slots[site.name].index, sparse_flops=sparse_flops)
         found.append((node, site))
     return found, total_flops
 
@@ -142,6 +209,13 @@ def find_sites(
 def find_match_maybe(node: fx.Node) -> SiteMatch | None:
     """Return what the first kind of site that recognises the node makes of it."""
     return next((match for matcher in MATCHERS if (match := matcher(node))), None)
+
+
+def find_memories(graph: fx.Graph, keep_counts: fx.Node, count: int) -> list[fx.Node]:
+    """Return the placeholders of the memories, right before the runtime sparsity tensor."""
+    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
+    end = placeholders.index(keep_counts)
+    return placeholders[end - count : end]
 
 
 def find_keep_counts(graph: fx.Graph, slot_count: int) -> fx.Node:

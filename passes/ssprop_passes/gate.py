@@ -1,0 +1,187 @@
+"""Gate: leaves the sites dense that are not faster sparse, by measurement.
+
+Each site's backward is run on random tensors of its shapes, dense and sparse, while the graph is
+compiled, and the times are kept on disk beside Inductor's compile cache. What is measured of the
+sparse backward is gathering, reduced operation and scattering, run eagerly; scores are left out,
+because Inductor computes them where it produces grad_output. On a CPU one thread runs its share of
+the batch: threads that wait for each other on a busy machine would say little of either backward.
+
+Private torch: the modes of a compilation, which must not see these runs.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ssprop_passes.identity import identity_maybe
+from ssprop_passes.selection import Selection
+from ssprop_passes.sites import SiteMatch, Times, hinted
+
+__all__ = ["Gate", "measure", "why_slower"]
+
+# Runs of each backward: the first is not counted, the quickest of the others is.
+_RUNS = 3
+
+
+class Gate:
+    """Says which sites are worth making sparse.
+
+    Args:
+        keep_counts: keep count, of each group, to decide at, by slot.
+    """
+
+    def __init__(self, keep_counts: Mapping[int, int]) -> None:
+        self.keep_counts = dict(keep_counts)
+
+    def times(self, match: SiteMatch, slot: int, selection: Selection) -> Times:
+        """Return the times of a site, from disk if it was measured before."""
+        k = self.keep_counts[slot]
+        path = Path(cache_dir()) / "ssprop-gate" / f"{_key(match, k, selection)}.json"
+        try:
+            return Times(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            times = measure(match, k, selection)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(times), file)
+        os.replace(file.name, path)
+        return times
+
+    def identity(self) -> str:
+        """Return what the decisions depend on, besides the machine."""
+        return repr(sorted(self.keep_counts.items()))
+
+
+def why_slower(times: Times, channels: int) -> str:
+    """Return why a site is to stay dense, "" if it is faster sparse."""
+    if times.saved(times.kept, channels) > 0:
+        return ""
+    return (
+        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} channels,"
+        f" {times.dense:.2f} ms dense"
+    )
+
+
+def measure(match: SiteMatch, k: int, selection: Selection) -> Times:
+    """Run a site's backward, dense and sparse, on random tensors.
+
+    Args:
+        match: the site.
+        k: keep count of each group.
+        selection: how channels are chosen; its scores are not computed.
+
+    Returns:
+        The times.
+    """
+
+    def known_scores(_grad_output: Tensor, _weight: Tensor) -> Tensor:
+        return scores
+
+    selection = replace(selection, score=known_scores, memory=0.0)
+    device = match.inputs[0].meta["val"].device
+    cuda = [device] if device.type == "cuda" else []
+    with (
+        _disable_current_modes(),
+        torch.no_grad(),
+        torch.random.fork_rng(cuda),
+        _one_thread(device) as shares,
+    ):
+        grad_output, input_, weight = (node.meta["val"] for node in match.inputs)
+        tensors = [
+            _random_like(grad_output, shares),
+            _random_like(input_, shares),
+            _random_like(weight),
+        ]
+        scores = torch.rand(match.channels, device=device)
+        values = dict(zip(match.inputs, tensors, strict=True))
+        dense = _time_ms(lambda: [_evaluate(node, dict(values)) for node in match.nodes], device)
+        sparse = _time_ms(lambda: match.backward(k, selection, *tensors), device)
+    return Times(dense, sparse, k * match.groups)
+
+
+def _time_ms(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_RUNS):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """Return the value of a node, given those that it depends on."""
+    if node not in values:
+        assert callable(node.target)
+        for operand in node.all_input_nodes:
+            _evaluate(operand, values)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)
+    return values[node]
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[int]:
+    """Run one thread on a CPU; give the number of threads that share a batch otherwise."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _random_like(value: Tensor, shares: int = 1) -> Tensor:
+    """Return random numbers of the layout of a fake tensor, of one share of its batch."""
+    sizes, strides = list(hinted(value).shape), _hinted_strides(value)
+    sizes[0] = -(-sizes[0] // shares)
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).normal_()
+
+
+def _hinted_strides(value: Tensor) -> list[int]:
+    return [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+
+
+def _key(match: SiteMatch, k: int, selection: Selection) -> str:
+    """Return a key of all that the times depend on."""
+
+    def specification(node: fx.Node) -> Any:
+        value = node.meta["val"]
+        shape = tuple(hinted(value).shape) if isinstance(value, Tensor) else ()
+        return shape, _hinted_strides(value), value.dtype, value.device.type
+
+    calls = [(str(n.target), fx.map_arg(n.args, specification)) for n in match.nodes]
+    device = match.inputs[0].meta["val"].device
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        torch.get_num_threads(),
+        torch.__version__,
+    )
+    select = identity_maybe(selection.select)
+    what = (calls, match.wanted, k, select, selection.gradients, selection.block)
+    return hashlib.sha256(repr((what, machine)).encode()).hexdigest()
+
+
+def _cpu() -> str:
+    return f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"

@@ -1,0 +1,106 @@
+"""What a function computes, as a text: the compile cache must know one selector from another."""
+
+import builtins
+import dis
+import functools
+import hashlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["identity_maybe"]
+
+# Their sources are part of the compile cache's key by their release, ours by `sources_hash`.
+_KNOWN_PACKAGES = ("_operator", "builtins", "math", "operator", "ssprop_passes", "torch")
+
+# What these built-in functions see is not in the code that calls them.
+_UNKNOWN_BUILTINS = ("__import__", "eval", "exec", "globals", "open", "vars")
+
+_PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class _UnknownError(Exception):
+    """Something that a function uses cannot be told from what it may be another time."""
+
+
+def identity_maybe(fn: Callable[..., Any]) -> str | None:
+    """Return a hash that changes with what a function computes, None if that cannot be known.
+
+    It covers the function's bytecode and constants, defaults, closure, the global names that it
+    reads and the functions among these, in turn. Torch's functions and those of this package
+    count by name. Not known is what depends on other packages or on objects with a state.
+
+    Args:
+        fn: the function.
+
+    Example:
+        >>> def scaled(by):
+        ...     return lambda scores, k: torch.topk(scores * by, k).indices
+        >>> identity_maybe(scaled(2)) == identity_maybe(scaled(2)) != identity_maybe(scaled(3))
+        True
+        >>> identity_maybe(scaled(object())) is None
+        True
+    """
+    try:
+        parts = _describe(fn, set())
+    except _UnknownError:
+        return None
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _describe(value: Any, seen: set[int]) -> Any:
+    if type(value) in _PLAIN:
+        return repr(value)
+    if type(value) in (tuple, list):
+        return [type(value).__name__, *(_describe(entry, seen) for entry in value)]
+    if type(value) is frozenset:
+        return sorted(repr(_describe(entry, seen)) for entry in value)
+    if type(value) is functools.partial:
+        keywords = tuple(sorted(value.keywords.items()))
+        return ["partial", *(_describe(v, seen) for v in (value.func, value.args, keywords))]
+    if isinstance(value, types.FunctionType):
+        return _describe_function(value, seen)
+    if isinstance(value, types.ModuleType) and _is_known(value.__name__):
+        return value.__name__
+    if isinstance(value, (types.BuiltinFunctionType, type)) and _is_known(value.__module__):
+        owner = getattr(value, "__self__", None)
+        is_bound = not (owner is None or isinstance(owner, (type, types.ModuleType)))
+        if not is_bound and value.__name__ not in _UNKNOWN_BUILTINS:
+            return f"{value.__module__}.{value.__qualname__}"
+    raise _UnknownError
+
+
+def _describe_function(fn: types.FunctionType, seen: set[int]) -> Any:
+    if id(fn) in seen:
+        return fn.__qualname__
+    seen.add(id(fn))
+    try:
+        closure = tuple(cell.cell_contents for cell in fn.__closure__ or ())
+    except ValueError:  # a cell that is empty yet
+        raise _UnknownError from None
+    captured = (fn.__defaults__, tuple(sorted((fn.__kwdefaults__ or {}).items())), closure)
+    # By where it was defined: a wrapper may bear another function's name.
+    package = fn.__globals__.get("__name__")
+    code = fn.__code__.co_qualname if _is_known(package) else _describe_code(fn.__code__, fn, seen)
+    return [package, code, _describe(captured, seen)]
+
+
+def _describe_code(code: types.CodeType, fn: types.FunctionType, seen: set[int]) -> Any:
+    parts: list[Any] = [code.co_code, code.co_exceptiontable, code.co_names, code.co_varnames]
+    for constant in code.co_consts:
+        is_code = isinstance(constant, types.CodeType)
+        parts.append(_describe_code(constant, fn, seen) if is_code else _describe(constant, seen))
+    for instruction in dis.get_instructions(code):
+        operation, name = instruction.opname, instruction.argval
+        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = fn.__globals__.get(name, getattr(builtins, name, _UnknownError()))
+            parts.append((name, _describe(value, seen)))
+        elif operation == "IMPORT_NAME" or "GLOBAL" in operation:
+            raise _UnknownError
+    return parts
+
+
+def _is_known(module: str | None) -> bool:
+    return module is not None and module.split(".")[0] in _KNOWN_PACKAGES

@@ -1,0 +1,79 @@
+"""Scores: how much each output channel of a layer matters to its gradients.
+
+A score is a function `score(grad_output, weight) -> scores` of
+
+    grad_output  [N, C, *space], of a linear layer [T, C]
+    weight       [C, ...], one row an output channel whatever the kind of layer
+    scores       [C]; NaN or infinite for a channel that holds such a value, so that selectors
+                 keep it and a `GradScaler` finds it
+
+in plain torch, which the pass traces: no Python value may depend on what a tensor holds.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCORES", "Score", "l2", "l2_weight", "mean_abs"]
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def mean_abs(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean magnitude of each channel, the score of ssProp (arXiv 2408.12561).
+
+    Args:
+        grad_output: [N, C, *space].
+        weight: [C, ...], not used.
+
+    Returns:
+        Scores, [C].
+    """
+    return grad_output.abs().mean(_all_but(grad_output, 1))
+
+
+def l2(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return the l2 norm of each channel.
+
+    To sample channels with probability proportional to it has the least variance that sampling
+    them can add to the gradient of a weight whose inputs are alike in norm.
+
+    Args:
+        grad_output: [N, C, *space].
+        weight: [C, ...], not used.
+
+    Returns:
+        Scores, [C], at least float32.
+    """
+    return _norms(grad_output, 1)
+
+
+def l2_weight(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return the l2 norm of each channel times that of its row of the weight.
+
+    What a channel matters to the gradient of the input, which is the sum over channels of each
+    one's gradient times its row.
+
+    Args:
+        grad_output: [N, C, *space].
+        weight: [C, ...].
+
+    Returns:
+        Scores, [C], at least float32.
+    """
+    return _norms(grad_output, 1) * _norms(weight, 0)
+
+
+SCORES: dict[str, Score] = {"mean_abs": mean_abs, "l2": l2, "l2_weight": l2_weight}
+
+
+def _norms(x: Tensor, dim: int) -> Tensor:
+    # A half-precision norm of many values would overflow.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=_all_but(x, dim), dtype=dtype)
+    return norms
+
+
+def _all_but(x: Tensor, dim: int) -> list[int]:
+    return [d for d in range(x.ndim) if d != dim]

@@ -1,0 +1,171 @@
+"""The gate: measured times decide which sites, and which steps, are sparse."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ssprop_passes.gate
+import torch
+from ssprop_passes.errors import NoEffectWarning
+from ssprop_passes.sites import Site, Times
+from torch import Tensor, nn
+
+import ssprop_fx.records
+from ssprop_fx import (
+    SparsityConfig,
+    SparsityScheduler,
+    bar,
+    constant,
+    cosine,
+    join,
+    linear,
+    report,
+    ssprop_compile,
+    warmup,
+)
+from ssprop_fx.module import SsPropModule
+from ssprop_fx.records import CompiledGraph, load_record_maybe, save_record
+
+pytestmark = pytest.mark.gate
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No times known, and no compiled graphs: those of Inductor's kernels alone."""
+    monkeypatch.setattr(ssprop_passes.gate, "cache_dir", lambda: str(tmp_path))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers of 64 channels are slower sparse, others save half a millisecond at 3/4 dropped."""
+    calls: list[int] = []
+
+    def measure(match: object, k: int, selection: object) -> Times:
+        calls.append(match.channels)
+        return Times(dense=1.0, sparse=1.5 if match.channels == 64 else 0.5, kept=k)
+
+    monkeypatch.setattr(ssprop_passes.gate, "measure", measure)
+    return calls
+
+
+def compile_two_layers(schedule: object, **config: object) -> tuple[SsPropModule, Tensor]:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Tanh(), nn.Conv2d(64, 32, 1))
+    scheduler = SparsityScheduler(schedule)
+    made = SparsityConfig(channel_multiple=1, min_channels=1, **config)
+    return ssprop_compile(model, scheduler, config=made), torch.randn(2, 3, 8, 8)
+
+
+def kept_rows(model: SsPropModule) -> list[int]:
+    return [int(model._orig_mod[i].weight.grad.flatten(1).any(1).sum()) for i in (0, 2)]
+
+
+def test_saved_time_is_that_measured_and_in_proportion_to_the_arithmetic() -> None:
+    times = Times(dense=10.0, sparse=4.0, kept=20)
+    assert times.saved(20, channels=100) == 6.0
+    assert times.saved(70, channels=100) == pytest.approx(1.0)
+    assert times.saved(100, channels=100) == pytest.approx(-2.0)
+
+
+def test_sites_that_are_slower_sparse_stay_dense(fresh_cache: None, measured: list[int]) -> None:
+    model, x = compile_two_layers(constant(0.75))
+    model(x).sin().sum().backward()
+    assert kept_rows(model) == [64, 8]
+    reasons = {site.name: site.reason for site in report(model).sites}
+    assert reasons == {
+        "0": "not faster sparse: 1.50 ms with 16 channels, 1.00 ms dense",
+        "2": "",
+    }
+
+
+def test_without_a_gate_every_site_is_sparse(fresh_cache: None, measured: list[int]) -> None:
+    model, x = compile_two_layers(constant(0.75), gate=False)
+    model(x).sin().sum().backward()
+    assert kept_rows(model) == [16, 8]
+    assert measured == []
+
+
+def test_drop_rates_that_do_not_pay_run_dense(fresh_cache: None, measured: list[int]) -> None:
+    # Half a millisecond is saved at 0.75, and the arithmetic of one: none below 0.25.
+    model, x = compile_two_layers(join([constant(0.75), constant(0.2)], [1]))
+    model(x).sin().sum().backward()
+    assert kept_rows(model) == [64, 8]
+    model.ssprop.scheduler.step()
+    model.zero_grad()
+    with pytest.warns(NoEffectWarning, match="at drop rate 0.2 .* runs dense"):
+        model(x).sin().sum().backward()
+    assert kept_rows(model) == [64, 32]
+
+
+def test_times_are_kept_on_disk(fresh_cache: None, measured: list[int]) -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        model, x = compile_two_layers(constant(0.75))
+        model(x).sin().sum().backward()
+        assert kept_rows(model) == [64, 8]
+    assert sorted(measured) == [32, 64]
+
+
+def test_times_are_in_the_record_of_a_graph(fresh_cache: None, tmp_path: Path) -> None:
+    """A warm compile cache skips the pass, and the choice between the variants needs them."""
+    site = Site("0", "conv2d", 64, 1, 100, slot=0, times=Times(dense=2.0, sparse=1.0, kept=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssprop_fx.records, "cache_dir", lambda: str(tmp_path))
+        save_record("key", CompiledGraph([site, replace(site, times=None)], 100))
+        known = load_record_maybe("key")
+    assert known.sites == (site, replace(site, times=None))
+
+
+def test_another_highest_drop_rate_is_measured_anew(fresh_cache: None, measured: list[int]) -> None:
+    for rate in (0.75, 0.5):
+        torch._dynamo.reset()
+        model, x = compile_two_layers(constant(rate))
+        model(x).sin().sum().backward()
+    assert sorted(measured) == [32, 32, 64, 64]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Linear(6, 32)]
+)
+def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
+    """Real times, from random numbers that are not those of the model."""
+    shape = (4, 6) if isinstance(layer, nn.Linear) else (4, layer.in_channels, 6, 6)
+    config = SparsityConfig(min_channels=1, targets=("conv", "depthwise", "linear"))
+    model = ssprop_compile(layer, SparsityScheduler(constant(0.5)), config=config)
+    torch.manual_seed(1)
+    expected = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        model(torch.ones(shape)).sum().backward()
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.get_num_threads() == expected[1]
+    (site,) = model.ssprop.graphs[0].sites
+    assert site.times.dense > 0
+    assert site.times.sparse > 0
+    assert site.times.kept == 16
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        constant(0.3),
+        linear(0.1, 0.7, steps=3),
+        cosine(0.6, 0.2, steps=5),
+        bar(0.8, period=2),
+        warmup(bar(0.4, period=2), steps=3),
+        join([constant(0.1), linear(0.2, 0.5, steps=2)], [2]),
+    ],
+)
+def test_highest_is_the_highest_of_all_steps(schedule: object) -> None:
+    assert schedule.highest == max(schedule(step) for step in range(20))
+
+
+def test_gate_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="gate must be True or False"):
+        SparsityConfig(gate="measured")
