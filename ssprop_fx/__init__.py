@@ -1,8 +1,7 @@
 """Scheduled sparse back-propagation for any torch model, as a torch.compile graph pass."""
 
-from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
+from ssprop_passes.errors import CaptureError, NoEffectWarning, SsPropCompileError
 
-from ssprop_fx.capture import CaptureError
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.inspection import Inspection, inspect_sites

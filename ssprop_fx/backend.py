@@ -5,11 +5,13 @@ compile, Inductor's `compile_fx` and the two hooks for a pass on the joint graph
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.gate import Gate
 from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
@@ -18,6 +20,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.instances import Instances, SparseGraph, weight_owners
+from ssprop_fx.memory import Memory, MemoryInput, mark_memories
 from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
 from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable, find_slots
@@ -35,11 +39,12 @@ class SparseBackend:
         config: which of its layers take part.
         table: its slots.
         keep_counts: its part of the runtime sparsity tensor, read at every call.
+        memory: what its layers have left out so far.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
 
     Attributes:
-        graphs: the graphs compiled so far.
+        instances: those of each graph compiled so far.
         captured: names of the layers that Dynamo captured in any graph.
         error: the first failure, for the caller to raise whatever Dynamo makes of it.
     """
@@ -52,25 +57,44 @@ class SparseBackend:
         config: SparsityConfig,
         table: SlotTable,
         keep_counts: KeepCounts,
+        memory: Memory,
         kind: str,
         options: dict[str, Any],
     ) -> None:
-        self.model = model
+        # Weakly: Dynamo keeps its backends, and with them the model would live for ever.
+        self._model = weakref.ref(model)
         self.config = config
         self.table = table
         self.keep_counts = keep_counts
+        self.memory = memory
         self.kind = kind
         self.options = options
-        self.graphs: list[CompiledGraph] = []
+        self.instances: list[Instances] = []
         self.captured: set[str] = set()
         self.error: SsPropCompileError | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return cast(nn.Module, self._model())
+
+    @property
+    def graphs(self) -> list[CompiledGraph]:
+        """The graphs compiled so far, one for each group of layers that they were called for."""
+        return [i.graph for instances in self.instances for i in instances.found.values()]
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the layers that have a slot and are in no graph that makes them sparse."""
+        sparse = {site.name for graph in self.graphs for site in graph.sites if not site.reason}
+        return [s.name for s in self.table.slots if s.name not in self.captured | sparse]
 
     @property
     def sparse_runs(self) -> int:
         """How often a graph with a rewritten site was called."""
         return sum(graph.runs for graph in self.graphs if graph.is_sparse)
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
         """Compile one graph that Dynamo captured.
 
         Raises:
@@ -83,19 +107,29 @@ class SparseBackend:
             self.error = compile_error(error)
             raise self.error  # noqa: B904, its cause is set
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
         if find_slots(self.model, self.config) != self.table:
             raise RuntimeError(
                 "the model's layers have changed since ssprop_compile: call it again, on the"
                 " changed model"
             )
         layers = mark_layers(gm, example_inputs, self.model)
-        gm = with_extra_input(gm, self.keep_counts.tensor)
-        inputs = [*example_inputs, self.keep_counts.tensor]
-        identity = (sources_hash(), self.table.slots, self.table.excluded, layers)
+        memories = mark_memories(gm, self.table) if self.config.memory else ()
+        extra = [*(memory.zeros() for memory in memories), self.keep_counts.tensor]
+        gm = with_extra_inputs(gm, extra)
+        inputs = [*example_inputs, *extra]
+        gate = self._gate()
+        identity = (
+            sources_hash(),
+            self.table.slots,
+            self.table.excluded,
+            layers,
+            self.config.selection.identity,
+            gate and gate.identity(),
+        )
         key = record_key(gm, inputs, repr(identity))
 
-        compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, self.options)
+        compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, memories, self.options)
         known = None
         if not sparse_pass.ran and is_differentiable(inputs):
             # A hit in Inductor's compile cache, or an inference graph.
@@ -103,24 +137,39 @@ class SparseBackend:
             if known is None:
                 # The cache was brought from elsewhere, without its records.
                 options = {**self.options, "force_disable_caches": True}
-                compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, options)
+                compiled, sparse_pass = self._compile_with_pass(
+                    gm, inputs, layers, memories, options
+                )
         graph = known or CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
         if known is None and self.kind == "inductor":
             save_record(key, graph)
-        self.graphs.append(graph)
         self.captured.update(layers)
+        instances = Instances(self.model, self.table, graph, example_inputs)
+        return self._register(compiled, instances, memories)
 
-        def run(*args: Any) -> Any:
-            graph.runs += 1
-            return compiled(*args, self.keep_counts.tensor)
+    def adopt(self, graph: SparseGraph) -> SparseGraph:
+        """Return a graph that was compiled for another model, to run for this one."""
+        instances = graph.instances.of_model(self.model, self.table)
+        return self._register(graph.compiled, instances, graph.memories)
 
-        return run
+    def _register(
+        self, compiled: Callable[..., Any], instances: Instances, memories: Sequence[MemoryInput]
+    ) -> SparseGraph:
+        self.instances.append(instances)
+        return SparseGraph(compiled, instances, self.keep_counts, memories, self.memory)
+
+    def _gate(self) -> Gate | None:
+        # Speed is not what AOT eager is for.
+        if not self.config.gate or self.kind != "inductor":
+            return None
+        return Gate(dict(enumerate(self.keep_counts.smallest)))
 
     def _compile_with_pass(
         self,
         gm: fx.GraphModule,
         inputs: Sequence[Any],
         layers: tuple[str, ...],
+        memories: Sequence[MemoryInput],
         options: dict[str, Any],
     ) -> tuple[Callable[..., Any], SparseBackwardPass]:
         is_inductor = self.kind == "inductor"
@@ -131,6 +180,9 @@ class SparseBackend:
             layers=layers,
             slot_count=len(self.table.slots),
             decompositions=_inductor_decompositions if is_inductor else dict,
+            selection=self.config.selection,
+            gate=self._gate(),
+            memories=[memory.layer for memory in memories],
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
         )
         compile_graph = compile_inductor if is_inductor else compile_aot_eager
@@ -207,12 +259,8 @@ def mark_layers(
     Returns:
         The names, in order of the marked nodes.
     """
-    modules: dict[int, str] = {}
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        modules[id(module)] = name
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(weight), name)
+    modules = {id(module): name for name, module in model.named_modules()}
+    owners = weight_owners(model)
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = {
         node: owners[id(value)]
@@ -239,20 +287,26 @@ def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
     return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
 
 
-def with_extra_input(gm: fx.GraphModule, tensor: Tensor) -> fx.GraphModule:
-    """Return a copy of Dynamo's graph with one more placeholder, after all others."""
+def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
+    """Return a copy of Dynamo's graph with more placeholders, after all others.
+
+    Args:
+        gm: the graph.
+        tensors: what they stand for; the last one is the runtime sparsity tensor.
+    """
     gm = copy_graph(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    after = placeholders[-1] if placeholders else gm.graph._root
-    with gm.graph.inserting_after(after):
-        node = gm.graph.placeholder("ssprop_keep_counts")
     fake_mode = detect_fake_mode([p.meta.get("example_value") for p in placeholders])
     if fake_mode is None:
         raise RuntimeError("Dynamo's graph has no fake tensors among its inputs")
     # Reading a keep count makes an unbacked symbol. No global `capture_scalar_outputs`.
     fake_mode.allow_scalar_outputs = True
-    node.meta["example_value"] = fake_mode.from_tensor(tensor.clone(), static_shapes=True)
-    node._dynamo_source = None
+    last = placeholders[-1] if placeholders else gm.graph._root
+    for number, tensor in enumerate(tensors):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"ssprop_state_{number}")
+        last.meta["example_value"] = fake_mode.from_tensor(tensor.clone(), static_shapes=True)
+        last._dynamo_source = None
     gm.recompile()
     return gm
 

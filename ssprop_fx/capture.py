@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
+from ssprop_passes.errors import CaptureError
 from ssprop_passes.graph_pass import is_joint_graph
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
@@ -24,11 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ssprop_fx.backend import compile_aot_eager, mark_layers
 
-__all__ = ["Capture", "CaptureError", "capture_joint_graphs"]
-
-
-class CaptureError(RuntimeError):
-    """A model's graphs could not be had without running it; the message is one line."""
+__all__ = ["Capture", "capture_joint_graphs"]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """ssprop_compile: the one verb."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ssprop_fx.backend import BACKENDS
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.module import SsPropModule
 from ssprop_fx.scheduler import SparsityScheduler
+
+if TYPE_CHECKING:
+    from ssprop_fx.module import SsPropModule
 
 __all__ = ["ssprop_compile"]
 
@@ -22,7 +23,7 @@ def ssprop_compile(
     options: dict[str, Any] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
-) -> SsPropModule:
+) -> "SsPropModule":
     """Compile a model for training with scheduled sparse back-propagation.
 
     Behaves as `torch.compile(model)` does, and while `scheduler.drop_rate` is 0, in `eval()` mode
@@ -58,6 +59,10 @@ def ssprop_compile(
         >>> int((conv[0].weight.grad.flatten(1).abs().sum(1) > 0).sum())
         32
     """
+    # They import the compiler, which takes seconds.
+    from ssprop_fx.backend import BACKENDS
+    from ssprop_fx.module import SsPropModule
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(scheduler, SparsityScheduler):

@@ -1,20 +1,22 @@
-"""SparsityConfig: what takes part in sparse back-propagation, and in what granularity."""
+"""SparsityConfig: what takes part in sparse back-propagation, and how channels are chosen."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ssprop_passes.scores import SCORES, Score
+from ssprop_passes.selection import GRADIENTS, Selection
+from ssprop_passes.selectors import SELECTORS, Selector, sampled
 from torch import nn
 
-__all__ = ["DEFAULT_TARGETS", "TARGETS", "SparsityConfig"]
+__all__ = ["TARGETS", "SparsityConfig"]
 
 TARGETS = ("conv", "depthwise", "linear")
-DEFAULT_TARGETS = ("conv", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """Which layers take part in sparse back-propagation, and how keep counts are rounded.
+    """Which layers take part in sparse back-propagation, and how their channels are chosen.
 
     Args:
         channel_multiple: the channels kept of a layer, of all groups together, are rounded to the
@@ -28,9 +30,41 @@ class SparsityConfig:
             timm model (`model.get_classifier()`): it has few of the FLOPs, and what its backward
             leaves out is missing in every other layer.
         targets: the kinds of layer that take part, of `"conv"`, `"depthwise"` (convolutions whose
-            output channels read one input channel each) and `"linear"`. Depthwise convolutions
-            are not among them by default: with small kernels on a CPU, moving their channels
-            costs more than it saves.
+            output channels read one input channel each) and `"linear"`. All by default: where
+            moving channels costs more than it saves, as with small depthwise kernels on a CPU, the
+            gate leaves a layer dense.
+        select: which channels are kept, given their scores: `"topk"`, those with the largest;
+            `"random"`, any; `"sampled"`, drawn with probability in proportion to the score and
+            weighted so that the expected gradients are the dense ones; or a function of your own,
+            as `ssprop_passes.selectors` describes and the second example shows.
+        score: what a channel is worth: `"mean_abs"`, the mean magnitude of its gradient; `"l2"`,
+            the l2 norm of that; `"l2_weight"`, that norm times the norm of the channel's row of
+            the weight, which is what it matters to the gradient of the input; or a function of
+            your own, as `ssprop_passes.scores` describes.
+        gradients: which gradients are computed from the kept channels alone: those of weight and
+            input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
+            exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.
+        block: channels are kept in blocks of this many neighbours, by the sum of their scores.
+            Layers whose channels, or those of a group, are no multiple of it stay dense.
+        memory: coefficient in [0, 1) of memorized sparse back-propagation (Zhang et al., arXiv
+            1905.10194): so much of what the last sparse backward of a layer left out is added to
+            the gradient of its output, which channels are then chosen from. What is remembered is
+            a mean over the batch (for linear layers over all leading dimensions) and is added to
+            every sample's gradient, so that it is of the scale of one sample's gradient: with a
+            loss that is a mean over the batch, another batch size finds it too large or too small
+            by the ratio of the two. Each backward updates it, of micro-batches too; dense steps
+            leave it as it is. A gradient that `gradients` leaves dense is without it. It is state:
+            see `model.ssprop.memory.state_dict()`, and keep that in your checkpoints.
+        rates: name pattern -> drop rate in [0, 1), for layers whose drop rate is not the
+            scheduler's, such as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`
+            on names as in `model.named_modules()`, and the first that matches counts. The rate
+            stands in place of the scheduler's wherever that is above 0, so that dense phases are
+            dense everywhere, and a schedule that rises step by step does not move it. 0 is dense.
+        gate: whether a layer whose backward is not faster sparse stays dense. Each is measured
+            once, when it is compiled, at the schedule's highest drop rate, and the times are kept
+            beside Inductor's cache. A drop rate at which the whole model would be slower sparse
+            runs dense. False makes every layer sparse at every drop rate above 0. AOT eager, which
+            is not for speed, has no gate.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -40,12 +74,46 @@ class SparsityConfig:
         >>> config = SparsityConfig(filter_fn=lambda module, fqn: not fqn.startswith("stem"))
         >>> config.min_channels
         32
+
+        A selector of one's own: the better half of what is kept are the largest, the rest any.
+
+        >>> import torch
+        >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
+        >>> def half_topk(scores, k):
+        ...     rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+        ...     luck = torch.rand_like(scores, dtype=torch.float32)
+        ...     return torch.topk(torch.where(rank < (k + 1) // 2, 2.0, luck), k).indices
+        >>> config = SparsityConfig(select=half_topk, score="l2")
+        >>> layer = nn.Linear(8, 64)
+        >>> scheduler = SparsityScheduler(constant(0.75))
+        >>> model = ssprop_compile(layer, scheduler, config=config, backend="aot_eager")
+        >>> model(torch.randn(4, 8)).square().sum().backward()
+        >>> int(layer.weight.grad.any(1).sum())
+        16
     """
 
     channel_multiple: int | Literal["auto"] = "auto"
     min_channels: int = 32
     filter_fn: Callable[[nn.Module, str], bool] | None = None
-    targets: tuple[str, ...] = DEFAULT_TARGETS
+    targets: tuple[str, ...] = TARGETS
+    select: str | Selector = "topk"
+    score: str | Score = "mean_abs"
+    gradients: Literal["both", "weight", "input"] = "both"
+    block: int = 1
+    memory: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    gate: bool = True
+
+    @property
+    def selection(self) -> Selection:
+        """How channels are chosen, as the pass takes it."""
+        return Selection(
+            score=SCORES[self.score] if isinstance(self.score, str) else self.score,
+            select=SELECTORS[self.select] if isinstance(self.select, str) else self.select,
+            gradients=self.gradients,
+            block=self.block,
+            memory=float(self.memory),
+        )
 
     def __post_init__(self) -> None:
         if self.channel_multiple != "auto":
@@ -60,6 +128,45 @@ class SparsityConfig:
             raise TypeError(f'targets must be a tuple such as ("conv",), got {self.targets!r}')
         if not self.targets or not set(self.targets) <= set(TARGETS):
             raise ValueError(f"targets must be of {TARGETS}, at least one, got {self.targets!r}")
+        _check_name_or_function("select", self.select, tuple(SELECTORS))
+        _check_name_or_function("score", self.score, tuple(SCORES))
+        if self.gradients not in tuple(GRADIENTS):
+            raise ValueError(f"gradients must be one of {tuple(GRADIENTS)}, got {self.gradients!r}")
+        _check_positive_int("block", self.block)
+        if isinstance(self.memory, bool) or not isinstance(self.memory, (int, float)):
+            raise TypeError(f"memory must be a number, got {self.memory!r}")
+        if not 0 <= self.memory < 1:
+            raise ValueError(f"memory must be in [0, 1), got {self.memory!r}")
+        if self.memory and self.selection.select is sampled:
+            raise ValueError(
+                'memory must be 0 with select="sampled", which is unbiased already: what it leaves'
+                f" out adds up to nothing, and to add it again is noise; got {self.memory!r}"
+            )
+        _check_rates(self.rates)
+        if not isinstance(self.gate, bool):
+            raise TypeError(f"gate must be True or False, got {self.gate!r}")
+        # A copy, so that it stays as it was checked.
+        object.__setattr__(self, "rates", dict(self.rates))
+
+
+def _check_name_or_function(name: str, value: object, known: tuple[str, ...]) -> None:
+    if isinstance(value, str):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known} or a function, got {value!r}")
+    elif not callable(value):
+        raise TypeError(f"{name} must be one of {known} or a function, got {value!r}")
+
+
+def _check_rates(rates: object) -> None:
+    if not isinstance(rates, Mapping):
+        raise TypeError(f'rates must be a dict such as {{"layer4.*": 0.9}}, got {rates!r}')
+    for pattern, rate in rates.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"rates must have name patterns as keys, got {pattern!r}")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"rates[{pattern!r}] must be a number, got {rate!r}")
+        if not 0 <= rate < 1:
+            raise ValueError(f"rates[{pattern!r}] must be in [0, 1), got {rate!r}")
 
 
 def _check_positive_int(name: str, value: object, alternative: str = "") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.memory import Memory
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
 from ssprop_fx.variants import Variants
 
@@ -19,7 +20,7 @@ class SsPropModule(nn.Module):
     names that `torch.compile`'s module gives them (`_orig_mod.` in the state dict).
 
     Attributes:
-        ssprop: the compiled variants, with their scheduler and keep counts.
+        ssprop: the compiled variants, with their scheduler, keep counts and memory.
     """
 
     _own = frozenset({"_orig_mod", "ssprop", "training"})
@@ -31,10 +32,11 @@ class SsPropModule(nn.Module):
         config: SparsityConfig,
         compile_kwargs: dict[str, Any],
         keep_counts: KeepCounts | None = None,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
         self._orig_mod = model
-        self.ssprop = Variants(model, scheduler, config, compile_kwargs, keep_counts)
+        self.ssprop = Variants(model, scheduler, config, compile_kwargs, keep_counts, memory)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: dense, or in a sparse training step sparse."""
@@ -75,11 +77,12 @@ class SsPropModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SsPropModule":
         # The copy follows the same scheduler, in the same slots: its layers are the same.
-        return type(self)(copy.deepcopy(self._orig_mod, memo), *self._arguments())
+        memory = copy.deepcopy(self.ssprop.memory, memo)
+        return type(self)(copy.deepcopy(self._orig_mod, memo), *self._arguments(memory))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._orig_mod, *self._arguments())
+        return type(self), (self._orig_mod, *self._arguments(self.ssprop.memory))
 
-    def _arguments(self) -> tuple[Any, ...]:
-        variants = self.ssprop
-        return variants.scheduler, variants.config, variants.compile_kwargs, variants.part
+    def _arguments(self, memory: Memory) -> tuple[Any, ...]:
+        own = self.ssprop
+        return own.scheduler, own.config, own.compile_kwargs, own.part, memory

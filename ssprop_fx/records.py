@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssprop_passes.sites import Site
+from ssprop_passes.sites import Site, Times
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -74,10 +74,14 @@ def load_record_maybe(key: str) -> CompiledGraph | None:
     """Return the graph's record, None if there is none that can be read."""
     try:
         content = json.loads(_path(key).read_text())
-        sites = [Site(**site) for site in content["sites"]]
+        sites = [_site(**site) for site in content["sites"]]
         return CompiledGraph(sites, content["total_flops"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _site(times: dict[str, Any] | None, **values: Any) -> Site:
+    return Site(**values, times=None if times is None else Times(**times))
 
 
 def _path(key: str) -> Path:

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ssprop_passes.sites import Site
+from torch import nn
 
-from ssprop_fx.module import SsPropModule
+if TYPE_CHECKING:
+    from ssprop_fx.variants import SparseVariant
 
 __all__ = ["Report", "SiteReport", "report"]
 
@@ -21,6 +24,8 @@ class SiteReport:
         kept: keep count in force, k; C for a site left dense.
         flops: floating-point operations of its dense backward, for one batch.
         reason: why it was left dense, "" for a sparse one.
+        sparse_flops: those of `flops` that its sparse gradients take at full size.
+        saved_flops: those that its backward leaves out at the keep count in force.
     """
 
     name: str
@@ -29,11 +34,8 @@ class SiteReport:
     kept: int
     flops: int
     reason: str
-
-    @property
-    def saved_flops(self) -> int:
-        """Floating-point operations that its backward leaves out at the keep count in force."""
-        return self.flops * (self.channels - self.kept) // self.channels
+    sparse_flops: int
+    saved_flops: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Report:
             f" {site.flops / self.backward_flops:6.1%}  {_state(site)}"
             for site in self.sites
         ]
-        covered = sum(site.flops for site in self.sparse_sites) / self.backward_flops
+        covered = sum(site.sparse_flops for site in self.sites) / self.backward_flops
         lines.append(
             f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
             f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
@@ -78,20 +80,21 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model: SsPropModule) -> Report:
+def report(model: nn.Module) -> Report:
     """Return what sparse back-propagation does to a compiled model.
 
     Sites are known once a training step at a drop rate above 0 has run. Where several sparse
     graphs were compiled for the same layers (for another batch size, say), the newest is shown.
 
     Args:
-        model: what `ssprop_compile` returned.
+        model: what `ssprop_compile` returned, or a model compiled with the backend "ssprop" that
+            has run a training step.
 
     Returns:
         The report; `print` it.
 
     Raises:
-        TypeError: `model` did not come from `ssprop_compile`.
+        TypeError: `model` is neither.
 
     Example:
         >>> import torch
@@ -103,10 +106,20 @@ def report(model: SsPropModule) -> Report:
         >>> report(model).sites[0].kept
         32
     """
-    if not isinstance(model, SsPropModule):
-        raise TypeError(f"model must come from ssprop_compile, got {type(model).__name__}")
-    keep_counts = model.ssprop.keep_counts.tolist()
-    graphs = model.ssprop.graphs
+    # They import the compiler, which takes seconds.
+    from ssprop_fx.module import SsPropModule
+    from ssprop_fx.stepping import stepped_variant_maybe
+
+    if isinstance(model, SsPropModule):
+        variant: SparseVariant | None = model.ssprop
+    else:
+        variant = stepped_variant_maybe(getattr(model, "_orig_mod", model))
+    if variant is None:
+        raise TypeError(
+            f"model must come from ssprop_compile, got {type(model).__name__}; or it must have run"
+            ' a training step after torch.compile(model, backend="ssprop")'
+        )
+    keep_counts, graphs = variant.keep_counts.tolist(), variant.graphs
     return Report(
         sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
         backward_flops=sum(graph.total_flops for graph in graphs),
@@ -115,7 +128,16 @@ def report(model: SsPropModule) -> Report:
 
 def _site_report(site: Site, keep_counts: Sequence[int]) -> SiteReport:
     kept = site.channels if site.reason else keep_counts[site.slot] * site.groups
-    return SiteReport(site.name, site.kind, site.channels, kept, site.flops, site.reason)
+    return SiteReport(
+        name=site.name,
+        kind=site.kind,
+        channels=site.channels,
+        kept=kept,
+        flops=site.flops,
+        reason=site.reason,
+        sparse_flops=site.sparse_flops,
+        saved_flops=site.saved_flops(kept),
+    )
 
 
 def _state(site: SiteReport) -> str:

@@ -18,6 +18,8 @@ class KeepCounts:
     Attributes:
         channels: output channels of each of the model's slots.
         groups: number of groups that each selects them in.
+        rates: drop rate of each where it has one of its own, else None.
+        block: keep counts are multiples of this.
         multiple: keep counts are rounded to multiples of this; assign and call
             `SparsityScheduler.refresh` to change it.
     """
@@ -29,19 +31,35 @@ class KeepCounts:
         channels: Sequence[int],
         multiple: int,
         groups: Sequence[int],
+        rates: Sequence[float | None],
+        block: int,
     ) -> None:
         self._scheduler = scheduler
         self._start = start
         self.channels = tuple(channels)
         self.multiple = multiple
         self.groups = tuple(groups)
+        self.rates = tuple(rates)
+        self.block = block
 
     def at(self, drop_rate: float) -> list[int]:
-        """Return the keep count of each slot at a drop rate."""
+        """Return the keep count of each slot at a drop rate of the schedule."""
+        slots = zip(self.channels, self.groups, self.rates, strict=True)
         return [
-            keep_count(channels, drop_rate, self.multiple, groups)
-            for channels, groups in zip(self.channels, self.groups, strict=True)
+            keep_count(
+                channels,
+                drop_rate if rate is None or drop_rate == 0 else rate,
+                self.multiple,
+                groups,
+                self.block,
+            )
+            for channels, groups, rate in slots
         ]
+
+    @property
+    def smallest(self) -> list[int]:
+        """The keep count of each slot at the schedule's highest drop rate."""
+        return self.at(self._scheduler.highest_drop_rate)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -91,6 +109,11 @@ class SparsityScheduler:
         return self._drop_rate
 
     @property
+    def highest_drop_rate(self) -> float:
+        """The schedule's highest drop rate; at least 0.8 where the schedule cannot tell."""
+        return max(self._drop_rate, getattr(self.schedule, "highest", 0.8))
+
+    @property
     def keep_counts(self) -> torch.Tensor:
         """The runtime sparsity tensor: int64, CPU, one entry a slot, in order of registration."""
         return self._keep_counts
@@ -121,7 +144,12 @@ class SparsityScheduler:
         self._set_step(last_step)
 
     def register(
-        self, channels: Sequence[int], multiple: int, groups: Sequence[int] | None = None
+        self,
+        channels: Sequence[int],
+        multiple: int,
+        groups: Sequence[int] | None = None,
+        rates: Sequence[float | None] | None = None,
+        block: int = 1,
     ) -> KeepCounts:
         """Add a model's slots to the runtime sparsity tensor. `ssprop_compile` calls this.
 
@@ -129,6 +157,8 @@ class SparsityScheduler:
             channels: output channels of each slot.
             multiple: keep counts are rounded to multiples of this.
             groups: number of groups that each slot selects channels in; one by default.
+            rates: drop rate of each slot that does not follow the schedule's, None for the others.
+            block: keep counts are multiples of this.
 
         Returns:
             The model's part of the tensor.
@@ -136,7 +166,8 @@ class SparsityScheduler:
         start = self._keep_counts.numel()
         # In place, so that whoever holds the tensor or a part of it goes on seeing the counts.
         self._keep_counts.resize_(start + len(channels))
-        counts = KeepCounts(self, start, channels, multiple, groups or [1] * len(channels))
+        groups, rates = groups or [1] * len(channels), rates or [None] * len(channels)
+        counts = KeepCounts(self, start, channels, multiple, groups, rates, block)
         self._registered.append(counts)
         self.refresh()
         return counts

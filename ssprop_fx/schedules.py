@@ -27,6 +27,11 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
 
+    @property
+    @abstractmethod
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+
 
 def _check_rate(name: str, rate: float) -> None:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
@@ -74,6 +79,11 @@ class constant(Schedule):
         """Return the drop rate of `step`."""
         return float(self.rate)
 
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return float(self.rate)
+
 
 @dataclass(frozen=True)
 class linear(Schedule):
@@ -104,6 +114,11 @@ class linear(Schedule):
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
         return self.start + (self.end - self.start) * min(step, self.steps) / self.steps
+
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return max(self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,11 @@ class cosine(Schedule):
             return float(self.end)
         wave = (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.end + (self.start - self.end) * wave
+
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return max(self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,11 @@ class bar(Schedule):
         dense_steps = math.ceil(round(self.dense_fraction * self.period, 9))
         return 0.0 if step % self.period < dense_steps else float(self.rate)
 
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return float(self.rate)
+
 
 @dataclass(frozen=True)
 class warmup(Schedule):
@@ -213,6 +238,11 @@ class warmup(Schedule):
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
         return 0.0 if step < self.steps else self.schedule(step - self.steps)
+
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return self.schedule.highest
 
 
 @dataclass(frozen=True)
@@ -260,3 +290,8 @@ class join(Schedule):
         part = sum(step >= boundary for boundary in self.boundaries)
         start = self.boundaries[part - 1] if part else 0
         return self.schedules[part](step - start)
+
+    @property
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+        return max(schedule.highest for schedule in self.schedules)

@@ -6,7 +6,9 @@ tensor.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import torch
@@ -26,10 +28,12 @@ class SlotTable:
     Attributes:
         slots: one entry a participating layer, in `named_modules()` order.
         excluded: name of each layer that stays dense -> the reason.
+        rates: name of each layer whose drop rate is its own -> that rate.
     """
 
     slots: tuple[Slot, ...]
     excluded: dict[str, str]
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
@@ -43,20 +47,15 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         The table of slots.
 
     Raises:
-        ValueError: a layer's weight does not exist yet.
+        ValueError: a layer's weight does not exist yet, or a pattern of `config.rates` gives no
+            layer its rate.
     """
     slots: list[Slot] = []
     excluded: dict[str, str] = {}
     classifier = set() if config.filter_fn else _classifier_modules(model)
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
-            raise ValueError(
-                f"model must have all its weights, but {name!r} is a lazy layer that has none yet:"
-                " run one forward before ssprop_compile"
-            )
-        target = _target_maybe(module)
-        if target is None:
-            continue
+    layers = _find_layers(model)
+    rates = _match_rates(list(layers), config.rates)
+    for name, (module, target) in layers.items():
         channels, groups = _channels_and_groups(module)
         if target not in config.targets:
             excluded[name] = f"{target} layers are not among the targets"
@@ -68,9 +67,49 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = "the classifier"
         elif channels < config.min_channels:
             excluded[name] = f"fewer than min_channels={config.min_channels} output channels"
+        elif rates.get(name) == 0:
+            excluded[name] = "its drop rate is 0 in rates"
+        elif channels // groups % config.block:
+            of_group = " of a group" if groups > 1 else ""
+            excluded[name] = f"its channels{of_group} are no multiple of block={config.block}"
         else:
             slots.append(Slot(len(slots), name, channels, groups))
-    return SlotTable(tuple(slots), excluded)
+    own = {slot.name: rates[slot.name] for slot in slots if slot.name in rates}
+    return SlotTable(tuple(slots), excluded, own)
+
+
+def _find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return each layer that owns a weight, and its kind, by name."""
+    layers: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+            raise ValueError(
+                f"model must have all its weights, but {name!r} is a lazy layer that has none yet:"
+                " run one forward before ssprop_compile"
+            )
+        if (target := _target_maybe(module)) is not None:
+            layers[name] = module, target
+    return layers
+
+
+def _match_rates(layers: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+    """Return the rate that the first matching pattern gives a layer, by the layer's name."""
+    matched: dict[str, str] = {}
+    for pattern in rates:
+        names = [name for name in layers if fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(
+                f"rates has the pattern {pattern!r}, which matches no convolution or linear layer"
+                f" of the model; layers have names such as {', '.join(map(repr, layers[:3]))}"
+            )
+        new = [name for name in names if name not in matched]
+        if not new:
+            raise ValueError(
+                f"rates has the pattern {pattern!r} behind others that match all of its layers,"
+                f" such as {matched[names[0]]!r}: the first that matches counts"
+            )
+        matched.update(dict.fromkeys(new, pattern))
+    return {name: rates[pattern] for name, pattern in matched.items()}
 
 
 def _target_maybe(module: nn.Module) -> str | None:
@@ -118,19 +157,22 @@ def resolve_multiple(channel_multiple: int | Literal["auto"], device_type: str) 
     return channel_multiple
 
 
-def keep_count(channels: int, drop_rate: float, multiple: int = 1, groups: int = 1) -> int:
+def keep_count(
+    channels: int, drop_rate: float, multiple: int = 1, groups: int = 1, block: int = 1
+) -> int:
     """Return how many channels of each group a backward keeps at `drop_rate`.
 
     Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
-    arXiv 2408.12561), in each group. With others the kept channels of all groups together are the
-    nearest multiple, at least one of each group. On torch releases below 2.12 the smallest keep
-    count is 2 (`MIN_KEEP_COUNT`).
+    arXiv 2408.12561), in each group. With others, or blocks, the kept channels of all groups
+    together are the nearest multiple, at least one of each group. On torch releases below 2.12 the
+    smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
 
     Args:
         channels: output channels of the layer.
         drop_rate: fraction in [0, 1) left out.
         multiple: channels are kept in multiples of this.
         groups: number of groups that channels are selected in.
+        block: channels of a group are kept in multiples of this as well, which they must be one of.
 
     Returns:
         The keep count, in [1, channels / groups].
@@ -140,9 +182,11 @@ def keep_count(channels: int, drop_rate: float, multiple: int = 1, groups: int =
         (12, 16, 16)
         >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)
         (3, 4)
+        >>> keep_count(64, 0.8, block=4), keep_count(64, 0.8, multiple=16, groups=2, block=3)
+        (12, 24)
     """
     channels_of_group = channels // groups
-    step = multiple // math.gcd(multiple, groups)
+    step = math.lcm(multiple // math.gcd(multiple, groups), block)
     kept = (1 - drop_rate) * channels_of_group
-    rounded = int(kept) if multiple == 1 else math.floor(kept / step + 0.5) * step
-    return min(max(rounded, step, MIN_KEEP_COUNT), channels_of_group)
+    rounded = int(kept) if multiple == block == 1 else math.floor(kept / step + 0.5) * step
+    return min(max(rounded, step, MIN_KEEP_COUNT * block), channels_of_group)

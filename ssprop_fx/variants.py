@@ -1,7 +1,8 @@
-"""Variants: a model's two compiled forms, dense and sparse, and the choice between them."""
+"""Variants: a model's compiled forms, dense and sparse, and the choice between them."""
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import NoEffectWarning
@@ -10,27 +11,26 @@ from torch._inductor import list_mode_options
 
 from ssprop_fx.backend import SparseBackend
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.memory import Memory
 from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
 from ssprop_fx.slots import find_slots, resolve_multiple
 
-__all__ = ["Variants"]
+__all__ = ["SparseVariant", "Variants", "inductor_options"]
 
 
-class Variants:
-    """A model's dense and sparse variant, each compiled when first needed.
-
-    Dense is plain `torch.compile`, sparse the rewritten graph. The choice is made outside
-    `torch.compile` at each call, so that a dense phase costs nothing.
+class SparseVariant:
+    """A model's sparse variant: its layers, their keep counts, and when it is to run.
 
     Args:
-        model: the model.
+        model: the model; it is not kept alive.
         scheduler: moves the drop rate.
         config: which layers take part.
-        compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
-            Inductor, mode and options.
+        kind: `"inductor"` or `"aot_eager"`.
+        options: Inductor configuration patches; empty for AOT eager.
         keep_counts: the part of the runtime sparsity tensor to use, where the model is the copy
             of another; by default a new part is registered with the scheduler.
+        memory: what the sparse backwards have left out so far; by default nothing.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -41,31 +41,31 @@ class Variants:
         model: nn.Module,
         scheduler: SparsityScheduler,
         config: SparsityConfig,
-        compile_kwargs: dict[str, Any],
+        kind: str,
+        options: dict[str, Any],
         keep_counts: KeepCounts | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        self.model = model
         self.scheduler = scheduler
         self.config = config
-        self.compile_kwargs = compile_kwargs
         self.table = find_slots(model, config)
         slots = self.table.slots
         self.part = keep_counts or scheduler.register(
-            [slot.channels for slot in slots], self._multiple(), [slot.groups for slot in slots]
+            [slot.channels for slot in slots],
+            _multiple(model, config),
+            [slot.groups for slot in slots],
+            [self.table.rates.get(slot.name) for slot in slots],
+            config.block,
         )
+        self.memory = memory or Memory([slot.name for slot in slots] if config.memory else ())
         self.backend = SparseBackend(
-            model, config, self.table, self.part, compile_kwargs["backend"], self._options()
-        )
-        self._dense = torch.compile(model, **compile_kwargs)
-        self._sparse = torch.compile(
-            model,
-            backend=self.backend,
-            fullgraph=compile_kwargs["fullgraph"],
-            dynamic=compile_kwargs["dynamic"],
+            model, config, self.table, self.part, self.memory, kind, options
         )
         self._warned = False
+        self._judged: tuple[float, int] | None = None
+        self._faster = True
         if not slots:
-            self._warn(_why_no_layer(self.table.excluded), stacklevel=5)
+            self._warn(_why_no_layer(self.table.excluded), stacklevel=6)
 
     @property
     def keep_counts(self) -> torch.Tensor:
@@ -78,20 +78,94 @@ class Variants:
         newest = {tuple(site.name for site in graph.sites): graph for graph in self.backend.graphs}
         return tuple(newest.values())
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
-        is_sparse = (
+    def is_due(self) -> bool:
+        """Say whether scheduler, mode of the model, autograd and gate ask for a sparse step."""
+        return (
             self.scheduler.drop_rate > 0
-            and self.model.training
+            and self.backend.model.training
             and torch.is_grad_enabled()
-            and self.table.slots
+            and bool(self.table.slots)
+            and self._is_faster_sparse()
         )
-        return self._run_sparse(*args, **kwargs) if is_sparse else self._dense(*args, **kwargs)
+
+    def _is_faster_sparse(self) -> bool:
+        """Say whether the gate's times promise a gain at the drop rate in force."""
+        state = self.scheduler.drop_rate, len(self.backend.graphs)
+        if state != self._judged:
+            self._judged = state
+            saved = saved_ms(self.graphs, self.keep_counts.tolist())
+            self._faster = saved is None or saved > 0
+            if not self._faster and not self._warned:
+                self._warn(
+                    f"at drop rate {state[0]:g} the model's backward would take"
+                    f" {-cast(float, saved):.2f} ms longer sparse than dense, so it runs dense;"
+                    " SparsityConfig(gate=False) makes it sparse all the same",
+                    stacklevel=6,
+                )
+        return self._faster
 
     def follow_device(self) -> None:
         """Round keep counts for the device that the model is on now."""
-        self.part.multiple = self._multiple()
+        self.part.multiple = _multiple(self.backend.model, self.config)
         self.scheduler.refresh()
+
+    def check_effect(self, runs_before: int, stacklevel: int) -> None:
+        """Warn, once, where a step that was due had no effect or not on every layer.
+
+        Args:
+            runs_before: `backend.sparse_runs` before the step.
+            stacklevel: of the warning, as if the caller gave it.
+        """
+        if not self._warned and (problem := _why_no_effect(self.backend, runs_before)):
+            self._warn(problem, stacklevel + 2)
+
+    def _warn(self, message: str, stacklevel: int) -> None:
+        self._warned = True
+        warnings.warn(message, NoEffectWarning, stacklevel=stacklevel)
+
+
+class Variants(SparseVariant):
+    """A model's dense and sparse variant, each compiled when first needed.
+
+    Dense is plain `torch.compile`, sparse the rewritten graph. The choice is made outside
+    `torch.compile` at each call, so that a dense phase costs nothing.
+
+    Args:
+        model: the model.
+        scheduler: moves the drop rate.
+        config: which layers take part.
+        compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
+            Inductor, mode and options.
+        keep_counts, memory: as in `SparseVariant`.
+
+    Raises:
+        ValueError: the model has layers whose weights do not exist yet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: SparsityScheduler,
+        config: SparsityConfig,
+        compile_kwargs: dict[str, Any],
+        keep_counts: KeepCounts | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        kind, mode = compile_kwargs["backend"], compile_kwargs.get("mode")
+        options = inductor_options(mode, compile_kwargs.get("options"), compile_kwargs["dynamic"])
+        super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
+        self.compile_kwargs = compile_kwargs
+        self._dense = torch.compile(model, **compile_kwargs)
+        self._sparse = torch.compile(
+            model,
+            backend=self.backend,
+            fullgraph=compile_kwargs["fullgraph"],
+            dynamic=compile_kwargs["dynamic"],
+        )
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
+        return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
 
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
         backend = self.backend
@@ -107,24 +181,36 @@ class Variants:
         if backend.error is not None:
             # Dynamo swallowed it and ran eager, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
-        if not self._warned and (problem := _why_no_effect(backend, runs_before)):
-            self._warn(problem, stacklevel=7)
+        self.check_effect(runs_before, stacklevel=6)
         return output
 
-    def _warn(self, message: str, stacklevel: int) -> None:
-        self._warned = True
-        warnings.warn(message, NoEffectWarning, stacklevel=stacklevel)
 
-    def _multiple(self) -> int:
-        parameter = next(self.model.parameters(), None)
-        device_type = "cpu" if parameter is None else parameter.device.type
-        return resolve_multiple(self.config.channel_multiple, device_type)
+def inductor_options(
+    mode: str | None, options: dict[str, Any] | None, dynamic: bool | None = None
+) -> dict[str, Any]:
+    """Return the Inductor configuration patches that `torch.compile` arguments stand for."""
+    if mode is not None:
+        return dict(list_mode_options(mode, dynamic))
+    return {key.replace("-", "_"): value for key, value in (options or {}).items()}
 
-    def _options(self) -> dict[str, Any]:
-        mode, options = self.compile_kwargs.get("mode"), self.compile_kwargs.get("options")
-        if mode is not None:
-            return dict(list_mode_options(mode, self.compile_kwargs["dynamic"]))
-        return {key.replace("-", "_"): value for key, value in (options or {}).items()}
+
+def _multiple(model: nn.Module, config: SparsityConfig) -> int:
+    parameter = next(model.parameters(), None)
+    device_type = "cpu" if parameter is None else parameter.device.type
+    return resolve_multiple(config.channel_multiple, device_type)
+
+
+def saved_ms(graphs: Sequence[CompiledGraph], keep_counts: Sequence[int]) -> float | None:
+    """Return the milliseconds that the sparse sites save of a step, None if not all were measured.
+
+    Args:
+        graphs: the compiled graphs.
+        keep_counts: of each slot.
+    """
+    sites = [site for graph in graphs for site in graph.sites if not site.reason]
+    saved = [site.saved_ms(keep_counts[site.slot] * site.groups) for site in sites]
+    measured = [ms for ms in saved if ms is not None]
+    return sum(measured) if measured and len(measured) == len(saved) else None
 
 
 def _why_no_layer(excluded: dict[str, str]) -> str:
@@ -138,12 +224,13 @@ def _why_no_layer(excluded: dict[str, str]) -> str:
 def _why_no_effect(backend: SparseBackend, runs_before: int) -> str:
     """Return what is wrong with a sparse step that has just run, "" if nothing is."""
     if backend.sparse_runs > runs_before:
-        missing = [s.name for s in backend.table.slots if s.name not in backend.captured]
+        missing = backend.missing
         if not missing:
             return ""
         return (
-            f"{len(missing)} layers are in no compiled graph and train dense: {', '.join(missing)}."
-            " Either the model does not use them, or Dynamo runs them eagerly: see"
+            f"{len(missing)} layers are in no sparse graph and train dense: {', '.join(missing)}."
+            " Either the model does not use them, or Dynamo runs them eagerly or in the compiled"
+            " code of a layer that does not take part: see"
             " TORCH_LOGS=graph_breaks, and fullgraph=True to forbid it."
         )
     sites = [site for graph in backend.graphs for site in graph.sites]
@@ -156,4 +243,6 @@ def _why_no_effect(backend: SparseBackend, runs_before: int) -> str:
             " as FlopCounterMode, makes Dynamo run eagerly."
         )
     reasons = sorted({site.reason for site in sites}) or ["it has no backward"]
+    if len(reasons) > 4:
+        reasons[4:] = [f"and {len(reasons) - 4} other reasons, see report(model)"]
     return f"no site of the model was made sparse, so it trains dense: {'; '.join(reasons)}."

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import json, sys
+import itertools, json, sys
 import torch
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
 from ssprop_passes.sparse_backward import SparseBackwardPass
@@ -21,11 +21,33 @@ SparseBackwardPass.transform = lambda self, graph: (runs.append(1), transform(se
 options = json.loads(sys.argv[1])
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+def own(factor):
+    return lambda scores, k: torch.topk(scores * factor, k).indices
+
+
+count = itertools.count()  # what it holds cannot be known
+selectors = {
+    "topk": "topk",
+    "random": "random",
+    "sampled": "sampled",
+    "own": own(1),
+    "other": own(-1),
+    "stateful": lambda scores, k: torch.topk(scores * (1 + next(count)), k).indices,
+}
 filter_fn = (lambda module, name: name != "0") if options["filter"] else None
-config = SparsityConfig(channel_multiple=1, min_channels=1, filter_fn=filter_fn)
+config = SparsityConfig(
+    channel_multiple=1,
+    min_channels=1,
+    filter_fn=filter_fn,
+    select=selectors[options["select"]],
+    memory=options["memory"],
+    gate=False,
+)
 scheduler = SparsityScheduler(constant(options["rate"]))
 compiled = ssprop_compile(model, scheduler, config=config)
-compiled(torch.randn(2, 3, 12, 12)).square().sum().backward()
+for x in torch.randn(2, 2, 3, 12, 12):
+    model.zero_grad()
+    compiled(x).square().sum().backward()
 counters = torch._dynamo.utils.counters
 print(json.dumps({
     "pass_runs": len(runs),
@@ -37,10 +59,17 @@ print(json.dumps({
 """
 
 
-def run(cache: Path, rate: float = 0.5, filter_first: bool = False, **env: str) -> dict:
-    options = json.dumps({"rate": rate, "filter": filter_first})
+def run(
+    cache: Path,
+    rate: float = 0.5,
+    filter_first: bool = False,
+    select: str = "topk",
+    memory: float = 0.0,
+    **env: str,
+) -> dict:
+    options = {"rate": rate, "filter": filter_first, "select": select, "memory": memory}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, options],
+        [sys.executable, "-c", PROGRAM, json.dumps(options)],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **env},
         capture_output=True,
         text=True,
@@ -82,6 +111,31 @@ def test_another_configuration_misses_the_cache(cache: Path, cold: dict) -> None
     assert other["pass_runs"] == 1
     assert other["rows"] == [16, 8]
     assert other["sites"] == [["3", 8, ""], ["0", 16, "filtered out by filter_fn"]]
+
+
+def test_a_random_selector_draws_the_same_from_the_cache(cache: Path, cold: dict) -> None:
+    first, warm = (run(cache, select="random") for _ in range(2))
+    assert (first["pass_runs"], warm["pass_runs"], warm["cache_hits"]) == (1, 0, 1)
+    assert first["gradients"] == warm["gradients"] != cold["gradients"]
+
+
+def test_a_memory_works_from_the_cache(cache: Path, cold: dict) -> None:
+    first, warm, other = (run(cache, memory=eta) for eta in (0.9, 0.9, 0.5))
+    assert (first["pass_runs"], warm["pass_runs"], warm["cache_hits"]) == (1, 0, 1)
+    assert first["gradients"] == warm["gradients"]
+    assert first["sites"] == warm["sites"] == cold["sites"]
+    assert len({tuple(one["gradients"]) for one in (first, other, cold)}) == 3
+
+
+def test_a_selector_is_known_by_what_it_computes(cache: Path) -> None:
+    own, warm, other, stateful, again = (
+        run(cache, select=select) for select in ("own", "own", "other", "stateful", "stateful")
+    )
+    assert (warm["pass_runs"], warm["cache_hits"]) == (0, 1)
+    assert own["gradients"] == warm["gradients"] != other["gradients"]
+    assert own["pass_runs"] == other["pass_runs"] == 1
+    # What cannot be known is not cached.
+    assert [(one["pass_runs"], one["cache_hits"]) for one in (stateful, again)] == [(1, 0)] * 2
 
 
 def test_caches_off_give_the_same(cache: Path, cold: dict) -> None:

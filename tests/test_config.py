@@ -1,8 +1,12 @@
 """SparsityConfig's checks."""
 
 import dataclasses
+import pickle
 
 import pytest
+from ssprop_passes.scores import l2_weight, mean_abs
+from ssprop_passes.selection import Selection
+from ssprop_passes.selectors import sampled, topk
 
 from ssprop_fx import SparsityConfig
 
@@ -12,7 +16,7 @@ def test_defaults():
     assert config.channel_multiple == "auto"
     assert config.min_channels == 32
     assert config.filter_fn is None
-    assert config.targets == ("conv", "linear")
+    assert config.targets == ("conv", "depthwise", "linear")
 
 
 def test_takes_what_is_valid():
@@ -43,12 +47,59 @@ def test_takes_what_is_valid():
         ({"targets": ["conv"]}, TypeError, "targets must be a tuple"),
         ({"targets": ()}, ValueError, "targets must be"),
         ({"targets": ("conv", "rnn")}, ValueError, "targets must be"),
+        ({"select": "top-k"}, ValueError, "select must be one of ('topk', 'random', 'sampled')"),
+        ({"select": None}, TypeError, "select must be one of ('topk', 'random', 'sampled') or a"),
+        ({"score": "l1"}, ValueError, "score must be one of ('mean_abs', 'l2', 'l2_weight') or a"),
+        ({"score": 2}, TypeError, "score must be one of ('mean_abs', 'l2', 'l2_weight') or a"),
+        ({"gradients": "bias"}, ValueError, "gradients must be one of ('both', 'weight', 'input')"),
+        ({"gradients": ["both"]}, ValueError, "gradients must be one of ('both', 'weight',"),
+        ({"block": 0}, ValueError, "block must be at least 1, got 0"),
+        ({"block": "auto"}, TypeError, "block must be an int, got 'auto'"),
+        ({"rates": 0.5}, TypeError, 'rates must be a dict such as {"layer4.*": 0.9}, got 0.5'),
+        ({"rates": {0: 0.5}}, TypeError, "rates must have name patterns as keys, got 0"),
+        ({"memory": "0.9"}, TypeError, "memory must be a number, got '0.9'"),
+        ({"memory": True}, TypeError, "memory must be a number, got True"),
+        ({"memory": 1}, ValueError, "memory must be in [0, 1), got 1"),
+        ({"memory": -0.1}, ValueError, "memory must be in [0, 1), got -0.1"),
+        ({"memory": float("nan")}, ValueError, "memory must be in [0, 1), got nan"),
+        (
+            {"memory": 0.5, "select": "sampled"},
+            ValueError,
+            'memory must be 0 with select="sampled"',
+        ),
+        ({"memory": 0.5, "select": sampled}, ValueError, 'memory must be 0 with select="sampled"'),
+        ({"rates": {"*": "0"}}, TypeError, "rates['*'] must be a number, got '0'"),
+        ({"rates": {"*": True}}, TypeError, "rates['*'] must be a number, got True"),
+        ({"rates": {"*": 1.0}}, ValueError, "rates['*'] must be in [0, 1), got 1.0"),
+        ({"rates": {"*": float("nan")}}, ValueError, "rates['*'] must be in [0, 1), got nan"),
     ],
 )
 def test_names_the_argument_that_is_wrong(arguments, error, message):
     with pytest.raises(error) as caught:
         SparsityConfig(**arguments)
     assert str(caught.value).startswith(message)
+
+
+def test_names_and_functions_say_how_channels_are_chosen():
+    def of_ones_own(*args):
+        return args
+
+    assert SparsityConfig().selection == Selection(mean_abs, topk, "both", 1, 0.0)
+    config = SparsityConfig(select="sampled", score="l2_weight", gradients="input", block=4)
+    assert config.selection == Selection(l2_weight, sampled, "input", 4)
+    config = SparsityConfig(select=of_ones_own, score=of_ones_own, memory=0.5)
+    assert config.selection == Selection(of_ones_own, of_ones_own, memory=0.5)
+
+
+def test_rates_are_a_copy_and_the_config_can_be_hashed_copied_and_pickled():
+    rates = {"layer4.*": 0.9}
+    config = SparsityConfig(rates=rates)
+    rates["*"] = 0.5
+    assert config.rates == {"layer4.*": 0.9}
+    assert config != SparsityConfig()
+    for copy in (pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert copy == config
+        assert hash(copy) == hash(config)
 
 
 def test_takes_keywords_only():

@@ -99,9 +99,10 @@ class TestFindSlots:
 
     def test_depthwise(self):
         model = nn.Sequential(nn.Conv2d(24, 24, 3, groups=24))
-        assert slots_of(model, targets=TARGETS) == {"0": 24}
-        assert slots_of(model) == {}
-        excluded = find_slots(model, SparsityConfig()).excluded
+        targets = ("conv", "linear")
+        assert slots_of(model) == {"0": 24}
+        assert slots_of(model, targets=targets) == {}
+        excluded = find_slots(model, SparsityConfig(targets=targets)).excluded
         assert excluded == {"0": "depthwise layers are not among the targets"}
 
     def test_layers_of_other_kinds_get_none(self):

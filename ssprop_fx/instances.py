@@ -1,0 +1,186 @@
+"""Instances: the layers that one compiled graph is called for.
+
+Dynamo compiles a module's code once for all modules of the same shapes and takes their parameters
+as inputs. Behind a graph break in a block that a model repeats, the graph compiled for the first
+block serves the others, each with keep counts of its own; under one backend, the graph compiled
+for one model serves others of its kind.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from ssprop_passes.sites import Site
+from torch import Tensor, nn
+
+from ssprop_fx.memory import Memory, MemoryInput
+from ssprop_fx.records import CompiledGraph
+from ssprop_fx.scheduler import KeepCounts
+from ssprop_fx.slots import SlotTable
+
+__all__ = ["Instance", "Instances", "SparseGraph", "weight_owners"]
+
+
+class Instance:
+    """A compiled graph as called for one group of layers.
+
+    Args:
+        graph: the graph, its sites under the names of these layers.
+        slots: slot of the layer that the graph was compiled for -> slot of the layer that it is
+            called for, or `~C` for C output channels of a layer that stays dense. None if they
+            are the same layers.
+        slot_count: number of slots of the model that the graph was compiled for.
+        names: name of each layer that the graph was compiled for -> name of the layer that it is
+            called for, where that is another.
+    """
+
+    def __init__(
+        self,
+        graph: CompiledGraph,
+        slots: Mapping[int, int] | None,
+        slot_count: int,
+        names: Mapping[str, str],
+    ) -> None:
+        self.graph = graph
+        self.names = names
+        self._is_own = slots is None
+        self._slot_count = slot_count
+        moved = [(own, other) for own, other in (slots or {}).items() if other >= 0]
+        self._own = torch.tensor([own for own, _ in moved], dtype=torch.int64)
+        self._others = torch.tensor([other for _, other in moved], dtype=torch.int64)
+        self._dense = {own: ~other for own, other in (slots or {}).items() if other < 0}
+
+    def keep_counts(self, counts: Tensor) -> Tensor:
+        """Return the model's keep counts, int64 [slots], as the graph is to see them."""
+        if self._is_own:
+            return counts
+        seen = counts.new_ones(self._slot_count)
+        seen[self._own] = counts[self._others]
+        for slot, channels in self._dense.items():
+            seen[slot] = channels
+        return seen
+
+
+class Instances:
+    """All instances of one compiled graph, found by the weights that it is called with.
+
+    Args:
+        model: the model.
+        table: its slots.
+        graph: the graph, as compiled.
+        inputs: what it was compiled for.
+
+    Attributes:
+        found: the instances met so far, by the names of their layers.
+    """
+
+    _owners: dict[int, str]
+
+    def __init__(
+        self, model: nn.Module, table: SlotTable, graph: CompiledGraph, inputs: Sequence[Any]
+    ) -> None:
+        self._set_model(model, table)
+        self._slot_count = len(table.slots)
+        self._graph = graph
+        self._positions = [i for i, value in enumerate(inputs) if id(value) in self._owners]
+        self._compiled_for = self._layers(inputs)
+        self.found = {self._compiled_for: Instance(graph, None, self._slot_count, {})}
+
+    def of_model(self, model: nn.Module, table: SlotTable) -> "Instances":
+        """Return the instances of the same graph for the layers of another model."""
+        other = copy.copy(self)
+        other._set_model(model, table)
+        other.found = {}
+        return other
+
+    def find(self, args: Sequence[Any]) -> Instance:
+        """Return the instance that a call with these arguments is of."""
+        layers = self._layers(args)
+        if layers not in self.found:
+            # Parameters may have been replaced, as by `load_state_dict(..., assign=True)`.
+            self._owners = weight_owners(cast(nn.Module, self._model()))
+            layers = self._layers(args)
+        instance = self.found.get(layers)
+        if instance is None:
+            instance = self.found[layers] = self._make(layers)
+        return instance
+
+    def _set_model(self, model: nn.Module, table: SlotTable) -> None:
+        # Weakly: Dynamo keeps compiled code, and with it the model would live for ever.
+        self._model = weakref.ref(model)
+        self._owners = weight_owners(model)
+        self._slots = {slot.name: slot for slot in table.slots}
+        self._excluded = table.excluded
+
+    def _layers(self, args: Sequence[Any]) -> tuple[str, ...]:
+        return tuple(self._owners.get(id(args[i]), "") for i in self._positions)
+
+    def _make(self, layers: tuple[str, ...]) -> Instance:
+        names = dict(zip(self._compiled_for, layers, strict=True))
+        sites = tuple(self._rename(site, names) for site in self._graph.sites)
+        slots = {
+            own.slot: site.slot if not site.reason else ~(site.channels // site.groups)
+            for own, site in zip(self._graph.sites, sites, strict=True)
+            if not own.reason
+        }
+        return Instance(
+            CompiledGraph(sites, self._graph.total_flops), slots, self._slot_count, names
+        )
+
+    def _rename(self, site: Site, names: Mapping[str, str]) -> Site:
+        name = names.get(site.name, site.name)
+        if site.reason:
+            if name == site.name:
+                return site
+            reason = f"runs in the compiled code of {site.name!r}: {site.reason}"
+            return replace(site, name=name, reason=self._excluded.get(name, reason))
+        if name not in self._slots:
+            return replace(site, name=name, slot=-1, reason=self._excluded.get(name, "unknown"))
+        return replace(site, name=name, slot=self._slots[name].index)
+
+
+class SparseGraph:
+    """A compiled graph of the sparse variant, called with the keep counts of one model.
+
+    Args:
+        compiled: takes the graph's inputs, and after them memories and keep counts as the graph
+            is to see them.
+        instances: those of the graph for the model.
+        keep_counts: the model's part of the runtime sparsity tensor, read at every call.
+        memories: the memories that the graph takes.
+        memory: those of the model.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        instances: Instances,
+        keep_counts: KeepCounts,
+        memories: Sequence[MemoryInput],
+        memory: Memory,
+    ) -> None:
+        self.compiled = compiled
+        self.instances = instances
+        self.keep_counts = keep_counts
+        self.memories = memories
+        self.memory = memory
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph for the layers whose weights are among its inputs."""
+        instance = self.instances.find(args)
+        instance.graph.runs += 1
+        names = instance.names
+        state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]
+        return self.compiled(*args, *state, instance.keep_counts(self.keep_counts.tensor))
+
+
+def weight_owners(model: nn.Module) -> dict[int, str]:
+    """Return the name of the first module that owns each parameter called `weight`, by its id."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), name)
+    return owners
