@@ -1,9 +1,16 @@
 """What the tests share."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from training_runs import TWO_PHASES
+
+from ssprop_fx.backend import SparseBackend
+from ssprop_fx.cli import main
+from ssprop_fx.stepping import SteppedVariant
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,6 +18,17 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A compile cache of the tests' own: empty at first, and the user's stays as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_edit_backend_in_use() -> Iterator[None]:
+    """Once a test has imported the no-edit backend, the others do not hear that they never call it.
+
+    For the whole session: fixtures of the session train, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SteppedVariant, "made", 1)
         yield
 
 
@@ -25,3 +43,25 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as small as those of the tests are not faster sparse: forced to be so."""
+    if request.node.get_closest_marker("gate") is None:
+        monkeypatch.setattr(SparseBackend, "_gate", lambda self: None)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of `TWO_PHASES`."""
+    output = tmp_path_factory.mktemp("runs")
+    assert main([*TWO_PHASES, "--output", str(output), "--experiment", "whole"]) == 0
+    return output / "whole"
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting for the no-edit backend reaches a test from the environment."""
+    for variable in [name for name in os.environ if name.startswith("SSPROP_")]:
+        monkeypatch.delenv(variable)

@@ -1,8 +1,9 @@
+import re
+
 import pytest
 
 from ssprop_fx import bar, constant, cosine, linear, warmup
-from ssprop_fx.training.errors import CommandError
-from ssprop_fx.training.schedule_spec import EXAMPLES, parse_schedule
+from ssprop_fx.schedule_spec import EXAMPLES, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,21 @@ def test_warmup_epochs_come_first():
     ],
 )
 def test_wrong_text_gives_one_line_that_says_what_is_right(text, message):
-    with pytest.raises(CommandError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         parse_schedule(text, steps_per_epoch=100)
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{text}: ")
     assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bar:rate=0.8,period=2ep", "period=2ep is in epochs, whose length is not known here"),
+        ("bar:rate=0.8,period=two", "period must be a whole number of steps, got 'two'"),
+        ("bar:rate=0.8", "right would be bar:rate=0.8,period=2000"),
+        ("linea", "did you mean linear:start=0,end=0.8,steps=10000"),
+    ],
+)
+def test_where_the_length_of_an_epoch_is_not_known_lengths_are_steps(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_schedule(text)

@@ -1,0 +1,58 @@
+"""What the tests of the no-edit backend share."""
+
+import torch
+from torch import Tensor, nn
+
+from ssprop_fx.plugin import ssprop
+from ssprop_fx.stepping import SteppedVariant, stepped_variant_maybe
+
+EXACT = {"backend": "aot_eager", "channel_multiple": 1, "min_channels": 1}
+
+
+def loss(output: Tensor) -> Tensor:
+    return output.square().mean() + output.sin().sum()
+
+
+def everywhere(module: nn.Module, name: str) -> bool:
+    return True
+
+
+def compiled(model: nn.Module, schedule: str, **options: object) -> nn.Module:
+    options = {**EXACT, "schedule": schedule, **options}
+    return torch.compile(model, backend=ssprop, options=options)
+
+
+def variant(model: nn.Module) -> SteppedVariant:
+    found = stepped_variant_maybe(model)
+    assert found is not None
+    return found
+
+
+def kept_rows(weight: Tensor) -> int:
+    return int((weight.grad.flatten(1).abs().sum(1) > 0).sum())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        torch._dynamo.graph_break()
+        return self.second(x).tanh()
+
+
+class Blocks(nn.Module):
+    """Dynamo runs its loop and its head eagerly, and one compiled block for all of them."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

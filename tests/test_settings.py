@@ -1,0 +1,148 @@
+"""Settings of the no-edit backend: options, environment, and what is wrong with them."""
+
+import pytest
+from torch import nn
+
+from ssprop_fx import SparsityConfig, bar, constant
+from ssprop_fx.settings import Settings, read_settings
+
+BAR = "bar:rate=0.8,period=2000"
+
+
+def keep_all(module: nn.Module, name: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "environ", "expected"),
+    [
+        (None, None, {"SSPROP_SCHEDULE": BAR, "PATH": "x"}, Settings(bar(0.8, 2000))),
+        (None, {"schedule": BAR}, {}, Settings(bar(0.8, 2000))),
+        (None, {"schedule": bar(0.8, 20)}, {"SSPROP_SCHEDULE": BAR}, Settings(bar(0.8, 20))),
+        (
+            None,
+            {"min_channels": 8, "filter_fn": keep_all, "start_step": 5},
+            {
+                "SSPROP_SCHEDULE": " none ",
+                "SSPROP_TARGETS": "conv, depthwise",
+                "SSPROP_MIN_CHANNELS": "64",
+                "SSPROP_CHANNEL_MULTIPLE": "auto",
+                "SSPROP_BACKEND": "aot_eager",
+            },
+            Settings(
+                constant(0.0),
+                5,
+                SparsityConfig(targets=("conv", "depthwise"), min_channels=8, filter_fn=keep_all),
+                "aot_eager",
+            ),
+        ),
+        (
+            None,
+            {"max-autotune": True, "channel_multiple": "4"},
+            {"SSPROP_SCHEDULE": "none", "SSPROP_START_STEP": "12"},
+            Settings(
+                constant(0.0),
+                12,
+                SparsityConfig(channel_multiple=4),
+                inductor={"max_autotune": True},
+            ),
+        ),
+        (
+            "max-autotune-no-cudagraphs",
+            {"schedule": "none"},
+            {},
+            Settings(
+                constant(0.0), inductor={"max_autotune": True, "coordinate_descent_tuning": True}
+            ),
+        ),
+    ],
+)
+def test_settings(
+    mode: str | None, options: dict | None, environ: dict, expected: Settings
+) -> None:
+    assert read_settings(mode, options, environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "environ", "error", "message"),
+    [
+        (None, None, {}, ValueError, "needs a schedule, such as SSPROP_SCHEDULE=bar:"),
+        (
+            None,
+            None,
+            {"SSPROP_SCHEDULE": "bar:rate=80,period=2"},
+            ValueError,
+            "SSPROP_SCHEDULE: bar:rate=80,period=2: rate must be in [0, 1), got 80.0",
+        ),
+        (
+            None,
+            {"schedule": "bar:rate=0.8,period=2ep"},
+            {},
+            ValueError,
+            "options['schedule']: bar:rate=0.8,period=2ep: period=2ep is in epochs",
+        ),
+        (None, {"schedule": 0.8}, {}, TypeError, "options['schedule']: must be a schedule or"),
+        (
+            None,
+            None,
+            {"SSPROP_SHEDULE": BAR},
+            ValueError,
+            "SSPROP_SHEDULE in the environment is unknown: did you mean SSPROP_SCHEDULE?",
+        ),
+        (
+            None,
+            None,
+            {"SSPROP_FILTER_FN": "x"},
+            ValueError,
+            "SSPROP_FILTER_FN in the environment is unknown",
+        ),
+        (
+            None,
+            {"schedule": BAR, "min_chanels": 3},
+            {},
+            ValueError,
+            "options['min_chanels'] is neither ssprop's nor Inductor's: did you mean min_channels?",
+        ),
+        (
+            None,
+            None,
+            {"SSPROP_SCHEDULE": BAR, "SSPROP_MIN_CHANNELS": "few"},
+            TypeError,
+            "SSPROP_MIN_CHANNELS: min_channels must be an int, got 'few'",
+        ),
+        (
+            None,
+            None,
+            {"SSPROP_SCHEDULE": BAR, "SSPROP_TARGETS": "convolution"},
+            ValueError,
+            "SSPROP_TARGETS: targets must be of",
+        ),
+        (
+            None,
+            None,
+            {"SSPROP_SCHEDULE": BAR, "SSPROP_START_STEP": "-1"},
+            ValueError,
+            "SSPROP_START_STEP: must be a number of steps, 0 or more, got '-1'",
+        ),
+        (
+            None,
+            {"schedule": BAR, "backend": "eager"},
+            {},
+            ValueError,
+            "options['backend']: must be one of ('inductor', 'aot_eager'), got 'eager'",
+        ),
+        (
+            "max-autotune",
+            None,
+            {"SSPROP_SCHEDULE": BAR, "SSPROP_BACKEND": "aot_eager"},
+            ValueError,
+            "do not fit the inner backend 'aot_eager'",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(
+    mode: str | None, options: dict | None, environ: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        read_settings(mode, options, environ)
+    assert message in str(caught.value)
