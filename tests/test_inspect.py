@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
+from ssprop_fx import (
+    CaptureError,
+    Inspection,
+    SparsityConfig,
+    SparsityScheduler,
+    constant,
+    inspect_sites,
+    report,
+    ssprop_compile,
+)
 from ssprop_fx.cli import main
-from ssprop_fx.inspection import CaptureError, Inspection, inspect_sites
 
 EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
 
@@ -244,6 +252,19 @@ def test_json_holds_what_the_help_says(capsys) -> None:
         "the classifier",
         "fewer than min_channels=48 output channels",
     }
+
+
+def test_one_gradient_alone_saves_half(capsys) -> None:
+    saved = {}
+    for gradients in ("both", "weight", "input"):
+        flags = ["--img-size", "32", "--min-channels", "1", "--gradients", gradients]
+        assert main(["inspect", "test_resnet", "--json", *flags]) == 0
+        content = json.loads(capsys.readouterr().out)
+        saved[gradients] = content["saved"][0]["share"]
+        halves = {site["flops"] // site["sparse_flops"] for site in content["sites"][1:-1]}
+        assert halves == {1 if gradients == "both" else 2}
+    assert saved["weight"] + saved["input"] == pytest.approx(saved["both"], rel=1e-6)
+    assert 0 < saved["input"] <= saved["weight"]
 
 
 def test_the_table_and_the_native_size(capsys) -> None:

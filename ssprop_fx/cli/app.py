@@ -1,12 +1,13 @@
 """The parser of `ssprop-fx`, and how its errors reach the user."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import ssprop_fx
-from ssprop_fx.cli import inspect, train
+from ssprop_fx.cli import inspect, report, train
 from ssprop_fx.training.errors import CommandError
 
 __all__ = ["main"]
@@ -36,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     train.add_parser(subparsers)
     inspect.add_parser(subparsers)
+    report.add_parser(subparsers)
     try:
         args = parser.parse_args(argv)
         status: int = args.run(args)
     except CommandError as error:
-        print(f"ssprop-fx: error: {error}", file=sys.stderr)
+        # Of the processes that torchrun starts one is enough to say it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ssprop-fx: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("ssprop-fx: interrupted", file=sys.stderr)

@@ -6,11 +6,13 @@ import logging
 from typing import Any
 
 import torch
+from ssprop_passes.errors import CaptureError
+from ssprop_passes.selection import GRADIENTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ssprop_fx.config import DEFAULT_TARGETS, TARGETS, SparsityConfig
-from ssprop_fx.inspection import CaptureError, Inspection, inspect_sites
+from ssprop_fx.config import TARGETS, SparsityConfig
+from ssprop_fx.inspection import Inspection, inspect_sites
 from ssprop_fx.training.errors import CommandError, unknown_name
 
 __all__ = ["add_parser", "run"]
@@ -29,7 +31,7 @@ _EPILOG = """\
   input_size          [channels, height, width]
   batch_size          images in the batch
   backward_flops      FLOPs of all backward convolutions and matrix products of the batch
-  covered             share of them in sparse sites
+  covered             share of them that gradients made sparse take
   channel_multiple    what keep counts are rounded to a multiple of
   saved               list of {drop_rate, share}: share of the backward's FLOPs saved
   kinds               list of {kind, sites, sparse, share}: sites by kind
@@ -40,6 +42,7 @@ _EPILOG = """\
     kind              such as conv2d
     channels, groups  output channels, and groups that channels are selected in
     flops, share      of its dense backward, and as a share of backward_flops
+    sparse_flops      those of flops that gradients made sparse take
     sparse, reason    whether it is made sparse, and if not, why
     kept              list, one for each of "saved": channels kept, of all groups together
 
@@ -99,8 +102,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--targets",
         nargs="+",
         choices=TARGETS,
-        default=list(DEFAULT_TARGETS),
-        help=f"kinds of layer that take part (default: {' '.join(DEFAULT_TARGETS)})",
+        default=list(TARGETS),
+        help=f"kinds of layer that take part (default: {' '.join(TARGETS)})",
+    )
+    parser.add_argument(
+        "--gradients",
+        choices=list(GRADIENTS),
+        default=SparsityConfig.gradients,
+        help=f"gradients that are made sparse (default: {SparsityConfig.gradients})",
     )
 
 
@@ -131,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
             channel_multiple=args.channel_multiple,
             min_channels=args.min_channels,
             targets=tuple(args.targets),
+            gradients=args.gradients,
         )
     except ValueError as error:
         raise CommandError(f"--{str(error).replace('_', '-', 1)}") from error
@@ -241,6 +251,7 @@ def _as_dict(inspection: Inspection, drop_rates: list[float]) -> dict[str, Any]:
                 "groups": site.groups,
                 "flops": site.flops,
                 "share": inspection.share(site.flops),
+                "sparse_flops": site.sparse_flops,
                 "sparse": not site.reason,
                 "reason": site.reason,
                 "kept": [inspection.kept_at(site, rate) for rate in drop_rates],

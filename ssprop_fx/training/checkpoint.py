@@ -1,12 +1,15 @@
 """Checkpoints: plain values and tensors, written whole or not at all."""
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import numpy as np
 import torch
 
 from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.files import replace_file
 from ssprop_fx.training.state import TrainState
@@ -23,25 +26,37 @@ __all__ = [
 LAST = "last.pt"
 BEST = "best.pt"
 
-_FORMAT = 1
+_FORMAT = 3
+_COUNTERS = ("epoch", "step", "seconds", "gpu_joules", "cpu_joules", "best_top1", "best_epoch")
 
 
-def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
+def save_checkpoint(
+    path: Path, state: TrainState, config: TrainConfig, processes: Processes | None = None
+) -> None:
     """Write a checkpoint that `torch.load(path, weights_only=True)` reads.
 
     Its `state_dict` has the model's own keys, so that timm's `load_checkpoint` and
-    `--initial-checkpoint` take it as it is.
+    `--initial-checkpoint` take it as it is; with a moving average they take `state_dict_ema`.
 
     Args:
         path: the file.
         state: state of the run.
         config: settings of the run.
+        processes: processes of the run, all of which must call this; the first one writes.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the file cannot be written; one that was there is unchanged.
     """
+    processes = processes or Processes()
+    # Dropout and the like draw on these; data order and augmentation have their own seeds.
+    rng = processes.gather(_random_state(_device(state)))
+    # Each process has one of its own: that of its share of the batches.
+    memory = processes.gather(
+        {name: tensor.cpu() for name, tensor in state.memory.state_dict().items()}
+    )
+    if not processes.is_first:
+        return
     lr_scheduler, scaler = state.lr_scheduler, state.scaler
-    cuda = torch.cuda.is_available()
     content = {
         "format": _FORMAT,
         "arch": config.model,
@@ -50,19 +65,14 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "lr_scheduler": None if lr_scheduler is None else lr_scheduler.state_dict(),
         "sparsity_scheduler": state.scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "epoch": state.epoch,
-        "step": state.step,
-        "seconds": state.seconds,
-        "best_top1": state.best_top1,
-        "best_epoch": state.best_epoch,
-        # Dropout and the like draw on these; data order and augmentation have their own seeds.
-        "rng": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if cuda else [],
-        },
+        **{name: getattr(state, name) for name in _COUNTERS},
+        "rng": rng,
+        "memory": memory,
         "config": config.to_dict(),
     }
-    replace_file(path, lambda file: torch.save(content, file))
+    if state.ema is not None:
+        content["state_dict_ema"] = state.ema.module.state_dict()
+    replace_file(path, lambda file: _save(content, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -83,13 +93,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(state: TrainState, content: Mapping[str, Any]) -> None:
+def restore(
+    state: TrainState, content: Mapping[str, Any], processes: Processes | None = None
+) -> None:
     """Put `state` where the run of a checkpoint stopped.
 
     Args:
         state: state of a run made from the checkpoint's settings.
         content: what `load_checkpoint` returned.
+        processes: processes of the run.
+
+    Raises:
+        CommandError: the run had another number of processes.
     """
+    processes = processes or Processes()
+    before = len(content["rng"])
+    if before != processes.world_size:
+        raise CommandError(
+            f"--resume: the run had {before} processes, among which its batches were shared, and"
+            f" has {processes.world_size} now; start as many as before"
+        )
     state.model.load_state_dict(content["state_dict"])
     state.optimizer.load_state_dict(content["optimizer"])
     if state.lr_scheduler is not None:
@@ -97,12 +120,12 @@ def restore(state: TrainState, content: Mapping[str, Any]) -> None:
     state.scheduler.load_state_dict(content["sparsity_scheduler"])
     if state.scaler is not None:
         state.scaler.load_state_dict(content["scaler"])
-    for name in ("epoch", "step", "seconds", "best_top1", "best_epoch"):
+    if state.ema is not None:
+        state.ema.module.load_state_dict(content["state_dict_ema"])
+    state.memory.load_state_dict(content["memory"][processes.rank])
+    for name in _COUNTERS:
         setattr(state, name, content[name])
-    torch.set_rng_state(content["rng"]["cpu"])
-    # A run may continue on a machine with another number of devices, or with none.
-    if len(content["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+    _set_random_state(content["rng"][processes.rank], _device(state))
 
 
 def find_checkpoint(path: str, output: str, experiment: str | None) -> Path:
@@ -125,3 +148,38 @@ def find_checkpoint(path: str, output: str, experiment: str | None) -> Path:
     if not candidates:
         raise CommandError(f"--resume: no run in {output} has a {LAST}")
     return max(candidates, key=lambda candidate: candidate.stat().st_mtime)
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch's writer, when it cannot write on: the file's own error is the cause.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _device(state: TrainState) -> torch.device:
+    return next(state.model.parameters()).device
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of all generators of this process, as plain values and tensors."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    name, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    # A run may continue on a machine without a GPU.
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,16 +1,51 @@
 """TrainConfig: everything that decides what a training run computes and where it is kept."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ssprop_fx.config import SparsityConfig
+from ssprop_fx.config import TARGETS, SparsityConfig
+from ssprop_fx.schedule_spec import parse_schedule
 from ssprop_fx.training.errors import CommandError
-from ssprop_fx.training.schedule_spec import parse_schedule
 
 __all__ = ["TrainConfig"]
 
 # What may differ between a run and its continuation: it does not change what is computed.
-_FREE_ON_RESUME = {"output", "experiment", "data_dir", "device", "workers", "max_steps", "plot"}
+_FREE_ON_RESUME = {
+    *("output", "experiment", "data_dir", "device", "workers", "max_steps", "checkpoint_every"),
+    *("plot", "tensorboard", "energy"),
+}
+
+_RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "above 0",
+        lambda value: value > 0,
+        (
+            *("batch_size", "validation_batch_size", "img_size", "num_classes", "crop_pct"),
+            *("recount", "epochs", "max_steps", "lr", "decay_epochs", "decay_rate", "clip_grad"),
+            *("grad_accum_steps", "min_channels", "channel_multiple", "checkpoint_every"),
+            *("block",),
+        ),
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        (
+            *("workers", "warmup_epochs", "sparsity_warmup_epochs", "seed", "mixup", "cutmix"),
+            *("mixup_off_epoch", "momentum", "weight_decay", "min_lr", "warmup_lr"),
+        ),
+    ),
+    (
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+        ("smoothing", "drop_path", "model_ema_decay", "memory"),
+    ),
+    (
+        "in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +60,40 @@ class TrainConfig:
     pretrained: bool = False
     num_classes: int | None = None
     drop_path: float | None = None
+    model_kwargs: dict[str, Any] | None = None
 
+    dataset: str | None = None
     data_dir: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
     img_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
     batch_size: int = 64
     validation_batch_size: int | None = None
     workers: int = 0
+
     aug: bool = True
+    train_crop_mode: str | None = None
+    train_interpolation: str | None = None
     scale: tuple[float, ...] | None = None
     ratio: tuple[float, ...] | None = None
     hflip: float | None = None
+    vflip: float | None = None
     color_jitter: float | None = None
     aa: str | None = None
+    reprob: float = 0.0
+    remode: str = "pixel"
+    recount: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: tuple[float, ...] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    mixup_off_epoch: int = 0
 
     epochs: int = 10
     max_steps: int | None = None
@@ -48,19 +101,33 @@ class TrainConfig:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 2e-5
+    opt_kwargs: dict[str, Any] | None = None
     sched: str = "cosine"
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
-    decay_epochs: float = 30.0
+    decay_epochs: float | None = None
     decay_rate: float = 0.1
+    sched_kwargs: dict[str, Any] | None = None
+    grad_accum_steps: int = 1
     clip_grad: float | None = None
+    clip_mode: str = "norm"
     smoothing: float = 0.1
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
 
     schedule: str = "bar:rate=0.8,period=2ep"
     sparsity_warmup_epochs: int = 0
+    targets: tuple[str, ...] = TARGETS
     channel_multiple: int | None = None
     min_channels: int = SparsityConfig.min_channels
+    select: str = "topk"
+    score: str = "mean_abs"
+    gradients: str = "both"
+    block: int = 1
+    gate: bool = True
+    memory: float = SparsityConfig.memory
     compile_backend: str = "inductor"
     compile_mode: str | None = None
 
@@ -72,28 +139,24 @@ class TrainConfig:
 
     output: str = "runs"
     experiment: str | None = None
+    checkpoint_every: int | None = None
     plot: bool = True
+    tensorboard: bool = False
+    energy: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "min_channels", "lr", "decay_epochs", "decay_rate"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in (
-            *("validation_batch_size", "img_size", "num_classes", "max_steps"),
-            *("channel_multiple", "clip_grad"),
-        ):
-            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
-        for name in (
-            *("workers", "warmup_epochs", "sparsity_warmup_epochs", "seed"),
-            *("momentum", "weight_decay", "min_lr", "warmup_lr"),
-        ):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("smoothing", "drop_path"):
-            value = getattr(self, name)
-            self._check(name, value is None or 0 <= value < 1, "in [0, 1)")
-        self._check("hflip", self.hflip is None or 0 <= self.hflip <= 1, "in [0, 1]")
+        for rule, is_right, names in _RULES:
+            for name in names:
+                value = getattr(self, name)
+                self._check(name, value is None or is_right(value), rule)
         for name in ("mean", "std"):
             value = getattr(self, name)
             self._check(name, value is None or len(value) in (1, 3), "one or three numbers")
+        if (span := self.cutmix_minmax) is not None:
+            is_span = len(span) == 2 and 0 <= span[0] < span[1] <= 1
+            self._check("cutmix_minmax", is_span, "two numbers in [0, 1], the smaller first")
+        if self.has_mixup:
+            self._check("batch_size", self.batch_size % 2 == 0, "even with mixup or cutmix")
         self._check("warmup_epochs", self.warmup_epochs < self.epochs, "below --epochs")
         if self.compile_backend == "aot_eager" and self.compile_mode is not None:
             raise CommandError(
@@ -101,7 +164,15 @@ class TrainConfig:
             )
         # The text is checked here, before any data is read; the length of an epoch, which turns
         # "2ep" into steps, is not known yet and any long one does.
-        parse_schedule(self.schedule, steps_per_epoch=1_000_000)
+        try:
+            parse_schedule(self.schedule, steps_per_epoch=1_000_000)
+        except ValueError as error:
+            raise CommandError(f"--schedule {error}") from error
+
+    @property
+    def has_mixup(self) -> bool:
+        """Whether training images are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for a checkpoint."""

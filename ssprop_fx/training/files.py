@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["replace_file"]
+__all__ = ["remove_leftovers", "replace_file"]
+
+_SUFFIX = ".partial"
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -19,7 +21,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -33,3 +35,13 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of a process that was killed while it wrote.
+
+    Args:
+        folder: a folder that no other process writes to.
+    """
+    for path in folder.glob(f".*{_SUFFIX}"):
+        path.unlink()

@@ -1,23 +1,27 @@
-"""One training step, one epoch, one evaluation."""
+"""One training step, one epoch."""
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ssprop_fx.module import SsPropModule
 from ssprop_fx.report import Report, report
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.data import Loaders
+from ssprop_fx.training.distributed import Processes
+from ssprop_fx.training.energy import EnergyMeter
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.interrupt import StopRequest
+from ssprop_fx.training.loaders import Batch, Loaders, create_mixup
+from ssprop_fx.training.precision import autocast, move_images, synchronize
 from ssprop_fx.training.records import Records, StepRow
 from ssprop_fx.training.state import TrainState
 
@@ -35,8 +39,9 @@ class Trainer:
         state: its state.
         compiled: `state.model` as compiled with `state.scheduler`.
         loaders: its batches.
-        records: where its steps are noted.
-        device: where it runs.
+        processes: its processes.
+        records: where its steps are noted; None in all processes but the first.
+        meter: measures its energy.
         on_report: called once with the model's report, after the first sparse step.
     """
 
@@ -46,18 +51,27 @@ class Trainer:
         state: TrainState,
         compiled: SsPropModule,
         loaders: Loaders,
-        records: Records,
-        device: torch.device,
+        processes: Processes,
+        records: Records | None,
+        meter: EnergyMeter,
         on_report: Callable[[Report], None],
     ) -> None:
         self._config = config
         self._state = state
         self._compiled = compiled
+        self._network: nn.Module = (
+            compiled if processes.world_size == 1 else DistributedDataParallel(compiled)
+        )
         self._loaders = loaders
+        self._processes = processes
         self._records = records
-        self._device = device
+        self._meter = meter
         self._on_report = on_report
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+        self._mixup = create_mixup(config, config.num_classes or compiled.num_classes)
+        # Mixed labels are smooth already.
+        self._criterion = nn.CrossEntropyLoss(
+            label_smoothing=0.0 if self._mixup else config.smoothing
+        )
         self._steps_seen: Counter[bool] = Counter()
         self._saved_fractions: dict[tuple[int, ...], float] = {}
 
@@ -66,123 +80,138 @@ class Trainer:
         """Number of steps in a whole epoch."""
         return self._loaders.steps_per_epoch
 
-    def train_epoch(self, stop: StopRequest, last_step: int) -> None:
+    def train_epoch(
+        self, stop: StopRequest, last_step: int, save_checkpoint: Callable[[], None]
+    ) -> bool:
         """Train to the end of the epoch in progress, to `last_step`, or until `stop` is asked for.
 
         Args:
             stop: looked at after each step.
             last_step: number of steps after which the run ends.
+            save_checkpoint: called after every `config.checkpoint_every`-th step.
+
+        Returns:
+            Whether one of the processes was asked to stop.
 
         Raises:
             CommandError: the loss is not finite.
         """
-        config, state = self._config, self._state
+        state, every = self._state, self._config.checkpoint_every
         done = state.step - state.epoch * self.steps_per_epoch
-        self._loaders.sampler.set_epoch(state.epoch, skip=done * config.batch_size)
-        self._compiled.train()
-        # The bar shows on a terminal alone; elsewhere each epoch prints a line.
-        progress = tqdm(
-            total=self.steps_per_epoch,
-            initial=done,
-            desc=f"epoch {state.epoch}",
-            unit="step",
-            leave=False,
-            disable=None,
-        )
-        with progress:
-            if state.step >= last_step or done == self.steps_per_epoch:
-                return
+        images_per_step = self._loaders.images_per_step
+        self._loaders.sampler.set_epoch(state.epoch, skip=done * images_per_step)
+        self._network.train()
+        end = min((state.epoch + 1) * self.steps_per_epoch, last_step)
+        if state.step >= end:
+            return False
+        batches = iter(self._loaders.train)
+        stopped = False
+        with self._progress(last_step) as progress:
+            self._meter.begin()
             began = time.perf_counter()
-            for images, labels in self._loaders.train:
-                row = self._train_step(self._move(images), labels.to(self._device))
+            while state.step < end and not stopped:
+                loss, ms = self._train_step(batches)
+                loss, asked = self._processes.mean(loss, float(stop.signal is not None))
+                row = self._finish_step(loss, ms)
+                stopped = asked > 0
                 now = time.perf_counter()
                 state.seconds += now - began
                 progress.update()
                 progress.set_postfix(
                     loss=f"{row.loss:.3f}",
                     drop_rate=f"{row.drop_rate:.2f}",
-                    images_per_s=f"{config.batch_size / (now - began):.0f}",
+                    images_per_s=f"{images_per_step / (now - began):.0f}",
                     lr=f"{row.lr:.2g}",
                 )
                 began = now
-                if stop.signal is not None or state.step >= last_step:
-                    return
+                if every is not None and state.step % every == 0 and state.step < end:
+                    self._add_energy()
+                    save_checkpoint()
+                    self._meter.begin()
+                    began = time.perf_counter()
+            self._add_energy()
+        return stopped
 
-    def evaluate(self, stop: StopRequest) -> tuple[float, float] | None:
-        """Evaluate on the validation images.
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Return the loss of a step, in this process, and the milliseconds that it took."""
+        config = self._config
+        seconds, losses = 0.0, []
+        for part in range(config.grad_accum_steps):
+            images, labels = self._prepare(*next(batches), part)
+            is_last = part == config.grad_accum_steps - 1
+            synchronize(self._processes.device)
+            began = time.perf_counter()
+            with self._without_reduction(is_last):
+                with autocast(config, self._processes.device):
+                    outputs = self._network(images)
+                    loss = self._criterion(outputs.float(), labels)
+                self._backward(loss / config.grad_accum_steps, update=is_last)
+            synchronize(self._processes.device)
+            seconds += time.perf_counter() - began
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item(), 1000 * seconds
 
-        Returns:
-            The loss, without smoothing, and the share of correct answers in percent; None if
-            `stop` was asked for meanwhile.
-        """
-        # The model itself, not its compiled form: nothing is saved in a forward pass, and modes
-        # and batch sizes of their own would cost compilations.
-        model = self._state.model.eval()
-        loss, correct, count = 0.0, 0, 0
-        batches: Iterable[Any] = tqdm(
-            self._loaders.validation, desc="validation", leave=False, disable=None
-        )
-        with torch.no_grad():
-            for images, labels in batches:
-                labels = labels.to(self._device)
-                with self._autocast():
-                    outputs = model(self._move(images))
-                outputs = outputs.float()
-                loss += nn.functional.cross_entropy(outputs, labels, reduction="sum").item()
-                correct += int((outputs.argmax(dim=1) == labels).sum())
-                count += len(labels)
-                if stop.signal is not None:
-                    return None
-        return loss / count, 100 * correct / count
+    def _prepare(self, images: torch.Tensor, labels: torch.Tensor, part: int) -> Batch:
+        device = self._processes.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device)
+        if self._mixup is not None:
+            state = self._state
+            images, labels = self._mixup(
+                images, labels, state.epoch, state.step, part, self._processes.rank
+            )
+        return move_images(images, self._config, device), labels
 
-    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> StepRow:
+    def _backward(self, loss: torch.Tensor, *, update: bool) -> None:
+        state, config = self._state, self._config
+        if state.scaler is not None:
+            state.scaler(
+                loss,
+                state.optimizer,
+                clip_grad=config.clip_grad,
+                clip_mode=config.clip_mode,
+                parameters=state.model.parameters(),
+                need_update=update,
+            )
+        else:
+            torch.autograd.backward(loss)
+            if update:
+                if config.clip_grad is not None:
+                    dispatch_clip_grad(
+                        state.model.parameters(), config.clip_grad, mode=config.clip_mode
+                    )
+                state.optimizer.step()
+        if update:
+            state.optimizer.zero_grad()
+
+    def _finish_step(self, loss: float, ms: float) -> StepRow:
+        """Note the step that was just done, and go on to the next."""
         state = self._state
-        drop_rate = state.scheduler.drop_rate
-        lr = state.optimizer.param_groups[0]["lr"]
-        self._synchronize()
-        began = time.perf_counter()
-        with self._autocast():
-            outputs = self._compiled(images)
-            loss = self._criterion(outputs.float(), labels)
-        self._update(loss)
-        self._synchronize()
-        ms = 1000 * (time.perf_counter() - began)
-
-        loss_value = loss.item()
-        if not math.isfinite(loss_value):
+        if not math.isfinite(loss):
             raise CommandError(
-                f"the loss is {loss_value} at step {state.step}; a lower --lr or --clip-grad may"
-                " help",
+                f"the loss is {loss} at step {state.step}; a lower --lr or --clip-grad may help",
                 exit_code=1,
             )
+        drop_rate = state.scheduler.drop_rate
         self._steps_seen[drop_rate > 0] += 1
         row = StepRow(
             step=state.step,
             epoch=state.epoch,
-            loss=loss_value,
+            loss=loss,
             drop_rate=drop_rate,
             backward_saved=self._backward_saved(),
-            lr=lr,
+            lr=state.optimizer.param_groups[0]["lr"],
             ms=ms,
             timed=int(self._steps_seen[drop_rate > 0] > _UNTIMED_STEPS),
         )
-        self._records.add_step(row)
+        if self._records is not None:
+            self._records.add_step(row)
         state.step += 1
         state.scheduler.step()
         if state.lr_scheduler is not None:
             state.lr_scheduler.step_update(state.step)
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.step)
         return row
-
-    def _update(self, loss: torch.Tensor) -> None:
-        state, clip = self._state, self._config.clip_grad
-        if state.scaler is not None:
-            state.scaler(loss, state.optimizer, clip_grad=clip, parameters=state.model.parameters())
-        else:
-            torch.autograd.backward(loss)
-            if clip is not None:
-                dispatch_clip_grad(state.model.parameters(), clip)
-            state.optimizer.step()
-        state.optimizer.zero_grad()
 
     def _backward_saved(self) -> float:
         """Return the fraction of the dense backward's FLOPs that the step just done left out."""
@@ -198,15 +227,24 @@ class Trainer:
             self._saved_fractions[keep_counts] = found.saved_flops / whole if whole else math.nan
         return self._saved_fractions[keep_counts]
 
-    def _move(self, images: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if self._config.channels_last else torch.contiguous_format
-        return images.to(self._device, non_blocking=True).contiguous(memory_format=layout)
+    def _add_energy(self) -> None:
+        used = self._meter.end()
+        self._state.gpu_joules += used.gpu
+        self._state.cpu_joules += used.cpu
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if not self._config.amp:
+    def _without_reduction(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Leave gradients of all but the last accumulated batch in the process."""
+        if is_last or not isinstance(self._network, DistributedDataParallel):
             return nullcontext()
-        return torch.autocast(self._device.type, dtype=getattr(torch, self._config.amp_dtype))
+        return self._network.no_sync()
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _progress(self, last_step: int) -> Any:
+        # The bar shows on a terminal alone; elsewhere each epoch prints a line.
+        return tqdm(
+            total=last_step,
+            initial=self._state.step,
+            desc=f"epoch {self._state.epoch}",
+            unit="step",
+            leave=False,
+            disable=None if self._processes.is_first else True,
+        )

@@ -2,15 +2,20 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
 from ssprop_fx.training.files import replace_file
+from ssprop_fx.training.tensorboard import TensorBoardLog
 
-__all__ = ["EpochRow", "Records", "StepRow", "median_ms", "step_times"]
+__all__ = ["EPOCHS", "STEPS", "EpochRow", "Records", "StepRow", "median_ms", "read_rows"]
+__all__ += ["step_times"]
+
+STEPS = "steps.csv"
+EPOCHS = "summary.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class EpochRow:
         images_per_s: training images a second, loading and compiling included.
         lr: learning rate at its end.
         seconds: seconds spent on training in it, without validation.
+        gpu_joules: joules that the GPUs used meanwhile, NaN where that is not measured.
+        cpu_joules: the same of the CPU packages and their memory.
     """
 
     epoch: int
@@ -70,6 +77,8 @@ class EpochRow:
     images_per_s: float
     lr: float
     seconds: float
+    gpu_joules: float = math.nan
+    cpu_joules: float = math.nan
 
 
 Row = TypeVar("Row", StepRow, EpochRow)
@@ -93,6 +102,7 @@ class Records:
         folder: the run's folder.
         step: rows of this step and later ones are dropped: the run continues there.
         epoch: rows of this epoch and later ones are dropped.
+        tensorboard: whether the rows go to TensorBoard as well, in `tensorboard/`.
 
     Attributes:
         steps: rows of the steps so far.
@@ -102,20 +112,35 @@ class Records:
         OSError: a file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, epoch: int = 0) -> None:
-        self._steps_path = folder / "steps.csv"
-        self._epochs_path = folder / "summary.csv"
-        self.steps = _trim(self._steps_path, StepRow, lambda row: row.step < step)
-        self.epochs = _trim(self._epochs_path, EpochRow, lambda row: row.epoch < epoch)
+    def __init__(
+        self, folder: Path, *, step: int = 0, epoch: int = 0, tensorboard: bool = False
+    ) -> None:
+        self._steps_path = folder / STEPS
+        self._epochs_path = folder / EPOCHS
+        self.steps = [row for row in read_rows(self._steps_path, StepRow) if row.step < step]
+        self.epochs = [row for row in read_rows(self._epochs_path, EpochRow) if row.epoch < epoch]
+        _write(self._steps_path, StepRow, self.steps)
+        _write(self._epochs_path, EpochRow, self.epochs)
+        self._log = TensorBoardLog(folder / "tensorboard", step=step) if tensorboard else None
         self._unwritten: list[StepRow] = []
 
     def add_step(self, row: StepRow) -> None:
         """Add a step's row; it is written by `flush`."""
         self.steps.append(row)
         self._unwritten.append(row)
+        if self._log is not None:
+            self._log.add_step(row)
 
     def add_epoch(
-        self, *, epoch: int, eval_loss: float, eval_top1: float, batch_size: int, seconds: float
+        self,
+        *,
+        epoch: int,
+        eval_loss: float,
+        eval_top1: float,
+        batch_size: int,
+        seconds: float,
+        gpu_joules: float = math.nan,
+        cpu_joules: float = math.nan,
     ) -> EpochRow:
         """Add the row of the epoch whose steps have just ended.
 
@@ -125,6 +150,8 @@ class Records:
             eval_top1: validation accuracy in percent.
             batch_size: training images in a step.
             seconds: seconds spent on training in it.
+            gpu_joules: joules that the GPUs used meanwhile.
+            cpu_joules: joules that the CPU used meanwhile.
 
         Returns:
             The row.
@@ -143,39 +170,65 @@ class Records:
             images_per_s=len(steps) * batch_size / seconds,
             lr=steps[-1].lr,
             seconds=seconds,
+            gpu_joules=gpu_joules,
+            cpu_joules=cpu_joules,
         )
         self.epochs.append(row)
         self.flush()
         _append(self._epochs_path, [row])
+        if self._log is not None:
+            self._log.add_epoch(row)
         return row
 
     def flush(self) -> None:
         """Write the steps' rows that are not written yet."""
         _append(self._steps_path, self._unwritten)
         self._unwritten = []
+        if self._log is not None:
+            self._log.flush()
+
+    def close(self) -> None:
+        """Write what is not written yet; no row may be added after it."""
+        self.flush()
+        if self._log is not None:
+            self._log.close()
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Return the rows of a file, none if it does not exist.
+
+    A process that is killed can leave half a row at the end, which is left out.
+
+    Args:
+        path: `steps.csv` or `summary.csv` of a run.
+        kind: what its rows are.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    with path.open(newline="", encoding="utf-8") as file:
+        for values in csv.DictReader(file):
+            try:
+                rows.append(kind(**{name: types[name](text) for name, text in values.items()}))
+            except (KeyError, TypeError, ValueError):
+                break
+    return rows
 
 
 def _append(path: Path, rows: list[Any]) -> None:
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        for row in rows:
-            writer.writerow(
-                f"{value:.6g}" if isinstance(value, float) else value
-                for value in asdict(row).values()
-            )
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(_format(rows))
 
 
-def _trim(path: Path, kind: type[Row], keep: Callable[[Row], bool]) -> list[Row]:
-    """Read a file's rows, leave those to `keep` in it, and give it a header if it has none."""
-    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
-    rows: list[Row] = []
-    lines = [",".join(types)]
-    if path.exists():
-        with path.open(newline="") as file:
-            for values in csv.DictReader(file):
-                row = kind(**{name: types[name](text) for name, text in values.items()})
-                if keep(row):
-                    rows.append(row)
-                    lines.append(",".join(values.values()))
-    replace_file(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-    return rows
+def _write(path: Path, kind: type[Any], rows: list[Any]) -> None:
+    header = ",".join(field.name for field in fields(kind))
+    replace_file(path, lambda file: file.write(f"{header}\n{_format(rows)}".encode()))
+
+
+def _format(rows: list[Any]) -> str:
+    # In full precision, so that a run that continues from its files sums up the same numbers.
+    return "".join(",".join(map(repr, asdict(row).values())) + "\n" for row in rows)

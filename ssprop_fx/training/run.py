@@ -1,12 +1,13 @@
 """A whole training run: set up, train, keep, report."""
 
+import math
+import shlex
 import sys
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import random_seed
 
 from ssprop_fx.compile import ssprop_compile
@@ -14,11 +15,18 @@ from ssprop_fx.report import Report
 from ssprop_fx.training.allocator import keep_freed_memory
 from ssprop_fx.training.checkpoint import BEST, LAST, restore, save_checkpoint
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.data import create_datasets, create_loaders
+from ssprop_fx.training.config_file import CONFIG, write_config
+from ssprop_fx.training.datasets import create_datasets
+from ssprop_fx.training.distributed import Processes, join_processes
+from ssprop_fx.training.energy import EnergyMeter
 from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.evaluation import evaluate
+from ssprop_fx.training.files import remove_leftovers
 from ssprop_fx.training.interrupt import StopRequest
+from ssprop_fx.training.loaders import create_loaders
 from ssprop_fx.training.loop import Trainer
 from ssprop_fx.training.plot import plot_run
+from ssprop_fx.training.precision import memory_format
 from ssprop_fx.training.records import EpochRow, Records
 from ssprop_fx.training.setup import (
     check_names,
@@ -28,8 +36,8 @@ from ssprop_fx.training.setup import (
     find_device,
     sparsity_config,
 )
-from ssprop_fx.training.state import TrainState
 from ssprop_fx.training.summary import format_summary
+from ssprop_fx.training.tensorboard import check_tensorboard
 
 __all__ = ["train"]
 
@@ -48,130 +56,207 @@ def train(
         Exit status: 0, or 128 + signal number if a signal ended the run.
 
     Raises:
-        CommandError: a setting does not fit the data, the model or the machine.
+        CommandError: a setting does not fit the data, the model or the machine, or the folder
+            cannot be written to.
     """
     check_names(config)
-    device = find_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    random_seed(config.seed)
-    datasets = create_datasets(config)
-    data_config = create_data_config(config, datasets)
-    loaders = create_loaders(config, datasets, data_config, device)
-    model = create_model(config, datasets.num_classes, data_config["input_size"][-1])
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device).to(memory_format=layout)
-    state = create_state(config, model, loaders.steps_per_epoch)
-    compiled = ssprop_compile(
-        model,
-        state.scheduler,
-        config=sparsity_config(config),
-        backend=config.compile_backend,
-        mode=config.compile_mode,
-    )
-    folder = folder or _create_folder(config)
-    if checkpoint is not None:
-        restore(state, checkpoint)
-    records = Records(folder, step=state.step, epoch=state.epoch)
-
-    def keep_report(found: Report) -> None:
-        (folder / "sites.txt").write_text(f"{found}\n")
-
-    trainer = Trainer(config, state, compiled, loaders, records, device, keep_report)
-    print(
-        f"{config.model} on {device}: {len(datasets.train)} training images,"
-        f" {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
-        f"run folder: {folder}",
-        flush=True,
-    )
-    last_step = config.epochs * loaders.steps_per_epoch
-    if config.max_steps is not None:
-        last_step = min(last_step, config.max_steps)
-    with StopRequest() as stop:
+    if config.tensorboard:
+        check_tensorboard()
+    with join_processes(find_device(config.device)) as processes:
+        run = _Run(config, processes, checkpoint, folder)
         try:
-            _train_epochs(config, state, trainer, records, folder, stop, last_step)
-        except Exception as error:
-            if stop.signal is None:
-                raise
-            # Ctrl-C reaches a C++ compiler at work as well, and the step fails with it. Such a
-            # step is half done: the last checkpoint stays as it is.
+            return run.run()
+        except OSError as error:
+            where = error.filename or run.folder
             raise CommandError(
-                f"interrupted in step {state.step}, which was compiling; {_how_to_resume(folder)}",
-                stop.exit_code,
+                f"{where}: {error.strerror or error}; earlier checkpoints are as they were;"
+                f" {run.how_to_resume()}",
+                exit_code=1,
             ) from error
-        finally:
-            records.flush()
-    if config.plot and records.steps:
-        plot_run(records, folder / "plot.png", f"{config.model}, {config.schedule}")
-    print(format_summary(records, config.batch_size))
-    if stop.signal is not None:
-        print(f"stopped after {state.step} steps; {_how_to_resume(folder)}", file=sys.stderr)
-    return stop.exit_code
 
 
-def _train_epochs(
-    config: TrainConfig,
-    state: TrainState,
-    trainer: Trainer,
-    records: Records,
-    folder: Path,
-    stop: StopRequest,
-    last_step: int,
-) -> None:
-    while state.epoch < config.epochs:
-        trainer.train_epoch(stop, last_step)
-        result = None if stop.signal is not None else trainer.evaluate(stop)
-        if result is None:
-            records.flush()
-            save_checkpoint(folder / LAST, state, config)
-            return
-        eval_loss, eval_top1 = result
-        row = records.add_epoch(
-            epoch=state.epoch,
-            eval_loss=eval_loss,
-            eval_top1=eval_top1,
-            batch_size=config.batch_size,
-            seconds=state.seconds,
+class _Run:
+    """One run, of which every process has its own; the first one alone prints and writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        checkpoint: Mapping[str, Any] | None,
+        folder: Path | None,
+    ) -> None:
+        device = processes.device
+        if device.type == "cpu":
+            keep_freed_memory()
+        # All processes begin with the same weights, and then have random numbers of their own.
+        random_seed(config.seed)
+        datasets = create_datasets(config)
+        data_config = create_data_config(config, datasets)
+        self._loaders = create_loaders(config, datasets, data_config, processes)
+        model = create_model(config, datasets.num_classes, data_config["input_size"][-1])
+        model = model.to(device).to(memory_format=memory_format(config))
+        random_seed(config.seed, processes.rank)
+        self._config = config
+        self._processes = processes
+        self._state = create_state(config, model, self._loaders.steps_per_epoch)
+        self._compiled = ssprop_compile(
+            model,
+            self._state.scheduler,
+            config=sparsity_config(config),
+            backend=config.compile_backend,
+            mode=config.compile_mode,
         )
-        _print_epoch(row)
+        self._state.memory = self._compiled.ssprop.memory
+        self._is_new = checkpoint is None
+        if checkpoint is not None:
+            restore(self._state, checkpoint, processes)
+        self._num_images = len(datasets.train)
+        self._meter = EnergyMeter(processes, enabled=config.energy)
+        self._records: Records | None = None
+        self.folder = folder or _name_folder(config, processes)
+
+    def run(self) -> int:
+        """Train, from where the state is to the end."""
+        config, state, loaders = self._config, self._state, self._loaders
+        if self._processes.is_first:
+            self._records = self._open_folder()
+        self._print(
+            f"{config.model} on {self._processes.device}: {self._num_images} training images,"
+            f" {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
+            f"run folder: {self.folder}"
+        )
+        # From the first step on there is something to resume, and a full disk shows at once.
+        if self._is_new:
+            self._save(LAST)
+        trainer = Trainer(
+            config,
+            state,
+            self._compiled,
+            loaders,
+            self._processes,
+            self._records,
+            self._meter,
+            self._keep_report,
+        )
+        with StopRequest() as stop:
+            try:
+                self._train_epochs(trainer, stop)
+            except Exception as error:
+                if stop.signal is None:
+                    raise
+                # Ctrl-C reaches a C++ compiler at work as well, and the step fails with it. Such
+                # a step is half done: the last checkpoint stays as it is.
+                raise CommandError(
+                    f"interrupted in step {state.step}, which was compiling;"
+                    f" {self.how_to_resume()}",
+                    stop.exit_code,
+                ) from error
+            finally:
+                if self._records is not None:
+                    self._records.flush()
+        if self._records is not None:
+            self._close(self._records)
+        if stop.signal is not None and self._processes.is_first:
+            print(f"stopped after {state.step} steps; {self.how_to_resume()}", file=sys.stderr)
+        return stop.exit_code
+
+    def how_to_resume(self) -> str:
+        """Return what to type to continue the run."""
+        path = self.folder / LAST
+        if path.exists():
+            return f"continue with: ssprop-fx train --resume {shlex.quote(str(path))}"
+        return "there is no checkpoint yet"
+
+    def _train_epochs(self, trainer: Trainer, stop: StopRequest) -> None:
+        config, state = self._config, self._state
+        last_step = config.epochs * self._loaders.steps_per_epoch
+        if config.max_steps is not None:
+            last_step = min(last_step, config.max_steps)
+        while state.epoch < config.epochs:
+            result = None
+            if not trainer.train_epoch(stop, last_step, lambda: self._save(LAST)):
+                result = evaluate(config, state, self._loaders.validation, self._processes, stop)
+            if result is None:
+                self._save(LAST)
+                return
+            is_best = self._finish_epoch(*result, last_step)
+            # The best one first: who finds the last one updated finds both.
+            if is_best:
+                self._save(BEST)
+            self._save(LAST)
+            if state.step >= last_step or self._processes.any(stop.signal is not None):
+                return
+
+    def _finish_epoch(self, eval_loss: float, eval_top1: float, last_step: int) -> bool:
+        """Note what came of an epoch; return whether it is the best one so far."""
+        state = self._state
+        if self._records is not None:
+            row = self._records.add_epoch(
+                epoch=state.epoch,
+                eval_loss=eval_loss,
+                eval_top1=eval_top1,
+                batch_size=self._loaders.images_per_step,
+                seconds=state.seconds,
+                # Counters move now and then: none of them moved in an epoch that short.
+                gpu_joules=state.gpu_joules or math.nan,
+                cpu_joules=state.cpu_joules or math.nan,
+            )
+            steps = sum(step.epoch == row.epoch for step in self._records.steps)
+            self._print(_describe(row, (last_step - state.step) * row.seconds / steps))
         is_best = eval_top1 > state.best_top1
         if is_best:
             state.best_top1, state.best_epoch = eval_top1, state.epoch
-        if state.step == (state.epoch + 1) * trainer.steps_per_epoch:
-            state.epoch, state.seconds = state.epoch + 1, 0.0
-        save_checkpoint(folder / LAST, state, config)
-        if is_best:
-            save_checkpoint(folder / BEST, state, config)
-        if stop.signal is not None or state.step >= last_step:
-            return
+        if state.step == (state.epoch + 1) * self._loaders.steps_per_epoch:
+            state.epoch += 1
+            state.seconds = state.gpu_joules = state.cpu_joules = 0.0
+        return is_best
+
+    def _open_folder(self) -> Records:
+        config, folder, state = self._config, self.folder, self._state
+        if self._is_new and (folder / LAST).exists():
+            raise CommandError(
+                f"--experiment {folder.name}: {folder} already holds a run; continue it with"
+                f" --resume {shlex.quote(str(folder / LAST))} or choose another name"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"--output {config.output}: {error.strerror}: {folder}") from error
+        remove_leftovers(folder)
+        write_config(folder / CONFIG, config)
+        return Records(folder, step=state.step, epoch=state.epoch, tensorboard=config.tensorboard)
+
+    def _save(self, name: str) -> None:
+        # The rows come first: a run that continues from the checkpoint finds those before it.
+        if self._records is not None:
+            self._records.flush()
+        save_checkpoint(self.folder / name, self._state, self._config, self._processes)
+
+    def _close(self, records: Records) -> None:
+        config = self._config
+        records.close()
+        if config.plot and records.steps:
+            plot_run(records, self.folder / "plot.png", f"{config.model}, {config.schedule}")
+        print(format_summary(records, self._loaders.images_per_step, self._meter.reason))
+
+    def _keep_report(self, found: Report) -> None:
+        if self._processes.is_first:
+            (self.folder / "sites.txt").write_text(f"{found}\n", encoding="utf-8")
+
+    def _print(self, text: str) -> None:
+        if self._processes.is_first:
+            print(text, flush=True)
 
 
-def _create_folder(config: TrainConfig) -> Path:
-    name = config.experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.replace('/', '_')}"
-    folder = Path(config.output) / name
-    if (folder / LAST).exists():
-        raise CommandError(
-            f"--experiment {name}: {folder} already holds a run; continue it with --resume"
-            f" {folder / LAST} or choose another name"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--output {config.output}: {error.strerror}: {folder}") from error
-    return folder
+def _name_folder(config: TrainConfig, processes: Processes) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.replace('/', '_')}"
+    return Path(config.output) / (config.experiment or processes.gather(name)[0])
 
 
-def _how_to_resume(folder: Path) -> str:
-    path = folder / LAST
-    if path.exists():
-        return f"continue with: ssprop-fx train --resume {path}"
-    return "there is no checkpoint yet"
-
-
-def _print_epoch(row: EpochRow) -> None:
-    print(
+def _describe(row: EpochRow, seconds_left: float) -> str:
+    text = (
         f"epoch {row.epoch:>3}  loss {row.train_loss:.4f}  eval loss {row.eval_loss:.4f}"
         f"  top-1 {row.eval_top1:6.2f} %  drop rate {row.drop_rate:.2f}"
-        f"  {row.images_per_s:.0f} images/s",
-        flush=True,
+        f"  {row.images_per_s:.0f} images/s"
     )
+    return f"{text}  {timedelta(seconds=round(seconds_left))} left" if seconds_left else text

@@ -14,20 +14,38 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["EpochSampler", "SeededDataset"]
+__all__ = ["EpochSampler", "SeededDataset", "derive_seed", "seeded"]
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) pairs in a random order that seed and epoch alone decide.
 
+    With several processes each takes every `world_size`-th pair of that order, so that together
+    they see in each step the very samples that one process with as large a batch would see.
+
     Args:
         length: number of samples in the dataset.
         seed: seed of the run.
+        used: number of samples of an epoch, over all processes; the rest of the order is left
+            out. None uses all.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        *,
+        used: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self._length = length
         self._seed = seed
+        self._used = length if used is None else used
+        self._rank = rank
+        self._world_size = world_size
         self._epoch = 0
         self._skip = 0
 
@@ -36,19 +54,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
         Args:
             epoch: the epoch, from 0.
-            skip: number of samples at its beginning that are left out.
+            skip: number of samples at its beginning, over all processes, that are left out.
         """
         self._epoch = epoch
         self._skip = skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(_derive_seed(self._seed, self._epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, self._epoch))
         order = torch.randperm(self._length, generator=generator).tolist()
-        for index in order[self._skip :]:
+        for index in order[self._skip : self._used][self._rank :: self._world_size]:
             yield self._epoch, index
 
     def __len__(self) -> int:
-        return self._length - self._skip
+        return len(range(self._skip + self._rank, self._used, self._world_size))
 
 
 class SeededDataset(Dataset[Any]):
@@ -75,21 +93,25 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        with _seeded(_derive_seed(self._seed, epoch, index)):
+        with seeded(derive_seed(self._seed, epoch, index)):
             return self._dataset[index]
 
     def __len__(self) -> int:
         return len(self._dataset)
 
 
-def _derive_seed(*parts: int) -> int:
+def derive_seed(*parts: int | str) -> int:
+    """Return a seed in [0, 2**63) that is another one for other parts."""
     # Strings are hashed by SHA-512, so that neighbouring parts give unrelated seeds.
     return random.Random(repr(parts)).getrandbits(63)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that transforms use; without loader workers the model shares them."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that transforms use, and put them back at the end.
+
+    Without loader workers the model draws on the same ones.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

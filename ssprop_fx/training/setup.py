@@ -7,15 +7,15 @@ import torch
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import NativeScaler
+from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.schedule_spec import parse_schedule
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.data import Datasets
+from ssprop_fx.training.datasets import Datasets
 from ssprop_fx.training.errors import CommandError, unknown_name
-from ssprop_fx.training.schedule_spec import parse_schedule
 from ssprop_fx.training.state import TrainState
 
 __all__ = [
@@ -26,6 +26,9 @@ __all__ = [
     "find_device",
     "sparsity_config",
 ]
+
+# timm's own default, 90, is meant for runs on ImageNet.
+_STEP_EPOCHS = 30.0
 
 
 def check_names(config: TrainConfig) -> None:
@@ -61,7 +64,7 @@ def create_data_config(config: TrainConfig, datasets: Datasets) -> dict[str, Any
     model_config = timm.get_pretrained_cfg(config.model)
     given = {
         name: getattr(config, name)
-        for name in ("img_size", "mean", "std")
+        for name in ("img_size", "mean", "std", "interpolation", "crop_pct")
         if getattr(config, name) is not None
     }
     defaults = dict(datasets.data_config)
@@ -90,6 +93,7 @@ def create_model(config: TrainConfig, num_classes: int, image_size: int) -> nn.M
             f"--num-classes {config.num_classes} is fewer than the {num_classes} of the dataset"
         )
     settings: dict[str, Any] = {"num_classes": config.num_classes or num_classes}
+    settings.update(config.model_kwargs or {})
     if config.drop_path is not None:
         settings["drop_path_rate"] = config.drop_path
     model_config = timm.get_pretrained_cfg(config.model)
@@ -120,21 +124,29 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            **(config.opt_kwargs or {}),
         )
     except (TypeError, ValueError) as error:
         raise CommandError(f"--opt {config.opt}: {error}") from error
-    lr_scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        decay_epochs=config.decay_epochs,
-        decay_rate=config.decay_rate,
-        min_lr=config.min_lr,
-        warmup_lr=config.warmup_lr,
-        warmup_epochs=config.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    decay_epochs = config.decay_epochs
+    if decay_epochs is None and config.sched == "step":
+        decay_epochs = _STEP_EPOCHS
+    try:
+        lr_scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            decay_epochs=decay_epochs,
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+            warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **(config.sched_kwargs or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--sched {config.sched}: {error}") from error
     schedule = parse_schedule(
         config.schedule,
         steps_per_epoch=steps_per_epoch,
@@ -148,6 +160,9 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         lr_scheduler=lr_scheduler,
         scheduler=SparsityScheduler(schedule),
         scaler=NativeScaler(device=device.type) if needs_scaler else None,
+        ema=ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        if config.model_ema
+        else None,
     )
 
 
@@ -156,4 +171,11 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
     return SparsityConfig(
         channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
         min_channels=config.min_channels,
+        targets=config.targets,
+        select=config.select,
+        score=config.score,
+        gradients=config.gradients,  # type: ignore[arg-type]
+        block=config.block,
+        gate=config.gate,
+        memory=config.memory,
     )

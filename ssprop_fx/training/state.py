@@ -1,11 +1,12 @@
 """TrainState: everything that changes during a run and that a checkpoint holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ssprop_fx.memory import Memory
 from ssprop_fx.scheduler import SparsityScheduler
 
 __all__ = ["TrainState"]
@@ -21,9 +22,13 @@ class TrainState:
         lr_scheduler: timm's scheduler, stepped by update; None for a constant learning rate.
         scheduler: the sparsity scheduler.
         scaler: timm's gradient scaler, for float16 only.
+        ema: timm's moving average of the weights, or None.
+        memory: what this process's sparse backwards have left out; empty without `--memory`.
         epoch: the epoch that is in progress, from 0.
         step: steps done since the run began.
         seconds: seconds spent on training in this epoch.
+        gpu_joules: joules that the GPUs used meanwhile; NaN where that is not measured.
+        cpu_joules: the same of the CPU packages and their memory.
         best_top1: highest validation accuracy so far in percent, -1 before the first.
         best_epoch: the epoch that reached it, -1 before the first.
     """
@@ -33,8 +38,12 @@ class TrainState:
     lr_scheduler: Any
     scheduler: SparsityScheduler
     scaler: Any
+    ema: Any = None
+    memory: Memory = field(default_factory=Memory)
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    gpu_joules: float = 0.0
+    cpu_joules: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = -1

@@ -8,12 +8,13 @@ from ssprop_fx.training.records import Records, median_ms, step_times
 __all__ = ["format_summary"]
 
 
-def format_summary(records: Records, batch_size: int) -> str:
+def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -> str:
     """Return the closing table of a run.
 
     Args:
         records: rows of the run.
         batch_size: training images in a step.
+        why_no_energy: why energy was not measured, if it was not.
 
     Returns:
         Several lines without a last newline. What was not measured is shown as "-".
@@ -44,7 +45,17 @@ def format_summary(records: Records, batch_size: int) -> str:
             f"top-1 accuracy: {records.epochs[-1].eval_top1:.2f} % at the end,"
             f" {best.eval_top1:.2f} % at best (epoch {best.epoch})"
         )
+        lines.append(f"energy: {_energy(records, why_no_energy)}")
     return "\n".join(lines)
+
+
+def _energy(records: Records, why_not: str) -> str:
+    totals = {
+        "GPU": sum(row.gpu_joules for row in records.epochs),
+        "CPU": sum(row.cpu_joules for row in records.epochs),
+    }
+    measured = [f"{name} {joules:.0f} J" for name, joules in totals.items() if joules == joules]
+    return ", ".join(measured) or f"not available ({why_not or 'not in all epochs'})"
 
 
 def _quartiles(records: Records, sparse: bool) -> str:
