@@ -2,16 +2,19 @@
 
 import argparse
 
-from benchmarks import markdown, step
+from benchmarks import breakdown, compile_time, layer, machine, markdown, scaling, step, suite
+
+COMMANDS = (step, breakdown, layer, compile_time, scaling, suite, markdown)
 
 
 def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    step.add_parser(subparsers)
-    markdown.add_parser(subparsers)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
     args = parser.parse_args()
+    machine.allocator()
     args.run(args)
 
 

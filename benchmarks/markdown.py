@@ -1,10 +1,18 @@
-"""`python -m benchmarks table FOLDER`: saved results as one Markdown table."""
+"""`python -m benchmarks table FOLDER`: saved results of `step` as one Markdown table.
+
+A row for each model and sparse variant; the peers, where they were measured, are columns: their
+speed-up over dense torch.compile too.
+"""
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-__all__ = ["add_parser"]
+from benchmarks.picture import draw_steps, sparse_rows
+from benchmarks.variants import DENSE, PEERS
+
+__all__ = ["add_parser", "markdown"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -14,19 +22,54 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of step-*.json files")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="the rows to show")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw the same rows into")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table."""
-    print("| model, resolution, batch | dense ms | sparse ms | speed-up | bound | efficiency |")
-    print("|---|---|---|---|---|---|")
-    for path in sorted(args.folder.glob("step-*.json")):
-        rows = json.loads(path.read_text())["rows"]
-        dense = next(row for row in rows if row["variant"] == "dense")
-        for row in rows:
-            if row["drop_rate"] == args.drop_rate:
-                print(
-                    f"| {row['model']} | {dense['median_ms']:.0f} | {row['median_ms']:.0f}"
-                    f" | {row['speedup']:.2f} | {row['bound']:.2f} | {row['efficiency']:.2f} |"
-                )
+    """Print the table, and draw the picture if asked to."""
+    files = [
+        json.loads(path.read_text())["rows"] for path in sorted(args.folder.glob("step-*.json"))
+    ]
+    print(markdown(files, args.drop_rate))
+    if args.picture:
+        draw_steps(
+            [row for rows in files for row in rows if _is_shown(row, args.drop_rate)], args.picture
+        )
+
+
+def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
+    """Return the table.
+
+    Args:
+        files: the rows of each file, records of StepRow.
+        drop_rate: of the rows to show.
+    """
+    shown = [[row for row in rows if _is_shown(row, drop_rate)] for rows in files]
+    peers = [
+        name for name in PEERS if any(row["variant"] == name for rows in shown for row in rows)
+    ]
+    variants = any(len(sparse_rows(rows)) > 1 for rows in shown)
+    columns = ["model, resolution, batch", *["variant"] * variants]
+    columns += ["dense ms", "sparse ms", "speed-up", "bound", "efficiency", *peers]
+    lines = [columns, ["---"] * len(columns)]
+    for rows in shown:
+        by_name = {row["variant"]: row for row in rows}
+        speed_of_peers = [f"{by_name[n]['speedup']:.2f}" if n in by_name else "" for n in peers]
+        for row in sparse_rows(rows):
+            lines.append(
+                [
+                    row["model"],
+                    *[row["variant"]] * variants,
+                    f"{by_name[DENSE]['median_ms']:.0f}",
+                    f"{row['median_ms']:.0f}",
+                    *(f"{row[field]:.2f}" for field in ("speedup", "bound", "efficiency")),
+                    *speed_of_peers,
+                ]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_shown(row: dict[str, Any], drop_rate: float) -> bool:
+    """Say whether a row is of the drop rate, or of dense training, which has none."""
+    return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, PEERS[0])

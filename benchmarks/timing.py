@@ -25,13 +25,16 @@ class Timing:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
+    """Wait for the GPU, where one is in use."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def alternate(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time each variant once a round, in turn, so that a drift of the machine meets all of them.
 
@@ -39,6 +42,7 @@ def alternate(
         variants: name -> function that runs one step.
         rounds: timed runs of each variant.
         warmup: untimed runs of each variant at the beginning, compilation included.
+        prepare: name -> function to run before each run of that variant, untimed.
 
     Returns:
         Name -> timing.
@@ -47,6 +51,8 @@ def alternate(
     for run in range(warmup + rounds):
         # Every other round runs backwards, so that no variant always follows the same one.
         for name in list(variants)[:: 1 if run % 2 else -1]:
+            if prepare and name in prepare:
+                prepare[name]()
             synchronize()
             start = time.perf_counter()
             variants[name]()

@@ -1,0 +1,133 @@
+"""`python -m benchmarks compile`: compile time of a model's dense and sparse variant.
+
+    cold     first step with an empty compile cache
+    warm     first step of a second process with the cache that the first one left
+    import   importing ssprop_fx once torch is imported
+
+Each in a process of its own, dense and sparse in turn. Compile time is that of the first step,
+less the time of the second. The ratio is that of the cold times, sparse over dense.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+
+from benchmarks.first_step import VARIANTS
+from benchmarks.machine import environment
+from benchmarks.results import save, table
+from benchmarks.workload import Workload, add_workload_arguments, workload_of
+
+__all__ = ["CompileRow", "add_parser", "measure"]
+
+FORMATS = {
+    "model": "",
+    "variant": "",
+    "cold_s": ".1f",
+    "warm_s": ".1f",
+    "ratio": ".2f",
+    "import_s": ".2f",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileRow:
+    """Compile time of one variant of one model; medians, in seconds.
+
+    Attributes:
+        model: name, resolution, batch, precision, layout.
+        variant: `dense` or `sparse`.
+        cold_s, warm_s: with an empty compile cache, and with the one that this left.
+        ratio: cold time over that of dense.
+        import_s: of importing ssprop_fx once torch is imported.
+    """
+
+    model: str
+    variant: str
+    cold_s: float
+    warm_s: float
+    ratio: float
+    import_s: float
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add this benchmark to the command line."""
+    parser = subparsers.add_parser(
+        "compile",
+        help="compile time, cold and warm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", default=["resnet18"], help="timm models")
+    add_workload_arguments(parser, model=None)
+    parser.add_argument("--rounds", type=int, default=1, help="cold compiles of each variant")
+    parser.add_argument("--output", help="folder for a CSV and a JSON file of the rows")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark and print its table."""
+    workloads = [workload_of(args, model) for model in args.models]
+    rows = [row for workload in workloads for row in measure(workload, args.rounds)]
+    print(table(rows, FORMATS))
+    print("; ".join(f"{key}: {value}" for key, value in environment(args.device).items()))
+    if args.output:
+        for workload in workloads:
+            of_model = [row for row in rows if row.model == workload.title]
+            save(of_model, environment(args.device), args.output, f"compile-{workload.slug}")
+
+
+def measure(workload: Workload, rounds: int) -> list[CompileRow]:
+    """Compile a workload's variants, cold and then warm.
+
+    Args:
+        workload: the model and its input.
+        rounds: cold compiles of each variant.
+
+    Returns:
+        The rows, dense first.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    cold: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    warm: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    imports: list[float] = []
+    for _ in range(rounds):
+        for variant in VARIANTS:
+            with tempfile.TemporaryDirectory() as cache:
+                for times in (cold, warm):
+                    measured = _first_step(workload, variant, cache)
+                    times[variant].append(measured["compile_s"])
+                    imports.append(measured["import_s"])
+            print(f"compiled {workload.title}, {variant}", flush=True)
+    medians = {variant: statistics.median(cold[variant]) for variant in VARIANTS}
+    return [
+        CompileRow(
+            model=workload.title,
+            variant=variant,
+            cold_s=medians[variant],
+            warm_s=statistics.median(warm[variant]),
+            ratio=medians[variant] / medians[VARIANTS[0]],
+            import_s=statistics.median(imports),
+        )
+        for variant in VARIANTS
+    ]
+
+
+def _first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
+    """Return what a process of its own prints."""
+    command = [sys.executable, "-m", "benchmarks.first_step"]
+    command += [json.dumps(asdict(workload)), variant]
+    environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    # Elsewhere than in the cache by the user's own setting, these would not be cold.
+    environ.pop("TRITON_CACHE_DIR", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured

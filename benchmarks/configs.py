@@ -1,0 +1,71 @@
+"""The sparse variants that a benchmark compares: a SparsityConfig each, from the command line."""
+
+import argparse
+import ast
+from dataclasses import fields, replace
+
+from ssprop_fx import SparsityConfig
+from ssprop_fx.config import TARGETS
+
+__all__ = ["NAME", "add_config_arguments", "configs_of", "parse_overrides"]
+
+# Name of the rows of `ssprop_compile`; with overrides, these follow.
+NAME = "ssprop"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `configs_of` reads."""
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--min-channels", type=int, default=SparsityConfig.min_channels)
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE[,FIELD=VALUE]",
+        help="one more sparse row: the SparsityConfig with these fields changed, such as"
+        " channel_multiple=8; may be given several times",
+    )
+
+
+def configs_of(args: argparse.Namespace) -> dict[str, SparsityConfig]:
+    """Return the configurations to compare by the name of their rows, the plain one first.
+
+    Raises:
+        ValueError: a `--variant` is not of the form that it should have.
+    """
+    base = SparsityConfig(min_channels=args.min_channels, targets=tuple(args.targets))
+    configs = {NAME: base}
+    for text in args.variant:
+        configs[f"{NAME} {text}"] = replace(base, **parse_overrides(text))
+    return configs
+
+
+def parse_overrides(text: str) -> dict[str, object]:
+    """Return fields of SparsityConfig from text.
+
+    Args:
+        text: comma-separated `field=value`; values are Python literals, else strings.
+
+    Returns:
+        Field -> value.
+
+    Raises:
+        ValueError: a part has no `=`, or its field does not exist.
+
+    Example:
+        >>> parse_overrides("channel_multiple=8,min_channels=16")
+        {'channel_multiple': 8, 'min_channels': 16}
+        >>> parse_overrides("channel_multiple=auto")
+        {'channel_multiple': 'auto'}
+    """
+    known = [field.name for field in fields(SparsityConfig)]
+    overrides: dict[str, object] = {}
+    for part in text.split(","):
+        field, equals, value = part.partition("=")
+        if not equals or field not in known:
+            raise ValueError(f"--variant must be FIELD=VALUE with a field of {known}, got {part!r}")
+        try:
+            overrides[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[field] = value
+    return overrides

@@ -1,0 +1,50 @@
+"""A process of its own that compiles one variant: what `python -m benchmarks compile` starts.
+
+`python -m benchmarks.first_step WORKLOAD VARIANT` prints one line of JSON: the seconds that the
+first step of a variant (`dense` or `sparse`) of a workload took beyond the second one, and the
+seconds that importing ssprop_fx took once torch was imported.
+"""
+
+import json
+import sys
+import time
+
+VARIANTS = ("dense", "sparse")
+
+
+def main(workload: str, variant: str) -> None:
+    """Measure and print.
+
+    Args:
+        workload: the fields of a Workload, as JSON.
+        variant: one of `VARIANTS`.
+    """
+    # Imported here and in this order, because the second import is measured.
+    import torch
+
+    start = time.perf_counter()
+    import ssprop_fx
+
+    import_s = time.perf_counter() - start
+    from benchmarks.timing import synchronize
+    from benchmarks.workload import Workload
+
+    work = Workload(**json.loads(workload))
+    model, images = work.build()
+    if variant == "sparse":
+        scheduler = ssprop_fx.SparsityScheduler(ssprop_fx.constant(0.8))
+        compiled = ssprop_fx.ssprop_compile(model, scheduler, backend=work.backend)
+    else:
+        compiled = torch.compile(model, backend=work.backend)
+    times = []
+    for _ in range(2):
+        synchronize()
+        start = time.perf_counter()
+        work.step(compiled, images)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    print(json.dumps({"compile_s": times[0] - times[1], "import_s": import_s}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,147 @@
+"""The backward of a single layer: whole under both compilers, and its parts one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
+from ssprop_passes.linear import sparse_linear_backward
+from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.selection import Selection, gather_channels, scatter_rows
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.layers import Layer
+
+__all__ = ["PARTS", "Setting", "WholeBackward", "make_parts"]
+
+PARTS = ("reduced", "score", "select", "gather", "scatter")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a layer is run.
+
+    Attributes:
+        batch_size: samples.
+        dtype: of its tensors.
+        contiguous: contiguous memory layout in place of channels_last.
+        device: where it runs.
+        backend: of `torch.compile`.
+    """
+
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    contiguous: bool = False
+    device: str = "cpu"
+    backend: str = "inductor"
+
+    def build(self, layer: Layer) -> tuple[nn.Module, Tensor]:
+        """Return the layer, and an input [N, *input_shape] that wants a gradient."""
+        torch.manual_seed(0)
+        input = torch.randn(self.batch_size, *layer.input_shape)
+        module = layer.build()
+        if len(layer.kernel) == 2 and not self.contiguous:
+            input = input.to(memory_format=torch.channels_last)
+            module = module.to(memory_format=torch.channels_last)
+        input = input.to(self.device, self.dtype)
+        return module.to(self.device, self.dtype), input.requires_grad_()
+
+
+@dataclass
+class WholeBackward:
+    """The backward of a compiled layer; the forward runs in `prepare`.
+
+    Attributes:
+        compiled: the layer, compiled.
+        input: [N, *input_shape].
+        grad_output: [N, *output_shape].
+    """
+
+    compiled: nn.Module
+    input: Tensor
+    grad_output: Tensor
+
+    def prepare(self) -> None:
+        """Run the forward, and drop the gradients of the last run."""
+        self.compiled.zero_grad()
+        self.input.grad = None
+        self.output = self.compiled(self.input)
+
+    def run(self) -> None:
+        """Run the backward."""
+        self.output.backward(self.grad_output)
+
+
+def make_parts(
+    module: nn.Module, input: Tensor, grad_output: Tensor, k: int, backend: str
+) -> dict[str, Callable[[], object]]:
+    """Return functions that run one part each of a layer's sparse backward.
+
+    Args:
+        module: the layer, a convolution or `nn.Linear`.
+        input: [N, C_in, *space] or [..., C_in].
+        grad_output: [N, C, *out_space] or [..., C].
+        k: keep count of each group.
+        backend: of `torch.compile`.
+
+    Returns:
+        Name, of `PARTS`, -> function.
+    """
+    input, weight, mask, groups = input.detach(), module.weight.detach(), (True, True, False), 1
+    backward: Callable[[], object]
+    if isinstance(module, nn.Linear):
+        input, grad_output = input.flatten(0, -2), grad_output.flatten(0, -2)
+        backward = partial(sparse_linear_backward, grad_output, input, weight, k, mask)
+    else:
+        unpadded = (0,) * len(module.stride)
+        geometry = ConvGeometry(
+            module.stride, module.padding, module.dilation, False, unpadded, module.groups
+        )
+        groups = geometry.selection_groups(weight)
+        backward = partial(sparse_conv_backward, grad_output, input, weight, k, geometry, mask)
+    # What the reduced operation takes depends on the kind of layer: taken from a run.
+    with _ReducedCalls() as recorder:
+        backward()
+    selection = Selection()
+    scores = selection.score(grad_output, weight)
+    indices, _ = selection.choose(scores, k, groups)
+    rows = weight[indices]
+
+    def gather(grad_output: Tensor, weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_channels(grad_output, indices), weight[indices]
+
+    def compiled(function: Callable[..., object], *args: object) -> Callable[[], object]:
+        return partial(torch.compile(function, backend=backend, dynamic=False), *args)
+
+    return {
+        "reduced": recorder.replay,
+        "score": compiled(selection.score, grad_output, weight),
+        "select": compiled(selection.choose, scores, k, groups),
+        "gather": compiled(gather, grad_output, weight, indices),
+        "scatter": compiled(scatter_rows, rows, indices, weight),
+    }
+
+
+class _ReducedCalls(TorchDispatchMode):
+    """Keeps the calls of the reduced operation, with their operands."""
+
+    operators = (reduced_conv_backward, torch.ops.aten.mm.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in self.operators:
+            self.calls.append(partial(func, *args, **kwargs))
+        return func(*args, **kwargs)
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()

@@ -1,0 +1,116 @@
+"""A row of the step and scaling benchmarks, and the arithmetic of bound and efficiency."""
+
+from dataclasses import dataclass
+
+from benchmarks.backward_time import BackwardTime
+from benchmarks.timing import Timing
+from benchmarks.workload import Workload
+
+__all__ = ["FORMATS", "StepRow", "bound", "efficiency"]
+
+# Columns of the printed table; the model is in its heading.
+FORMATS = {
+    "variant": "",
+    "drop_rate": ".2f",
+    "median_ms": ".1f",
+    "low_ms": ".1f",
+    "high_ms": ".1f",
+    "speedup": ".2f",
+    "bound": ".2f",
+    "efficiency": ".2f",
+    "saved_flops": ".0%",
+    "peak_mib": ".0f",
+}
+
+
+def bound(dense_ms: float, backward_ms: float, drop_rate: float) -> float:
+    """Return the speed-up if the backward took exactly the share of its time that is kept.
+
+    Example:
+        >>> bound(dense_ms=100.0, backward_ms=50.0, drop_rate=0.8)
+        1.6666666666666667
+    """
+    return dense_ms / (dense_ms - drop_rate * backward_ms)
+
+
+def efficiency(dense_ms: float, sparse_ms: float, backward_ms: float, drop_rate: float) -> float:
+    """Return the time saved over the share of the backward's time that was dropped.
+
+    Returns:
+        1.0 where the bound is reached; NaN where nothing was dropped.
+
+    Example:
+        >>> efficiency(dense_ms=100.0, sparse_ms=60.0, backward_ms=50.0, drop_rate=0.8)
+        1.0
+        >>> efficiency(dense_ms=100.0, sparse_ms=70.0, backward_ms=50.0, drop_rate=0.8)
+        0.75
+    """
+    savable = drop_rate * backward_ms
+    return (dense_ms - sparse_ms) / savable if savable else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """One variant of one model, in milliseconds and ratios.
+
+    Attributes:
+        model: name, resolution, batch, precision, layout.
+        batch_size, img_size: images in a batch, and their height and width.
+        variant: such as `dense`, `ssprop` or the name of a peer.
+        drop_rate: fraction of channels left out.
+        median_ms, low_ms, high_ms: step time and its quartiles.
+        speedup: dense median over this one.
+        backward_ms: time of the dense step in what could be saved of: all backward convolutions
+            and the backward products of the linear layers that take part.
+        linear_backward_ms: the latter's part of it.
+        bound: the speed-up at efficiency 1.
+        efficiency: saved time over the dropped share of `backward_ms`; NaN at drop rate 0.
+        saved_flops: share of the backward's floating-point operations that is not computed.
+        peak_mib: most memory that the step held above what was held before it.
+    """
+
+    model: str
+    batch_size: int
+    img_size: int
+    variant: str
+    drop_rate: float
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    speedup: float
+    backward_ms: float
+    linear_backward_ms: float
+    bound: float
+    efficiency: float
+    saved_flops: float
+    peak_mib: float
+
+    @staticmethod
+    def of(
+        workload: Workload,
+        variant: str,
+        drop_rate: float,
+        timing: Timing,
+        dense_ms: float,
+        backward: BackwardTime,
+        saved_flops: float,
+        peak_mib: float,
+    ) -> "StepRow":
+        """Make a row from a timing and those of the dense step."""
+        return StepRow(
+            model=workload.title,
+            batch_size=workload.batch_size,
+            img_size=workload.img_size,
+            variant=variant,
+            drop_rate=drop_rate,
+            median_ms=timing.median,
+            low_ms=timing.low,
+            high_ms=timing.high,
+            speedup=dense_ms / timing.median,
+            backward_ms=backward.total_ms,
+            linear_backward_ms=backward.linear_ms,
+            bound=bound(dense_ms, backward.total_ms, drop_rate),
+            efficiency=efficiency(dense_ms, timing.median, backward.total_ms, drop_rate),
+            saved_flops=saved_flops,
+            peak_mib=peak_mib,
+        )

@@ -1,0 +1,149 @@
+"""What a step is measured of: dense, sparse in each configuration, and the peers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import TopKConv2d, swap_convs
+from benchmarks.workload import Workload
+from ssprop_fx import (
+    Report,
+    SparsityConfig,
+    SparsityScheduler,
+    constant,
+    join,
+    report,
+    ssprop_compile,
+)
+
+__all__ = ["DENSE", "PEERS", "Variant", "make_variants"]
+
+DENSE = "dense"
+# Rows that stand for something else than this package: dense eager, and the module swap.
+PEERS = ("eager", "module swap eager", "module swap compiled")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a step.
+
+    Attributes:
+        name: of its row.
+        drop_rate: fraction of channels left out.
+        model: the module whose parameters get the gradients.
+        run: runs forward and backward.
+        saved_flops: returns the share of the backward's operations left out; call after `run`.
+    """
+
+    name: str
+    drop_rate: float
+    model: nn.Module
+    run: Callable[[], None]
+    saved_flops: Callable[[], float] = lambda: 0.0
+
+    @property
+    def key(self) -> str:
+        """Name and drop rate."""
+        return f"{self.name} {self.drop_rate:g}"
+
+    def step(self) -> None:
+        """Run one step."""
+        self.model.zero_grad()
+        self.run()
+
+
+def make_variants(
+    workload: Workload,
+    model: nn.Module,
+    images: Tensor,
+    configs: Mapping[str, SparsityConfig],
+    drop_rates: Sequence[float],
+    with_peers: bool,
+) -> list[Variant]:
+    """Return the variants, dense torch.compile first.
+
+    Args:
+        workload: what `model` and `images` were built by.
+        model: the model; the peers that change it get copies.
+        images: a batch.
+        configs: of the sparse variants, by name. The first one also gets a row at drop rate 0, its
+            dense phase, and its count of operations is the peers' measure.
+        drop_rates: of the sparse variants, each above 0.
+        with_peers: add the peers.
+    """
+    dense = torch.compile(model, backend=workload.backend)
+    variants = [Variant(DENSE, 0.0, model, lambda: workload.step(dense, images))]
+    reports: list[Callable[[], Report]] = []
+    for index, (name, config) in enumerate(configs.items()):
+        rates = drop_rates if index else [0.0, *drop_rates]
+        scheduler = SparsityScheduler(join([constant(r) for r in rates], range(1, len(rates))))
+        compiled = ssprop_compile(model, scheduler, config=config, backend=workload.backend)
+        variants += _sparse(workload, model, images, name, rates, scheduler, compiled)
+        reports.append(lambda compiled=compiled: report(compiled))
+    if with_peers:
+        variants += _peers(workload, model, images, drop_rates, reports[0])
+    return variants
+
+
+def _sparse(
+    workload: Workload,
+    model: nn.Module,
+    images: Tensor,
+    name: str,
+    rates: Sequence[float],
+    scheduler: SparsityScheduler,
+    compiled: nn.Module,
+) -> Iterator[Variant]:
+    def variant(index: int, rate: float) -> Variant:
+        def run() -> None:
+            # Setting the drop rate counts: training does so as well.
+            scheduler.load_state_dict({"last_step": index})
+            workload.step(compiled, images)
+
+        def saved_flops() -> float:
+            scheduler.load_state_dict({"last_step": index})
+            made = report(compiled)
+            return made.saved_flops / made.backward_flops if rate else 0.0
+
+        return Variant(name, rate, model, run, saved_flops)
+
+    return (variant(index, rate) for index, rate in enumerate(rates))
+
+
+def _peers(
+    workload: Workload,
+    model: nn.Module,
+    images: Tensor,
+    rates: Sequence[float],
+    sparse_report: Callable[[], Report],
+) -> Iterator[Variant]:
+    eager, swap_eager, swap_compiled = PEERS
+    yield Variant(eager, 0.0, model, lambda: workload.step(model, images))
+    for rate in rates:
+        swapped = swap_convs(model, rate)
+        compiled = torch.compile(swapped, backend=workload.backend)
+
+        def variant(name: str, module: nn.Module, owner: nn.Module, rate: float) -> Variant:
+            return Variant(
+                name,
+                rate,
+                owner,
+                lambda: workload.step(module, images),
+                lambda: _saved_by_swap(owner, sparse_report()),
+            )
+
+        yield variant(swap_eager, swapped, swapped, rate)
+        yield variant(swap_compiled, compiled, swapped, rate)
+
+
+def _saved_by_swap(swapped: nn.Module, made: Report) -> float:
+    """Return the share of the backward's operations that a module swap leaves out."""
+    convs = {name: m for name, m in swapped.named_modules() if isinstance(m, TopKConv2d)}
+    saved = sum(
+        site.flops * (site.channels - convs[site.name].k) / site.channels
+        for site in made.sites
+        if site.name in convs
+    )
+    return saved / made.backward_flops if made.backward_flops else 0.0

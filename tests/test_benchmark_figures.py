@@ -1,0 +1,195 @@
+"""What the figures of the benchmarks mean: arithmetic, attribution of time, memory, timing."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import machine
+from benchmarks.backward_time import BackwardTime, attribute, backward_time, linear_products
+from benchmarks.layer_parts import PARTS, Setting, make_parts
+from benchmarks.layers import TYPICAL, Layer
+from benchmarks.memory import peak_mib
+from benchmarks.step_row import StepRow, bound, efficiency
+from benchmarks.timing import Timing, alternate
+from benchmarks.workload import Workload
+
+
+def test_bound_and_efficiency() -> None:
+    assert bound(100, 60, 0.5) == 100 / 70
+    assert bound(100, 60, 0) == 1
+    # At the bound, half way to it, past it, and slower than dense.
+    times = (70, 85, 55, 115)
+    assert [efficiency(100, ms, 60, 0.5) for ms in times] == [1, 0.5, 1.5, -0.5]
+    assert math.isnan(efficiency(100, 100, 60, 0))
+    workload = Workload(model="m", batch_size=2, img_size=8)
+    backward = BackwardTime(conv_ms=40, linear_ms=20)
+    row = StepRow.of(workload, "ssprop", 0.5, Timing(85, 84, 86), 100, backward, 0.4, 1.0)
+    assert (row.speedup, row.bound, row.efficiency) == (100 / 85, 100 / 70, 0.5)
+    assert (row.backward_ms, row.linear_backward_ms) == (60, 20)
+
+
+def event(name: str, us: float, *shapes: list[int], scope: int = 1) -> SimpleNamespace:
+    node = SimpleNamespace(name="node", scope=scope, cpu_parent=None)
+    return SimpleNamespace(
+        name=name, scope=0, cpu_parent=node, cpu_time_total=us, input_shapes=list(shapes)
+    )
+
+
+# Of y [5, 2] = x [5, 3] w^T.
+DX, DW = ([5, 2], [2, 3]), ([2, 5], [5, 3])
+PRODUCTS = Counter({(2, 3, 5): 1, (5, 2, 3): 1})
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([("aten::mm", 10, *DX), ("aten::mm", 30, *DW)], (0, 0.040, 0)),
+        # The weight's gradient as its transpose, a sum fused into the input's.
+        ([("aten::addmm", 10, [3], *DX), ("aten::mm", 30, [3, 5], [5, 2])], (0, 0.040, 0)),
+        # Another product, and one that is not a matrix product, do not count.
+        ([("aten::mm", 10, *DX), ("aten::mm", 5, [4, 4], [4, 4])], (0, 0.010, 1)),
+        ([("aten::bmm", 10, [1, 5, 2], [1, 2, 3])], (0, 0, 2)),
+        # Of two products of the same sizes, one is the layer's.
+        ([("aten::mm", 10, *DX), ("aten::mm", 20, *DX), ("aten::mm", 1, *DW)], (0, 0.016, 0)),
+        # Convolutions count whatever their sizes.
+        ([("aten::convolution_backward", 7, [1])] * 3, (0.021, 0, 2)),
+    ],
+)
+def test_attribution(events: list[tuple], expected: tuple[float, float, int]) -> None:
+    time = attribute([event(*e) for e in events], PRODUCTS)
+    assert (time.conv_ms, time.linear_ms, time.missing) == pytest.approx(expected)
+
+
+def test_forward_products_do_not_count() -> None:
+    time = attribute([event("aten::mm", 10, *DX, scope=0)], PRODUCTS)
+    assert (time.linear_ms, time.missing) == (0, 2)
+
+
+class Mixer(nn.Module):
+    """Linear layers whose forward products have the sizes of each other's backward ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 2, stride=2)
+        self.wide = nn.Linear(8, 16, bias=False)
+        self.narrow = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        x = x + self.narrow(torch.tanh(self.wide(x)))
+        # Attention: products of activations, in the backward too.
+        x = torch.softmax(x @ x.transpose(1, 2), -1) @ x
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("names", [("wide", "narrow"), ("conv", "wide", "head"), ("conv",)])
+def test_the_backward_products_of_layers_are_found(names: tuple[str, ...]) -> None:
+    model, x = Mixer(), torch.randn(3, 3, 8, 8)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def step(module: nn.Module = compiled) -> None:
+        module(x).square().sum().backward()
+
+    products = linear_products(model, names, lambda: step(model))
+    count = 2 * len(set(names) - {"conv"})
+    assert products.total() == count
+    step()
+    with profile(record_shapes=True) as profiler:
+        step()
+    # Every event counts as one microsecond: the time is the number of products.
+    time = attribute(profiler.events(), products, field="count")
+    assert (time.conv_ms * 1e3, time.linear_ms * 1e3, time.missing) == pytest.approx((1, count, 0))
+    time = backward_time(step, products, "cpu", steps=2)
+    assert time.conv_ms > 0
+    assert (time.linear_ms > 0) == (count > 0)
+    assert "not in the profile" not in str(time)
+
+
+def test_missing_products_are_told() -> None:
+    assert "1 such products are not in the profile" in str(BackwardTime(2.0, 1.0, missing=1))
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    layer = nn.Linear(2**9, 2**9, bias=False)  # 1 MiB
+    x = torch.randn(2**9, 2**9, requires_grad=True)
+
+    def step() -> None:
+        layer(x).sum().backward()
+
+    step()
+    layer.weight.grad = x.grad = None
+    # The output, its gradient where a kernel wants it whole, and the two gradients.
+    assert 3 <= peak_mib(step, "cpu") <= 4.1
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    variants = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = alternate(
+        variants, rounds=2, warmup=1, prepare={"b": lambda: order.append("prepare b")}
+    )
+    backwards, forwards = ["prepare b", "b", "a"], ["a", "prepare b", "b"]
+    assert order == backwards + forwards + backwards
+    assert timings.keys() == {"a", "b"}
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
+    found = machine.environment("cpu")
+    assert found["commit"] == "abc"
+    assert found["torch"] == torch.__version__
+    monkeypatch.setenv("LD_PRELOAD", "libother.so")
+    machine.allocator.cache_clear()
+    assert machine.environment("cpu")["allocator"].endswith("LD_PRELOAD=libother.so")
+    machine.allocator.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Layer("", (8, 9, 9), 16, (3, 3), (1, 1), (1, 1), (1, 1)), "8-16 3x3 at 9x9"),
+        (
+            Layer("", (8, 9, 7), 16, (3, 1), (2, 2), (1, 0), (2, 2), groups=4),
+            "8-16 3x1/2 dilation 2 groups 4 at 9x7",
+        ),
+        (Layer("", (5, 8), 16), "8-16 at 5"),
+        (Layer("", (8,), 16), "8-16"),
+    ],
+)
+def test_a_layers_shape_is_what_it_builds(layer: Layer, shape: str) -> None:
+    assert layer.shape == shape
+    module, input = Setting(batch_size=2).build(layer)
+    output = module(input)
+    assert output.shape[-1 if isinstance(module, nn.Linear) else 1] == layer.channels
+    assert getattr(module, "groups", 1) == layer.groups
+
+
+@pytest.mark.parametrize("layer", TYPICAL, ids=lambda layer: layer.name)
+def test_the_reduced_operation_is_the_pass_s_own(layer: Layer) -> None:
+    layer = replace(layer, input_shape=tuple(min(n, 320) for n in layer.input_shape))
+    if layer.kernel:
+        layer = replace(layer, input_shape=(layer.input_shape[0], 4, 4))
+    module, input = Setting(batch_size=1).build(layer)
+    grad_output = torch.randn_like(module(input))
+    parts = make_parts(module, input, grad_output, 2, "eager")
+    assert tuple(parts) == PARTS
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        parts["reduced"]()
+    assert called == (["ssprop.conv_backward.default"] if layer.kernel else ["aten.mm.default"] * 2)

@@ -1,0 +1,292 @@
+"""The benchmarks' commands: they run and write rows of the right shape."""
+
+import argparse
+import csv
+import doctest
+import importlib
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_time, machine, markdown, scaling, suite
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.backward_time import BackwardTime
+from benchmarks.breakdown import BreakdownRow
+from benchmarks.compile_time import CompileRow
+from benchmarks.layer import LayerRow
+from benchmarks.step_row import StepRow
+from benchmarks.timing import Timing
+from benchmarks.variants import PEERS
+from benchmarks.workload import Workload
+
+TINY = ["--backend", "aot_eager", "--device", "cpu", "--batch-size", "2", "--rounds", "2"]
+MODEL = ["--model", "test_convnext", "--img-size", "64", "--min-channels", "8"]
+
+
+RESULTS = [path for path in (Path(machine.__file__).parent / "results").iterdir() if path.is_dir()]
+
+
+def parse(command: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    for module in COMMANDS:
+        module.add_parser(subparsers)
+    return parser.parse_args(command)
+
+
+def rows_of(folder: Path, row: type) -> list[dict]:
+    """Run through what a command wrote: one JSON, the same rows as CSV, maybe a picture."""
+    (path,) = folder.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["environment"].keys() == {"device", "threads", "torch", "commit", "allocator"}
+    with path.with_suffix(".csv").open() as file:
+        lines = list(csv.DictReader(file))
+    names = [field.name for field in fields(row)]
+    assert list(lines[0]) == names
+    assert [list(record) for record in content["rows"]] == [names] * len(lines)
+    return content["rows"]
+
+
+def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    more = ["--peers", "--variant", "channel_multiple=1", "--output", str(tmp_path)]
+    args = parse(["step", *MODEL, *TINY, *more])
+    args.run(args)
+    rows = rows_of(tmp_path, StepRow)
+    assert [(row["variant"], row["drop_rate"]) for row in rows] == [
+        ("dense", 0.0),
+        ("ssprop", 0.0),
+        ("ssprop", 0.8),
+        ("ssprop channel_multiple=1", 0.8),
+        ("eager", 0.0),
+        ("module swap eager", 0.8),
+        ("module swap compiled", 0.8),
+    ]
+    assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
+    assert all(row["peak_mib"] > 0 for row in rows)
+    assert rows[0]["speedup"] == 1
+    assert 0 < rows[0]["linear_backward_ms"] < rows[0]["backward_ms"] < rows[0]["median_ms"]
+    saved = [row["saved_flops"] for row in rows]
+    assert saved[0] == saved[1] == saved[4] == 0
+    assert 0 < saved[2] < saved[3] < 1
+    assert 0 < saved[5] == saved[6] < saved[3]
+    assert len(list(tmp_path.glob("step-test_convnext-64-b2-fp32-channels_last.png"))) == 1
+    assert "allocator: " in capsys.readouterr().out
+
+
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(workload: Workload, configs: dict, rates: list[float], rounds: int) -> list:
+        timing, backward = Timing(8, 7, 9), BackwardTime(conv_ms=4)
+        variants = [("dense", 0.0), *(("ssprop", rate) for rate in rates)]
+        return [StepRow.of(workload, *v, timing, 10, backward, 0.0, 1.0) for v in variants]
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    more = ["--drop-rates", "0", "0.5", "--batch-sizes", "3", "--img-sizes", "32", "64"]
+    args = parse(["scaling", *MODEL, *TINY, *more, "--output", str(tmp_path)])
+    args.run(args)
+    rows = rows_of(tmp_path, StepRow)
+    assert [(row["batch_size"], row["img_size"]) for row in rows[::3]] == [
+        (2, 64),
+        (3, 64),
+        (2, 32),
+    ]
+    assert [row["model"].split()[1:3] for row in rows[2::3]] == [
+        ["64", "b2"],
+        ["64", "b3"],
+        ["32", "b2"],
+    ]
+    assert [row["drop_rate"] for row in rows] == [0.0, 0.0, 0.5] * 3
+    assert len(list(tmp_path.glob("scaling-test_convnext-64-b2-fp32-channels_last.png"))) == 1
+
+
+@pytest.mark.slow
+def test_scaling_measures_each_point() -> None:
+    args = parse(["scaling", *MODEL, *TINY, "--drop-rates", "0", "0.5", "--batch-sizes", "3"])
+    args.run(args)
+
+
+def test_layer(tmp_path: Path) -> None:
+    more = ["--layers", "v2 depth", "grouped", "64-64 3x3 at 56", "vit", "--output"]
+    args = parse(["layer", *TINY, *more, str(tmp_path)])
+    args.run(args)
+    rows = rows_of(tmp_path, LayerRow)
+    assert [(row["drop_rate"], row["channels"], row["kept"]) for row in rows] == [
+        *((0.5, 64, 32), (0.8, 64, 16)),
+        *((0.5, 144, 80), (0.8, 144, 32)),
+        *((0.5, 320, 160), (0.8, 320, 80)),
+        *((0.5, 1536, 768), (0.8, 1536, 304)),
+    ]
+    for row in rows:
+        assert row["ideal_gain"] == row["channels"] / row["kept"]
+        assert row["gain"] == row["dense_ms"] / row["sparse_ms"]
+        assert all(value > 0 for name, value in row.items() if name.endswith("_ms"))
+
+
+def test_layers_of_a_model(tmp_path: Path) -> None:
+    more = ["--model", "test_resnet", "--img-size", "32", "--drop-rates", "0.5", "--layers"]
+    args = parse(["layer", *TINY, *more, "layer4", "--output", str(tmp_path)])
+    args.run(args)
+    assert {row["layer"].split(".")[0] for row in rows_of(tmp_path, LayerRow)} == {
+        "test_resnet layer4"
+    }
+
+
+def test_an_unknown_layer_is_an_error() -> None:
+    args = parse(["layer", *TINY, "--layers", "no such"])
+    with pytest.raises(ValueError, match=r"--layers must be part of one of .*vgg16.*no such"):
+        args.run(args)
+
+
+def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
+        is_warm = (variant, cache) in seen
+        seen.append((variant, cache))
+        return {"compile_s": 1.0 if is_warm else {"dense": 8.0, "sparse": 10.0}[variant]} | {
+            "import_s": 0.1
+        }
+
+    monkeypatch.setattr(compile_time, "_first_step", first_step)
+    command = ["compile", "--models", "test_resnet", *TINY, "--output", str(tmp_path)]
+    args = parse(command)
+    args.run(args)
+    rows = rows_of(tmp_path, CompileRow)
+    assert [(r["variant"], r["cold_s"], r["warm_s"], r["ratio"]) for r in rows] == [
+        ("dense", 8.0, 1.0, 1.0),
+        ("sparse", 10.0, 1.0, 1.25),
+    ]
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+def test_a_second_process_finds_the_first_ones_cache(variant: str, tmp_path: Path) -> None:
+    workload = Workload(model="test_resnet", batch_size=2, img_size=32)
+    cold, warm = (compile_time._first_step(workload, variant, str(tmp_path)) for _ in range(2))
+    assert 0 < 2 * warm["compile_s"] < cold["compile_s"]
+    assert cold["import_s"] > 0
+
+
+def test_a_failing_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    workload = Workload(model="test_resnet", batch_size=2, img_size=32)
+    with pytest.raises(RuntimeError, match=r"test_resnet.* failed"):
+        compile_time._first_step(workload, "dense", "unused")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_suite_is_made_of_valid_commands(device: str) -> None:
+    commands = list(suite.commands(device, "folder"))
+    assert all(parse(command).device == device for command in commands)
+    assert {command[0] for command in commands} == set(suite.KINDS)
+
+
+def test_the_suite_goes_on_after_a_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"]
+    bad = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert suite.run_all([bad, good]) == 1
+    assert (tmp_path / "ran").exists()
+    printed = capfd.readouterr().out
+    assert "1 of 2 runs succeeded" in printed
+    assert "failed: " in printed
+    assert suite.run_all([good]) == 0
+
+
+def test_suite_of_some_models(capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--output", "folder", "--device", "cpu", "--dry-run"]
+    args = parse(["suite", *where, "--only", "step", "scaling", "--models", "vgg16"])
+    args.run(args)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[3:6] for line in printed] == [
+        ["step", "--model", "vgg16"],
+        ["scaling", "--model", "vgg16"],
+    ]
+
+
+def test_unknown_fields_of_a_variant_are_an_error() -> None:
+    args = parse(["step", *MODEL, *TINY, "--variant", "channels=3"])
+    with pytest.raises(ValueError, match=r"--variant must be .*min_channels.*'channels=3'"):
+        args.run(args)
+
+
+def record(variant: str, drop_rate: float, speedup: float) -> dict:
+    figures = {"median_ms": 100 / speedup, "speedup": speedup, "bound": 2.0, "efficiency": 0.9}
+    return {"model": "m", "variant": variant, "drop_rate": drop_rate, **figures}
+
+
+def test_table_of_one_variant() -> None:
+    rows = [record("dense", 0, 1), record("drop 0", 0, 1), record("drop 0.8", 0.8, 1.6)]
+    assert markdown.markdown([rows], 0.8).splitlines() == [
+        "| model, resolution, batch | dense ms | sparse ms | speed-up | bound | efficiency |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| m | 100 | 62 | 1.60 | 2.00 | 0.90 |",
+    ]
+
+
+def test_table_of_variants_and_peers() -> None:
+    rows = [record("dense", 0, 1), record("ssprop", 0, 1), record("ssprop", 0.5, 1.3)]
+    rows += [record("ssprop", 0.8, 1.6), record("ssprop x=1", 0.8, 1.7)]
+    rows += [record(peer, 0.8 * (peer != "eager"), 0.7) for peer in PEERS]
+    rows += [record(PEERS[1], 0.5, 0.6)]
+    lines = markdown.markdown([rows], 0.8).splitlines()
+    assert lines[0].endswith("| efficiency | eager | module swap eager | module swap compiled |")
+    assert lines[2:] == [
+        "| m | ssprop | 100 | 62 | 1.60 | 2.00 | 0.90 | 0.70 | 0.70 | 0.70 |",
+        "| m | ssprop x=1 | 100 | 59 | 1.70 | 2.00 | 0.90 | 0.70 | 0.70 | 0.70 |",
+    ]
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_saved_results_make_a_table(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    args = parse(["table", str(folder), "--picture", str(tmp_path / "picture.png")])
+    args.run(args)
+    assert len(capsys.readouterr().out.splitlines()) >= 2 + len(list(folder.glob("step-*.json")))
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_step_without_a_drop_rate_is_an_error() -> None:
+    args = parse(["step", *MODEL, *TINY, "--drop-rates", "0"])
+    with pytest.raises(ValueError, match="--drop-rates must have one above 0"):
+        args.run(args)
+
+
+def test_help_names_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out
+    for name in ("step", "layer", "compile", "scaling", "suite", "table"):
+        assert f"    {name} " in printed
+
+
+MODULES = [path.stem for path in Path(machine.__file__).parent.glob("[!_]*.py")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
+
+
+@pytest.mark.slow
+def test_breakdown(tmp_path: Path) -> None:
+    """Under Inductor: the operators are replaced in the code that it wrote."""
+    args = parse(["breakdown", *MODEL, *TINY[2:], "--output", str(tmp_path)])
+    args.run(args)
+    dense, sparse = rows_of(tmp_path, BreakdownRow)
+    parts = ("forward_ms", "conv_ms", "product_ms", "topk_ms", "rest_ms")
+    for row in (dense, sparse):
+        assert sum(row[part] for part in parts) == pytest.approx(row["step_ms"], rel=0.5)
+        assert row["conv_ms"] > 0
+        assert row["product_ms"] > 0
+    assert dense["topk_ms"] == 0
