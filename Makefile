@@ -14,8 +14,9 @@ venv: .venv/installed
 	$(BIN)/pip install -e '.[dev]'
 	touch $@
 
+# One thread for each process of tests: threads that wait for each other are slower by far.
 test: venv
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
 # Minutes each.
 test-slow: venv

@@ -15,10 +15,13 @@ FOLDERS = {"ssprop_fx": ROOT / "ssprop_fx", "ssprop_passes": ROOT / "passes" / "
 # Torch's private names, and the files that may use them: a new release of torch touches these.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
+    "passes/ssprop_passes/gate.py",
     "passes/ssprop_passes/graph_pass.py",
     "passes/ssprop_passes/rewrite.py",
     "ssprop_fx/backend.py",
     "ssprop_fx/capture.py",
+    "ssprop_fx/plugin.py",
+    "ssprop_fx/settings.py",
     "ssprop_fx/variants.py",
     "ssprop_fx/records.py",
 }
@@ -28,12 +31,17 @@ CORE = {
     "backend",
     "compile",
     "config",
+    "instances",
+    "memory",
     "module",
     "records",
     "report",
     "scheduler",
+    "schedule_spec",
     "schedules",
+    "settings",
     "slots",
+    "stepping",
     "variants",
 }
 
