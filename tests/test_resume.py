@@ -119,6 +119,8 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_the_whole_run(
 ):
     flags = ["--output", str(tmp_path), "--experiment", "a"]
     train_step = loop.Trainer._train_step
+    # A shell's background jobs ignore it.
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(self, batches):
         if self._state.step == stop_at:
@@ -128,7 +130,7 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_the_whole_run(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "_train_step", interrupted)
         assert main([*TWO_PHASES, *flags]) == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     path = tmp_path / "a" / "last.pt"
     assert f"ssprop-fx train --resume {path}" in capsys.readouterr().err.splitlines()[-1]
     assert content(path)["step"] == stop_at + 1
