@@ -50,7 +50,8 @@ def test_gradients_equal_the_oracle_under_aot_eager(name: str, drop_rate: float)
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "vgg11", pytest.param("regnety_002", marks=pytest.mark.slow)]
+    "name",
+    ["vgg11", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "regnety_002"))],
 )
 def test_gradients_equal_the_oracle_under_inductor(name: str) -> None:
     assert error_of(name, 0.8, "inductor") < 1e-8

@@ -129,10 +129,11 @@ def test_blocks_equal_the_oracle(select: str, memory_format: torch.memory_format
     "options",
     [
         {"select": "sampled", "score": "l2_weight", "block": 3},
-        pytest.param({"select": "sampled", "gradients": "input"}, marks=pytest.mark.slow),
-        pytest.param({"select": "random", "gradients": "weight"}, marks=pytest.mark.slow),
+        {"select": "sampled", "gradients": "input"},
+        {"select": "random", "gradients": "weight"},
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_gradients_equal_the_oracle_under_inductor(options: dict) -> None:
     check(options, "inductor", torch.channels_last)
