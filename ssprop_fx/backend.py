@@ -42,6 +42,8 @@ class SparseBackend:
         memory: what its layers have left out so far.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
+        constants: keep count of each slot, to compile in as constants; by default they are read
+            from the runtime sparsity tensor.
 
     Attributes:
         instances: those of each graph compiled so far.
@@ -60,6 +62,7 @@ class SparseBackend:
         memory: Memory,
         kind: str,
         options: dict[str, Any],
+        constants: tuple[int, ...] | None = None,
     ) -> None:
         # Weakly: Dynamo keeps its backends, and with them the model would live for ever.
         self._model = weakref.ref(model)
@@ -69,6 +72,7 @@ class SparseBackend:
         self.memory = memory
         self.kind = kind
         self.options = options
+        self.constants = constants
         self.instances: list[Instances] = []
         self.captured: set[str] = set()
         self.error: SsPropCompileError | None = None
@@ -94,6 +98,19 @@ class SparseBackend:
         """How often a graph with a rewritten site was called."""
         return sum(graph.runs for graph in self.graphs if graph.is_sparse)
 
+    def specialized(self, constants: tuple[int, ...] | None) -> "SparseBackend":
+        """Return a backend for the same model with these constants, which has compiled nothing."""
+        return SparseBackend(
+            self.model,
+            self.config,
+            self.table,
+            self.keep_counts,
+            self.memory,
+            self.kind,
+            self.options,
+            constants,
+        )
+
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
         """Compile one graph that Dynamo captured.
 
@@ -115,7 +132,9 @@ class SparseBackend:
             )
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else ()
-        extra = [*(memory.zeros() for memory in memories), self.keep_counts.tensor]
+        extra = [memory.zeros() for memory in memories]
+        if self.constants is None:
+            extra.append(self.keep_counts.tensor)
         gm = with_extra_inputs(gm, extra)
         inputs = [*example_inputs, *extra]
         gate = self._gate()
@@ -126,6 +145,7 @@ class SparseBackend:
             layers,
             self.config.selection.identity,
             gate and gate.identity(),
+            self.constants,
         )
         key = record_key(gm, inputs, repr(identity))
 
@@ -156,7 +176,9 @@ class SparseBackend:
         self, compiled: Callable[..., Any], instances: Instances, memories: Sequence[MemoryInput]
     ) -> SparseGraph:
         self.instances.append(instances)
-        return SparseGraph(compiled, instances, self.keep_counts, memories, self.memory)
+        return SparseGraph(
+            compiled, instances, self.keep_counts, memories, self.memory, self.constants
+        )
 
     def _gate(self) -> Gate | None:
         # Speed is not what AOT eager is for.
@@ -184,6 +206,7 @@ class SparseBackend:
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
+            constants=self.constants,
         )
         compile_graph = compile_inductor if is_inductor else compile_aot_eager
         # Both compilers take ownership of the graph, and it may be needed a second time.
@@ -292,7 +315,7 @@ def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.Graph
 
     Args:
         gm: the graph.
-        tensors: what they stand for; the last one is the runtime sparsity tensor.
+        tensors: what they stand for: memories, and the runtime sparsity tensor at the end.
     """
     gm = copy_graph(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")

@@ -65,6 +65,12 @@ class SparsityConfig:
             beside Inductor's cache. A drop rate at which the whole model would be slower sparse
             runs dense. False makes every layer sparse at every drop rate above 0. AOT eager, which
             is not for speed, has no gate.
+        specialize: whether keep counts are compiled in as constants, which is faster and costs a
+            compile for each drop rate of the schedule. `"auto"` does so where there are at most
+            two above 0, as in `constant`, `bar` and `warmup` of these, and layers of one shape
+            have one rate; `report(model)` says so. True does so for up to six. Keep counts that
+            are none of the schedule's are read at run time, and with False all are: one compile
+            serves every drop rate. The gradients are the same.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -103,6 +109,7 @@ class SparsityConfig:
     memory: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     gate: bool = True
+    specialize: bool | Literal["auto"] = "auto"
 
     @property
     def selection(self) -> Selection:
@@ -145,6 +152,8 @@ class SparsityConfig:
         _check_rates(self.rates)
         if not isinstance(self.gate, bool):
             raise TypeError(f"gate must be True or False, got {self.gate!r}")
+        if not isinstance(self.specialize, bool) and self.specialize != "auto":
+            raise ValueError(f'specialize must be True, False or "auto", got {self.specialize!r}')
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.sites import Site
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ class Instance:
         slot_count: number of slots of the model that the graph was compiled for.
         names: name of each layer that the graph was compiled for -> name of the layer that it is
             called for, where that is another.
+
+    Attributes:
+        is_own: whether they are the layers that the graph was compiled for.
     """
 
     def __init__(
@@ -46,22 +50,32 @@ class Instance:
     ) -> None:
         self.graph = graph
         self.names = names
-        self._is_own = slots is None
+        self.is_own = slots is None
         self._slot_count = slot_count
         moved = [(own, other) for own, other in (slots or {}).items() if other >= 0]
         self._own = torch.tensor([own for own, _ in moved], dtype=torch.int64)
         self._others = torch.tensor([other for _, other in moved], dtype=torch.int64)
         self._dense = {own: ~other for own, other in (slots or {}).items() if other < 0}
+        self._read = torch.tensor(sorted(slots or {}), dtype=torch.int64)
 
     def keep_counts(self, counts: Tensor) -> Tensor:
         """Return the model's keep counts, int64 [slots], as the graph is to see them."""
-        if self._is_own:
+        if self.is_own:
             return counts
         seen = counts.new_ones(self._slot_count)
         seen[self._own] = counts[self._others]
         for slot, channels in self._dense.items():
             seen[slot] = channels
         return seen
+
+    def agrees(self, keep_counts: Tensor, constants: Sequence[int]) -> bool:
+        """Say whether constants are the keep counts of the slots that the graph reads.
+
+        Args:
+            keep_counts: as the graph is to see them, int64 [slots].
+            constants: what it was compiled with, one a slot.
+        """
+        return torch.equal(keep_counts[self._read], torch.tensor(constants)[self._read])
 
 
 class Instances:
@@ -146,12 +160,13 @@ class SparseGraph:
     """A compiled graph of the sparse variant, called with the keep counts of one model.
 
     Args:
-        compiled: takes the graph's inputs, and after them memories and keep counts as the graph
-            is to see them.
+        compiled: takes the graph's inputs, and after them memories and, unless they are constants,
+            keep counts as the graph is to see them.
         instances: those of the graph for the model.
         keep_counts: the model's part of the runtime sparsity tensor, read at every call.
         memories: the memories that the graph takes.
         memory: those of the model.
+        constants: the keep count of each slot that was compiled in, None where they are read.
     """
 
     def __init__(
@@ -161,20 +176,36 @@ class SparseGraph:
         keep_counts: KeepCounts,
         memories: Sequence[MemoryInput],
         memory: Memory,
+        constants: tuple[int, ...] | None = None,
     ) -> None:
         self.compiled = compiled
         self.instances = instances
         self.keep_counts = keep_counts
         self.memories = memories
         self.memory = memory
+        self.constants = constants
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph for the layers whose weights are among its inputs."""
+        """Run the graph for the layers whose weights are among its inputs.
+
+        Raises:
+            SsPropCompileError: keep counts are constants, and those of these layers are others.
+        """
         instance = self.instances.find(args)
         instance.graph.runs += 1
         names = instance.names
         state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]
-        return self.compiled(*args, *state, instance.keep_counts(self.keep_counts.tensor))
+        keep_counts = instance.keep_counts(self.keep_counts.tensor)
+        if self.constants is None:
+            return self.compiled(*args, *state, keep_counts)
+        if not instance.is_own and not instance.agrees(keep_counts, self.constants):
+            layers = ", ".join(repr(site.name) for site in instance.graph.sites)
+            raise SsPropCompileError(
+                f"a graph with constant keep counts serves several layers, and those of {layers}"
+                " differ from those that it was compiled with; use"
+                " SparsityConfig(specialize=False), or fullgraph=True, which allows no graph break"
+            )
+        return self.compiled(*args, *state)
 
 
 def weight_owners(model: nn.Module) -> dict[int, str]:

@@ -46,10 +46,12 @@ class Report:
         sites: every convolution backward of the sparse variant, in backward order.
         backward_flops: floating-point operations of all backward convolutions and matrix products
             of one batch, were they dense.
+        specialized: whether the keep counts were compiled in as constants.
     """
 
     sites: tuple[SiteReport, ...]
     backward_flops: int
+    specialized: bool = False
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -75,7 +77,8 @@ class Report:
         lines.append(
             f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
             f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
-            f" {self.saved_flops / self.backward_flops:.1%} saved at the keep counts in force"
+            f" {self.saved_flops / self.backward_flops:.1%} saved at the keep counts in force,"
+            f" which are {'constants of the graph' if self.specialized else 'read at run time'}"
         )
         return "\n".join(lines)
 
@@ -123,6 +126,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
         backward_flops=sum(graph.total_flops for graph in graphs),
+        specialized=variant.backend.constants is not None,
     )
 
 

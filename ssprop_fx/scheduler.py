@@ -62,6 +62,12 @@ class KeepCounts:
         return self.at(self._scheduler.highest_drop_rate)
 
     @property
+    def levels(self) -> frozenset[tuple[int, ...]] | None:
+        """The keep counts of each slot at each drop rate of the schedule, None if too many."""
+        rates = self._scheduler.levels
+        return None if rates is None else frozenset(tuple(self.at(rate)) for rate in rates)
+
+    @property
     def tensor(self) -> torch.Tensor:
         """The live keep counts: int64, CPU, shape [slots of the model]."""
         return self._scheduler.keep_counts[self._start : self._start + len(self.channels)]
@@ -112,6 +118,11 @@ class SparsityScheduler:
     def highest_drop_rate(self) -> float:
         """The schedule's highest drop rate; at least 0.8 where the schedule cannot tell."""
         return max(self._drop_rate, getattr(self.schedule, "highest", 0.8))
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that the schedule visits, None where they are many."""
+        return getattr(self.schedule, "levels", None)
 
     @property
     def keep_counts(self) -> torch.Tensor:

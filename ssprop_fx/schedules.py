@@ -32,6 +32,24 @@ class Schedule(ABC):
     def highest(self) -> float:
         """The highest drop rate of any step."""
 
+    @property
+    @abstractmethod
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have, None where they are too many to tell."""
+
+
+def _union(parts: Iterable[frozenset[float] | None]) -> frozenset[float] | None:
+    union: frozenset[float] = frozenset()
+    for part in parts:
+        if part is None:
+            return None
+        union |= part
+    return union
+
+
+def _level(rate: float) -> frozenset[float]:
+    return frozenset({float(rate)} if rate else ())
+
 
 def _check_rate(name: str, rate: float) -> None:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
@@ -84,6 +102,11 @@ class constant(Schedule):
         """The highest drop rate of any step."""
         return float(self.rate)
 
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return _level(self.rate)
+
 
 @dataclass(frozen=True)
 class linear(Schedule):
@@ -119,6 +142,11 @@ class linear(Schedule):
     def highest(self) -> float:
         """The highest drop rate of any step."""
         return max(self.start, self.end)
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return _level(self.start) if self.start == self.end else None
 
 
 @dataclass(frozen=True)
@@ -163,6 +191,11 @@ class cosine(Schedule):
     def highest(self) -> float:
         """The highest drop rate of any step."""
         return max(self.start, self.end)
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return _level(self.start) if self.start == self.end else None
 
 
 @dataclass(frozen=True)
@@ -210,6 +243,11 @@ class bar(Schedule):
         """The highest drop rate of any step."""
         return float(self.rate)
 
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return _level(self.rate)
+
 
 @dataclass(frozen=True)
 class warmup(Schedule):
@@ -243,6 +281,11 @@ class warmup(Schedule):
     def highest(self) -> float:
         """The highest drop rate of any step."""
         return self.schedule.highest
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return self.schedule.levels
 
 
 @dataclass(frozen=True)
@@ -295,3 +338,8 @@ class join(Schedule):
     def highest(self) -> float:
         """The highest drop rate of any step."""
         return max(schedule.highest for schedule in self.schedules)
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have."""
+        return _union(schedule.levels for schedule in self.schedules)

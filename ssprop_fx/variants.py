@@ -1,7 +1,7 @@
 """Variants: a model's compiled forms, dense and sparse, and the choice between them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from ssprop_fx.memory import Memory
 from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
 from ssprop_fx.slots import find_slots, resolve_multiple
+from ssprop_fx.specialize import constant_levels
 
 __all__ = ["SparseVariant", "Variants", "inductor_options"]
 
@@ -31,6 +32,9 @@ class SparseVariant:
         keep_counts: the part of the runtime sparsity tensor to use, where the model is the copy
             of another; by default a new part is registered with the scheduler.
         memory: what the sparse backwards have left out so far; by default nothing.
+
+    Attributes:
+        backend: what compiles, and has compiled, the sparse graphs; of several the last one used.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -127,7 +131,8 @@ class SparseVariant:
 class Variants(SparseVariant):
     """A model's dense and sparse variant, each compiled when first needed.
 
-    Dense is plain `torch.compile`, sparse the rewritten graph. The choice is made outside
+    Dense is plain `torch.compile`, sparse the rewritten graph: one that reads its keep counts, and
+    one for each of `constant_levels`. The choice is made outside
     `torch.compile` at each call, so that a dense phase costs nothing.
 
     Args:
@@ -156,23 +161,44 @@ class Variants(SparseVariant):
         super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
         self.compile_kwargs = compile_kwargs
         self._dense = torch.compile(model, **compile_kwargs)
-        self._sparse = torch.compile(
-            model,
-            backend=self.backend,
-            fullgraph=compile_kwargs["fullgraph"],
-            dynamic=compile_kwargs["dynamic"],
-        )
+        self._sparse: dict[tuple[int, ...] | None, tuple[SparseBackend, Callable[..., Any]]] = {}
+        self._sparse[None] = self.backend, self._compile(self.backend)
+        self._set_levels()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
         return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
 
+    def follow_device(self) -> None:
+        """Round keep counts for the device that the model is on now."""
+        super().follow_device()
+        self._set_levels()
+
+    def _set_levels(self) -> None:
+        config, model, fullgraph = self.config, self.backend.model, self.compile_kwargs["fullgraph"]
+        self._levels = constant_levels(config.specialize, self.part, model, self.table, fullgraph)
+
+    def _compile(self, backend: SparseBackend) -> Callable[..., Any]:
+        kwargs = {name: self.compile_kwargs[name] for name in ("fullgraph", "dynamic")}
+        return torch.compile(backend.model, backend=backend, **kwargs)
+
+    def _use_backend(self) -> Callable[..., Any]:
+        """Let the backend for the keep counts in force be the current one; return its model."""
+        counts = tuple(self.keep_counts.tolist())
+        key = counts if counts in self._levels else None
+        if key not in self._sparse:
+            backend = self.backend.specialized(key)
+            self._sparse[key] = backend, self._compile(backend)
+        self.backend, compiled = self._sparse[key]
+        return compiled
+
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
+        sparse = self._use_backend()
         backend = self.backend
         backend.error = None
         runs_before = backend.sparse_runs
         try:
-            output = self._sparse(*args, **kwargs)
+            output = sparse(*args, **kwargs)
         except Exception:
             # Dynamo wraps what its backend raises; the user gets our error and its cause.
             if backend.error is not None:

@@ -41,6 +41,7 @@ CORE = {
     "schedules",
     "settings",
     "slots",
+    "specialize",
     "stepping",
     "variants",
 }

@@ -8,7 +8,8 @@ backward does not need is not saved, and what it adds is fused with its neighbou
     after     k = keep_counts[slot].item()
               dx, dw = sparse_backward(dy, x, w, k)
 
-With a memory, another input of the graph, `sparse_backward` writes it in place.
+With a memory, another input of the graph, `sparse_backward` writes it in place. Where the keep
+counts are constants, k is a plain int, and the graph has no such input.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +51,10 @@ class SparseBackwardPass(GraphPass):
         selection: how channels are chosen, and for which gradients.
         gate: says which sites are worth making sparse; None to make all.
         memories: layers that the graph's memories are of, one an entry; the memories are inputs
-            of the graph, right before the runtime sparsity tensor.
+            of the graph, its last but for the runtime sparsity tensor.
         previous: pass or passes to run first.
+        constants: keep count of each slot where they are constants; the graph then has no runtime
+            sparsity tensor.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -69,6 +72,7 @@ class SparseBackwardPass(GraphPass):
         gate: Gate | None = None,
         memories: Sequence[str] = (),
         previous: Previous = None,
+        constants: Sequence[int] | None = None,
     ) -> None:
         super().__init__(previous)
         self.slots = slots
@@ -79,6 +83,7 @@ class SparseBackwardPass(GraphPass):
         self.selection = selection
         self.gate = gate
         self.memories = tuple(memories)
+        self.constants = None if constants is None else tuple(constants)
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -89,12 +94,16 @@ class SparseBackwardPass(GraphPass):
             return None
         slots, excluded = sorted(self.slots.items()), sorted(self.excluded.items())
         gate = self.gate and self.gate.identity()
-        return repr((slots, excluded, self.layers, selection, gate, self.memories))
+        return repr((slots, excluded, self.layers, selection, gate, self.memories, self.constants))
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
-        keep_counts = find_keep_counts(graph, self.slot_count)
-        memories = find_memories(graph, keep_counts, len(self.memories))
+        inputs = find_inputs(graph)
+        keep_counts = None
+        if self.constants is None:
+            keep_counts = find_keep_counts(inputs, self.slot_count)
+            inputs = inputs[: inputs.index(keep_counts)]
+        memories = inputs[len(inputs) - len(self.memories) :]
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
             if not site.reason:
@@ -123,28 +132,25 @@ class SparseBackwardPass(GraphPass):
         self,
         graph: fx.Graph,
         match: SiteMatch,
-        keep_counts: fx.Node,
+        keep_counts: fx.Node | None,
         slot: int,
         memory: fx.Node | None,
     ) -> None:
-        block = self.selection.block
-        limit = match.channels // match.groups // block
+        limit = match.channels // match.groups
+        operands = len(match.inputs)
+        state = [node for node in (memory, keep_counts) if node is not None]
+        inputs = [*match.inputs, *state]
 
-        inputs = [keep_counts, *match.inputs]
-        if memory is not None:
-            inputs.append(memory)
-
-        def replacement(keep_counts: Tensor, *tensors: Tensor) -> Any:
-            # Counted in blocks, so that k is known to be a multiple of their size.
-            count = keep_counts[slot] if block == 1 else keep_counts[slot] // block
-            k = cast(int, count.item())
-            torch._check(k >= min(MIN_KEEP_COUNT, limit))
-            torch._check(k <= limit)
+        def replacement(*tensors: Tensor) -> Any:
+            if self.constants is None:
+                k = read_keep_count(tensors[-1], slot, limit, self.selection.block)
+            else:
+                k = self.constants[slot]
             gradients = match.backward(
-                k if block == 1 else k * block,
+                k,
                 self.selection,
-                *tensors[: len(match.inputs)],
-                memory=None if memory is None else tensors[-1],
+                *tensors[:operands],
+                memory=None if memory is None else tensors[operands],
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             return tuple(
@@ -154,7 +160,7 @@ class SparseBackwardPass(GraphPass):
                 for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
             )
 
-        fake_mode = keep_counts.meta["val"].fake_mode
+        fake_mode = match.inputs[0].meta["val"].fake_mode
         traced = trace(replacement, inputs, fake_mode, self.decompositions())
         match.replace(splice(graph, match.node, traced, inputs))
 
@@ -211,28 +217,42 @@ def find_match_maybe(node: fx.Node) -> SiteMatch | None:
     return next((match for matcher in MATCHERS if (match := matcher(node))), None)
 
 
-def find_memories(graph: fx.Graph, keep_counts: fx.Node, count: int) -> list[fx.Node]:
-    """Return the placeholders of the memories, right before the runtime sparsity tensor."""
+def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> int:
+    """Return a slot's keep count, an unbacked SymInt while this is traced.
+
+    Args:
+        keep_counts: the runtime sparsity tensor.
+        slot: index in it.
+        limit: the largest keep count.
+        block: keep counts are multiples of this.
+    """
+    # Counted in blocks, so that k is known to be a multiple of their size.
+    count = keep_counts[slot] if block == 1 else keep_counts[slot] // block
+    k = cast(int, count.item())
+    torch._check(k >= min(MIN_KEEP_COUNT, limit // block))
+    torch._check(k <= limit // block)
+    return k if block == 1 else k * block
+
+
+def find_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """Return the placeholders of a joint graph that are inputs of the forward, in order."""
     placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
-    end = placeholders.index(keep_counts)
-    return placeholders[end - count : end]
+    return [node for node in placeholders if str(node.target).startswith("primals")]
 
 
-def find_keep_counts(graph: fx.Graph, slot_count: int) -> fx.Node:
-    """Return the placeholder of the runtime sparsity tensor: the last input of the forward.
+def find_keep_counts(inputs: Sequence[fx.Node], slot_count: int) -> fx.Node:
+    """Return the placeholder of the runtime sparsity tensor: the last of its form.
+
+    Args:
+        inputs: those of the forward.
+        slot_count: length of the tensor.
 
     Raises:
         RuntimeError: there is none.
     """
-    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
-    for node in reversed(placeholders):
+    for node in reversed(inputs):
         val = node.meta["val"]
-        if (
-            str(node.target).startswith("primals")
-            and isinstance(val, Tensor)
-            and val.dtype == torch.int64
-            and val.shape == (slot_count,)
-        ):
+        if isinstance(val, Tensor) and val.dtype == torch.int64 and val.shape == (slot_count,):
             return node
     raise RuntimeError(
         f"the joint graph has no runtime sparsity tensor, int64 [{slot_count}], among its inputs"
