@@ -30,7 +30,8 @@ def ssprop_compile(
     and without gradients it is just that. In training steps whose drop rate is above 0 the
     backward of each participating layer is computed from the channels of the gradient of its
     output with the largest mean magnitude (ssProp, arXiv 2408.12561). One sparse compile serves
-    every drop rate.
+    every drop rate, or, where the schedule has one or two, each has its own with constant keep
+    counts (`SparsityConfig(specialize=...)`).
 
     Args:
         model: the model; its source and its parameters stay as they are.

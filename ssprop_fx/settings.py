@@ -16,7 +16,8 @@ from ssprop_fx.variants import inductor_options
 __all__ = ["Settings", "read_settings"]
 
 _PREFIX = "SSPROP_"
-_CONFIG = {f.name: f.default for f in fields(SparsityConfig)}
+# Without what is for `ssprop_compile` alone: here keep counts are read at run time.
+_CONFIG = {f.name: f.default for f in fields(SparsityConfig) if f.name != "specialize"}
 # What a text can say; a filter function, for one, it cannot.
 _AS_TEXT = {
     name for name, default in _CONFIG.items() if isinstance(default, (bool, int, str, tuple))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_runs import TWO_PHASES
 
+from ssprop_fx import specialize
 from ssprop_fx.backend import SparseBackend
 from ssprop_fx.cli import main
 from ssprop_fx.stepping import SteppedVariant
@@ -50,6 +51,13 @@ def no_gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Layers as small as those of the tests are not faster sparse: forced to be so."""
     if request.node.get_closest_marker("gate") is None:
         monkeypatch.setattr(SparseBackend, "_gate", lambda self: None)
+
+
+@pytest.fixture(autouse=True)
+def no_constants(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules of one drop rate would hide keep counts that are read at run time."""
+    if request.node.get_closest_marker("specialize") is None:
+        monkeypatch.setattr(specialize, "AUTO_LEVELS", -1)
 
 
 @pytest.fixture(scope="session")
