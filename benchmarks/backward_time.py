@@ -21,6 +21,7 @@ found, because Inductor made other code of them, are counted in `missing`.
 """
 
 import statistics
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -127,18 +128,26 @@ def linear_products(
 
 
 def backward_time(
-    step: Callable[[], object], products: Counter[Product], device: str, steps: int = 5
+    step: Callable[[], object],
+    products: Counter[Product],
+    device: str,
+    step_ms: float,
+    steps: int = 5,
 ) -> BackwardTime:
     """Profile a dense step.
+
+    On a machine whose speed drifts, a step that is profiled and one that was timed minutes ago do
+    not compare. So it is shares of the profiled step that are measured.
 
     Args:
         step: runs it; compiled before.
         products: of the linear layers that take part, from `linear_products`.
         device: where it runs; on a GPU the time of the kernels counts.
+        step_ms: what the step takes without the profiler, in milliseconds.
         steps: how many to profile.
 
     Returns:
-        Their median.
+        The median shares, of `step_ms`.
     """
     is_cuda = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
@@ -146,13 +155,17 @@ def backward_time(
     times = []
     for _ in range(steps):
         with profile(activities=activities, record_shapes=True) as profiler:
+            start = time.perf_counter()
             step()
             synchronize()
-        times.append(attribute(profiler.events(), products, field))
+            profiled_ms = (time.perf_counter() - start) * 1e3
+        found = attribute(profiler.events(), products, field)
+        scale = step_ms / profiled_ms
+        times.append(BackwardTime(found.conv_ms * scale, found.linear_ms * scale, found.missing))
     return BackwardTime(
-        statistics.median(time.conv_ms for time in times),
-        statistics.median(time.linear_ms for time in times),
-        max(time.missing for time in times),
+        statistics.median(found.conv_ms for found in times),
+        statistics.median(found.linear_ms for found in times),
+        max(found.missing for found in times),
     )
 
 

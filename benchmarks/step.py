@@ -100,7 +100,8 @@ def measure(
         timings = alternate({variant.key: variant.step for variant in variants}, rounds)
         names = [slot.name for slot in find_slots(model, next(iter(configs.values()))).slots]
         products = linear_products(model, names, lambda: workload.step(model, images))
-        backward = backward_time(variants[0].step, products, workload.device)
+        dense_ms = timings[variants[0].key].median
+        backward = backward_time(variants[0].step, products, workload.device, dense_ms)
         rows = []
         for variant in variants:
             variant.model.zero_grad()
@@ -110,7 +111,7 @@ def measure(
                     variant.name,
                     variant.drop_rate,
                     timings[variant.key],
-                    timings[variants[0].key].median,
+                    dense_ms,
                     backward,
                     variant.saved_flops(),
                     peak_mib(variant.run, workload.device),

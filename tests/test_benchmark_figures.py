@@ -107,9 +107,11 @@ def test_the_backward_products_of_layers_are_found(names: tuple[str, ...]) -> No
     # Every event counts as one microsecond: the time is the number of products.
     time = attribute(profiler.events(), products, field="count")
     assert (time.conv_ms * 1e3, time.linear_ms * 1e3, time.missing) == pytest.approx((1, count, 0))
-    time = backward_time(step, products, "cpu", steps=2)
+    time = backward_time(step, products, "cpu", step_ms=50.0, steps=2)
     assert time.conv_ms > 0
     assert (time.linear_ms > 0) == (count > 0)
+    # They are shares of the step.
+    assert time.total_ms < 50
     assert "not in the profile" not in str(time)
 
 
