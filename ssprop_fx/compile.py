@@ -23,6 +23,7 @@ def ssprop_compile(
     options: dict[str, Any] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
+    in_place: bool = False,
 ) -> "SsPropModule":
     """Compile a model for training with scheduled sparse back-propagation.
 
@@ -42,6 +43,9 @@ def ssprop_compile(
         options: as in `torch.compile`; a `joint_custom_pre_pass` in it still runs.
         fullgraph: as in `torch.compile`.
         dynamic: as in `torch.compile`.
+        in_place: calls of `model` itself run compiled, too, as after `model.compile()`: for
+            libraries that hold the model and save it, whose checkpoints then keep its names. What
+            is returned serves `report` and the like. Copies of `model` are not compiled.
 
     Returns:
         A module to use in place of `model`.
@@ -87,4 +91,5 @@ def ssprop_compile(
     }
     if backend == "inductor":
         compile_kwargs.update(mode=mode, options=options)
-    return SsPropModule(model, scheduler, config or SparsityConfig(), compile_kwargs)
+    config = config or SparsityConfig()
+    return SsPropModule(model, scheduler, config, compile_kwargs, in_place=in_place)

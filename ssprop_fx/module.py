@@ -33,10 +33,16 @@ class SsPropModule(nn.Module):
         compile_kwargs: dict[str, Any],
         keep_counts: KeepCounts | None = None,
         memory: Memory | None = None,
+        in_place: bool = False,
     ) -> None:
         super().__init__()
         self._orig_mod = model
-        self.ssprop = Variants(model, scheduler, config, compile_kwargs, keep_counts, memory)
+        self.ssprop = Variants(
+            model, scheduler, config, compile_kwargs, keep_counts, memory, in_place
+        )
+        if in_place:
+            # What `nn.Module.compile` sets: `model(...)` calls it in place of `_call_impl`.
+            model._compiled_call_impl = self.ssprop.run
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: dense, or in a sparse training step sparse."""

@@ -142,6 +142,7 @@ class Variants(SparseVariant):
         compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
             Inductor, mode and options.
         keep_counts, memory: as in `SparseVariant`.
+        in_place: the model's own calls run the variants, which so must not call the model.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -155,12 +156,15 @@ class Variants(SparseVariant):
         compile_kwargs: dict[str, Any],
         keep_counts: KeepCounts | None = None,
         memory: Memory | None = None,
+        in_place: bool = False,
     ) -> None:
         kind, mode = compile_kwargs["backend"], compile_kwargs.get("mode")
         options = inductor_options(mode, compile_kwargs.get("options"), compile_kwargs["dynamic"])
         super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
         self.compile_kwargs = compile_kwargs
-        self._dense = torch.compile(model, **compile_kwargs)
+        self._in_place = in_place
+        self._called = model._call_impl if in_place else model
+        self._dense = torch.compile(self._called, **compile_kwargs)
         self._sparse: dict[tuple[int, ...] | None, tuple[SparseBackend, Callable[..., Any]]] = {}
         self._sparse[None] = self.backend, self._compile(self.backend)
         self._set_levels()
@@ -180,7 +184,7 @@ class Variants(SparseVariant):
 
     def _compile(self, backend: SparseBackend) -> Callable[..., Any]:
         kwargs = {name: self.compile_kwargs[name] for name in ("fullgraph", "dynamic")}
-        return torch.compile(backend.model, backend=backend, **kwargs)
+        return torch.compile(self._called, backend=backend, **kwargs)
 
     def _use_backend(self) -> Callable[..., Any]:
         """Let the backend for the keep counts in force be the current one; return its model."""
@@ -193,6 +197,9 @@ class Variants(SparseVariant):
         return compiled
 
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
+        if self._in_place and _multiple(self.backend.model, self.config) != self.part.multiple:
+            # The model has moved, and nobody said so.
+            self.follow_device()
         sparse = self._use_backend()
         backend = self.backend
         backend.error = None

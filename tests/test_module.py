@@ -189,6 +189,46 @@ class TestStandsForTheModel:
             assert kept_rows(model.first) == 16
 
 
+class TestInPlace:
+    """`in_place=True`: the model itself runs compiled, as after `model.compile()`."""
+
+    def test_the_model_trains_sparse_under_its_own_names(self):
+        model, x = Net(), images()
+        keys = list(model.state_dict())
+        expected = outcome(compiled(copy.deepcopy(model)), x)
+        wrapper = compiled(model, in_place=True)
+        found = outcome(model, x)
+        assert kept_rows(model.first) == 16
+        assert list(model.state_dict()) == keys
+        assert {site.name for site in report(wrapper).sparse_sites} == {"first", "second"}
+        assert_bit_identical(
+            found, {name.removeprefix("_orig_mod."): value for name, value in expected.items()}
+        )
+
+    def test_of_a_part_of_a_model(self):
+        part = Net()
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), part)
+        compiled(part, in_place=True)
+        outcome(model, images())
+        assert kept_rows(part.first) == 16
+        assert kept_rows(model[0]) == 3
+
+    def test_where_compilation_is_disabled_the_model_runs_eager(self):
+        model, x = Net().eval(), images()
+        expected = model(x)
+        compiled(model, in_place=True)
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(model(x), expected)
+
+    def test_copies_are_plain(self):
+        model = Net()
+        compiled(model, in_place=True)
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for plain in copies:
+            outcome(plain, images())
+            assert kept_rows(plain.first) == 32
+
+
 class TestDense:
     """Where nothing is to be left out, it is torch.compile of the model, bit for bit."""
 
