@@ -46,6 +46,12 @@ CORE = {
     "variants",
 }
 
+# Modules that cannot be imported without an extra that not everyone has, and what of it they need.
+NEEDS_EXTRA = {
+    "ssprop_fx.integrations.huggingface": "transformers",
+    "ssprop_fx.integrations.lightning": "lightning",
+}
+
 
 def files(package: str) -> list[Path]:
     found = sorted(FOLDERS[package].rglob("*.py"))
@@ -142,4 +148,6 @@ def test_public_names_have_a_docstring(name):
 
 @pytest.mark.parametrize("name", module_names())
 def test_examples_in_docstrings_run(name):
+    if name in NEEDS_EXTRA:
+        pytest.importorskip(NEEDS_EXTRA[name], reason=f"the extra for {name}")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
