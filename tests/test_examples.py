@@ -1,19 +1,76 @@
-"""The examples run."""
+"""The examples run, with tiny settings."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.slow
+def run(name: str, flags: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines that an example prints."""
+    main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    capsys.readouterr()
+    main([*flags.split(), "--backend", "aot_eager"])
+    return capsys.readouterr().out.splitlines()
+
+
+def numbers(pattern: str, lines: list[str]) -> list[float]:
+    return [float(found) for found in re.findall(pattern, "\n".join(lines))]
+
+
+def test_there_is_a_test_of_each() -> None:
+    tests = Path(__file__).read_text()
+    assert [path.stem for path in EXAMPLES.glob("*.py") if f'run("{path.stem}"' not in tests] == []
+
+
 def test_msbp_mlp_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--seeds 1 --epochs 5 --hidden 32 --drop-rate 0.75 --memory 0.5 --backend aot_eager"
-    runpy.run_path(str(EXAMPLES / "msbp_mlp.py"))["main"](flags.split())
-    header, *rows = capsys.readouterr().out.splitlines()
+    flags = "--seeds 1 --epochs 5 --hidden 32 --drop-rate 0.75 --memory 0.5"
+    header, *rows = run("msbp_mlp", flags, capsys)
     assert header.startswith("method")
     assert [row[:16].strip() for row in rows] == ["dense", "SBP", "MSBP, eta 0.5"]
     # Chance is 10 %.
     assert all(float(row.split()[-3]) > 20 for row in rows)
+
+
+def test_timm_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("timm_loop", "--model test_resnet --epochs 4 --images 512", capsys)
+    accuracies = numbers(r"accuracy (\S+) %", lines)
+    assert len(accuracies) == 2
+    assert min(accuracies) > 20
+    assert any(line.startswith("layer4.0.conv1") for line in lines), "the report"
+
+
+def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracies = numbers(r"accuracy (\S+) %", run("finetune", "--epochs 2", capsys))
+    assert len(accuracies) == 3
+    # Chance is 20 %.
+    assert min(accuracies) > 40
+
+
+def test_lightning_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning", reason="the extra `lightning`")
+    lines = run("lightning_fit", "--epochs 4", capsys)
+    assert numbers(r"after (\d+) steps", lines) == [4 * 22]
+    assert numbers(r"accuracy (\S+) %", lines)[0] > 40
+
+
+def test_hf_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="the extra `transformers`")
+    pytest.importorskip("accelerate", reason="the extra `transformers`")
+    lines = run("hf_trainer", "--epochs 4 --width 32 --layers 1", capsys)
+    assert numbers(r"after (\d+) steps", lines) == [4 * 22]
+    assert numbers(r"accuracy (\S+) %", lines)[0] > 40
+
+
+def test_ddpm_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers", reason="the extra `diffusers`")
+    lines = run("ddpm_digits", "--epochs 4 --images 256 --width 32", capsys)
+    losses = numbers(r"test loss (\S+)", lines)
+    assert len(losses) == 2
+    # To find no noise at all costs 1.
+    assert max(losses) < 0.9
