@@ -38,7 +38,7 @@ def test_msbp_mlp_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_timm_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = run("timm_loop", "--model test_resnet --epochs 4 --images 512", capsys)
+    lines = run("timm_loop", "--model test_resnet --epochs 4", capsys)
     accuracies = numbers(r"accuracy (\S+) %", lines)
     assert len(accuracies) == 2
     assert min(accuracies) > 20
