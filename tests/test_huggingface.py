@@ -77,6 +77,7 @@ def trainer(
     return made, rows
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation(tmp_path: Path) -> None:
     scheduler = SparsityScheduler(bar(0.75, period=2))
     model = compiled(scheduler)
