@@ -7,12 +7,15 @@ compile, Inductor's `compile_fx` and the two hooks for a pass on the joint graph
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.gate import Gate
 from ssprop_passes.graph_pass import sources_hash
+from ssprop_passes.ranks import Ranks, find_ranks_maybe
+from ssprop_passes.selection import Selection
 from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
@@ -48,6 +51,7 @@ class SparseBackend:
     Attributes:
         instances: those of each graph compiled so far.
         captured: names of the layers that Dynamo captured in any graph.
+        ranks: those that the graphs share their selection with, None being no other.
         error: the first failure, for the caller to raise whatever Dynamo makes of it.
     """
 
@@ -76,11 +80,18 @@ class SparseBackend:
         self.instances: list[Instances] = []
         self.captured: set[str] = set()
         self.error: SsPropCompileError | None = None
+        self.ranks: set[Ranks | None] = set()
 
     @property
     def model(self) -> nn.Module:
         """The model."""
         return cast(nn.Module, self._model())
+
+    @property
+    def selection(self) -> Selection:
+        """How channels are chosen, and by which ranks together."""
+        ranks = find_ranks_maybe() if self.config.ranks == "shared" else None
+        return replace(self.config.selection, ranks=ranks)
 
     @property
     def graphs(self) -> list[CompiledGraph]:
@@ -130,6 +141,7 @@ class SparseBackend:
                 "the model's layers have changed since ssprop_compile: call it again, on the"
                 " changed model"
             )
+        self.ranks.add(self.selection.ranks)
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else ()
         extra = [memory.zeros() for memory in memories]
@@ -143,7 +155,7 @@ class SparseBackend:
             self.table.slots,
             self.table.excluded,
             layers,
-            self.config.selection.identity,
+            self.selection.identity,
             gate and gate.identity(),
             self.constants,
         )
@@ -181,8 +193,8 @@ class SparseBackend:
         )
 
     def _gate(self) -> Gate | None:
-        # Speed is not what AOT eager is for.
-        if not self.config.gate or self.kind != "inductor":
+        # Speed is not what AOT eager is for, and ranks that time layers would not always agree.
+        if not self.config.gate or self.kind != "inductor" or self.selection.ranks is not None:
             return None
         return Gate(dict(enumerate(self.keep_counts.smallest)))
 
@@ -202,7 +214,7 @@ class SparseBackend:
             layers=layers,
             slot_count=len(self.table.slots),
             decompositions=_inductor_decompositions if is_inductor else dict,
-            selection=self.config.selection,
+            selection=self.selection,
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,

@@ -9,9 +9,10 @@ from ssprop_passes.selection import GRADIENTS, Selection
 from ssprop_passes.selectors import SELECTORS, Selector, sampled
 from torch import nn
 
-__all__ = ["TARGETS", "SparsityConfig"]
+__all__ = ["RANKS", "TARGETS", "SparsityConfig"]
 
 TARGETS = ("conv", "depthwise", "linear")
+RANKS = ("own", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,22 @@ class SparsityConfig:
             once, when it is compiled, at the schedule's highest drop rate, and the times are kept
             beside Inductor's cache. A drop rate at which the whole model would be slower sparse
             runs dense. False makes every layer sparse at every drop rate above 0. AOT eager, which
-            is not for speed, has no gate.
+            is not for speed, has no gate, nor have ranks that share their selection: by their own
+            times they would not always agree.
         specialize: whether keep counts are compiled in as constants, which is faster and costs a
             compile for each drop rate of the schedule. `"auto"` does so where there are at most
             two above 0, as in `constant`, `bar` and `warmup` of these, and layers of one shape
             have one rate; `report(model)` says so. True does so for up to six. Keep counts that
             are none of the schedule's are read at run time, and with False all are: one compile
             serves every drop rate. The gradients are the same.
+        ranks: which channels the processes of a data-parallel run keep: `"own"`, each those that
+            its samples say; `"shared"`, all of them those that one process with the whole batch
+            would keep, so that the averaged gradients are those of that process. Scores are
+            averaged over the default process group, in the backward, by one small all-reduce a
+            layer, and a memory by one as large as itself; what random selectors draw is rank 0's.
+            All ranks must take the same steps with the same model and schedule, which is checked,
+            on batches of one size. Where there is no process group when the model is first run in
+            a sparse step, or one rank alone, there is nothing to share. See docs/distributed.md.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -110,6 +120,7 @@ class SparsityConfig:
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     gate: bool = True
     specialize: bool | Literal["auto"] = "auto"
+    ranks: Literal["own", "shared"] = "own"
 
     @property
     def selection(self) -> Selection:
@@ -140,6 +151,8 @@ class SparsityConfig:
         if self.gradients not in tuple(GRADIENTS):
             raise ValueError(f"gradients must be one of {tuple(GRADIENTS)}, got {self.gradients!r}")
         _check_positive_int("block", self.block)
+        if self.ranks not in RANKS:
+            raise ValueError(f"ranks must be one of {RANKS}, got {self.ranks!r}")
         if isinstance(self.memory, bool) or not isinstance(self.memory, (int, float)):
             raise TypeError(f"memory must be a number, got {self.memory!r}")
         if not 0 <= self.memory < 1:

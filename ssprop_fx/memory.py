@@ -10,6 +10,7 @@ from ssprop_passes.selection import is_channels_last
 from ssprop_passes.sites import layer_name
 from torch import Tensor, fx
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.slots import SlotTable
 
@@ -83,7 +84,9 @@ class Memory:
         key = layer if wanted.call == 0 else f"{layer}@{wanted.call}"
         held = self._tensors.get(key)
         if held is None or not _fits(held, wanted):
-            made = wanted.zeros()
+            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            with _disable_current_modes():
+                made = wanted.zeros()
             if held is not None and held.shape == made.shape:
                 made.copy_(held)
             held = self._tensors[key] = made

@@ -66,6 +66,7 @@ class SteppedVariant(SparseVariant):
 
     def count_forward(self, graph: object) -> None:
         """Note that a training step runs a graph."""
+        self.agree()
         self._forwards[graph] += 1
         if self._forwards[graph] == _FORWARDS_PATIENCE and not self._warned:
             self._warn(

@@ -9,6 +9,7 @@ from ssprop_passes.errors import NoEffectWarning
 from torch import nn
 from torch._inductor import list_mode_options
 
+from ssprop_fx.agreement import Agreement
 from ssprop_fx.backend import SparseBackend
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.memory import Memory
@@ -65,6 +66,10 @@ class SparseVariant:
         self.backend = SparseBackend(
             model, config, self.table, self.part, self.memory, kind, options
         )
+        self._agreement: Agreement | None = None
+        if config.ranks == "shared":
+            what = repr((slots, config.selection.identity))
+            self._agreement = Agreement(scheduler, self.part, what, self._device)
         self._warned = False
         self._judged: tuple[float, int] | None = None
         self._faster = True
@@ -81,6 +86,15 @@ class SparseVariant:
         """The compiled graphs of the sparse variant, the newest of each group of layers."""
         newest = {tuple(site.name for site in graph.sites): graph for graph in self.backend.graphs}
         return tuple(newest.values())
+
+    def agree(self) -> None:
+        """Before a training forward with a shared selection, compare the ranks' keep counts.
+
+        Raises:
+            RuntimeError: they differ, or the process group came after the sparse graphs.
+        """
+        if self._agreement and self.backend.model.training and torch.is_grad_enabled():
+            self._agreement.check(self.backend.ranks)
 
     def is_due(self) -> bool:
         """Say whether scheduler, mode of the model, autograd and gate ask for a sparse step."""
@@ -112,6 +126,10 @@ class SparseVariant:
         """Round keep counts for the device that the model is on now."""
         self.part.multiple = _multiple(self.backend.model, self.config)
         self.scheduler.refresh()
+
+    def _device(self) -> torch.device:
+        parameter = next(self.backend.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def check_effect(self, runs_before: int, stacklevel: int) -> None:
         """Warn, once, where a step that was due had no effect or not on every layer.
@@ -171,6 +189,7 @@ class Variants(SparseVariant):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
+        self.agree()
         return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
 
     def follow_device(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["SCORES", "Score", "l2", "l2_weight", "mean_abs"]
+__all__ = ["SCORES", "Score", "l2", "l2_weight", "mean_abs", "power_over_ranks"]
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,6 +66,15 @@ def l2_weight(grad_output: Tensor, weight: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Score] = {"mean_abs": mean_abs, "l2": l2, "l2_weight": l2_weight}
+
+
+def power_over_ranks(score: Score) -> int:
+    """Return the exponent of the power mean that makes the ranks' scores those of all samples.
+
+    2 for l2 norms, else 1, the plain mean: right for a score of one's own that is itself a mean
+    over samples.
+    """
+    return 2 if score in (l2, l2_weight) else 1
 
 
 def _norms(x: Tensor, dim: int) -> Tensor:

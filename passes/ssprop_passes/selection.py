@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssprop_passes.identity import identity_maybe
 from ssprop_passes.memory import left_out, recall
-from ssprop_passes.scores import Score, mean_abs
+from ssprop_passes.ranks import Ranks
+from ssprop_passes.scores import Score, mean_abs, power_over_ranks
 from ssprop_passes.selectors import Selector, topk
 
 __all__ = [
@@ -47,6 +48,8 @@ class Selection:
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
             `ssprop_passes.memory`.
+        ranks: the processes that keep the same channels; see `ssprop_passes.ranks`. None where
+            each keeps its own.
     """
 
     score: Score = mean_abs
@@ -54,6 +57,7 @@ class Selection:
     gradients: str = "both"
     block: int = 1
     memory: float = 0.0
+    ranks: Ranks | None = None
 
     def sparse(self, wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
         """Return which gradients of input, weight and bias are sparse, given those wanted."""
@@ -94,9 +98,12 @@ class Selection:
                 f"score must return one score a channel, shape ({grad_output.shape[1]},),"
                 f" got {tuple(scores.shape)}"
             )
+        if self.ranks is not None:
+            scores = self.ranks.mean(scores, power_over_ranks(self.score))
         indices, weights = self.choose(scores, k, groups)
         if memory is not None:
-            memory.copy_(left_out(grad_output, indices, weights, memory.dtype))
+            left = left_out(grad_output, indices, weights, memory.dtype)
+            memory.copy_(left if self.ranks is None else self.ranks.mean(left))
         kept = gather_channels(grad_output, indices)
         return kept if weights is None else scale_channels(kept, weights), indices
 
@@ -130,6 +137,10 @@ class Selection:
             offsets = torch.arange(0, channels, channels // groups, device=scores.device)
             indices = (indices + offsets[:, None]).flatten()
             weights = None if weights is None else weights.flatten()
+        if self.ranks is not None and self.select is not topk:
+            # What a selector draws differs from rank to rank.
+            indices = self.ranks.first(indices)
+            weights = None if weights is None else self.ranks.first(weights)
         return indices, weights
 
     def _select(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +159,7 @@ class Selection:
         score, select = identity_maybe(self.score), identity_maybe(self.select)
         if score is None or select is None:
             return None
-        return repr((score, select, self.gradients, self.block, self.memory))
+        return repr((score, select, self.gradients, self.block, self.memory, self.ranks))
 
 
 def sum_channels(grad_output: Tensor, dim: int = 1) -> Tensor:

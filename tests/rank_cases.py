@@ -1,0 +1,132 @@
+"""What the tests of several ranks run: in each rank as a script, in the test as one process.
+
+As a script it takes a rank, the number of ranks, a folder and names of cases, and leaves what each
+case returns in the folder.
+"""
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+from ssprop_fx.backend import SparseBackend
+
+BATCH, STEPS = 8, 3
+
+
+class Net(nn.Module):
+    """A little of everything; no batch normalisation, whose statistics would be of one rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3, groups=2), nn.ReLU()),
+            *(nn.Conv2d(48, 48, 3, groups=48), nn.Flatten()),
+        )
+        self.head = nn.Sequential(nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def batches(rank=0, world=1):
+    """The part of each global batch that a rank has."""
+    generator = torch.Generator().manual_seed(1)
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    for _ in range(STEPS):
+        images = torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+        labels = torch.randint(5, (BATCH,), generator=generator)
+        yield images[part], labels[part]
+
+
+def compiled(model, drop_rate=0.6, backend="aot_eager", **config):
+    config = SparsityConfig(min_channels=16, channel_multiple=1, gate=False, **config)
+    schedule = drop_rate if callable(drop_rate) else constant(drop_rate)
+    return ssprop_compile(model, SparsityScheduler(schedule), config=config, backend=backend)
+
+
+def backward(model, images, labels):
+    nn.functional.cross_entropy(model(images), labels).backward()
+
+
+def gradients(model, network, rank=0, world=1):
+    """The gradients of each step, by name."""
+    found = []
+    for images, labels in batches(rank, world):
+        model.zero_grad()
+        backward(network, images, labels)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    return found
+
+
+# Cases: what each of several ranks does, `f(rank, world)`.
+
+
+def compile_first(rank, world, **config):
+    model = net()
+    torch.manual_seed(rank)
+    network = DistributedDataParallel(compiled(model, **{"ranks": "shared", **config}))
+    return gradients(model, network, rank, world)
+
+
+def ddp_first(rank, world, **config):
+    # Several buckets, and so several graphs.
+    distributed._DEFAULT_FIRST_BUCKET_BYTES = 5000
+    model = net()
+    torch.manual_seed(rank)
+    network = compiled(
+        DistributedDataParallel(model, bucket_cap_mb=0.02), **{"ranks": "shared", **config}
+    )
+    found = gradients(model, network, rank, world)
+    assert len(network.ssprop.graphs) > 1
+    return found
+
+
+CASES = {
+    "compile first": compile_first,
+    "ddp first": ddp_first,
+}
+
+
+def run_ranks(folder: Path, *cases: str, world: int = 2) -> list[dict]:
+    """Return what the cases gave, of each rank; what one raised is its text."""
+    common = [str(world), str(folder), *cases]
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), *common], stderr=subprocess.PIPE)
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=500)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def main(rank, world, folder, *cases):
+    rank, world = int(rank), int(world)
+    SparseBackend._gate = lambda self: None
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=200),
+    )
+    results = {}
+    for case in cases:
+        torch._dynamo.reset()
+        results[case] = CASES[case](rank, world)
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
