@@ -7,36 +7,51 @@ case returns in the folder.
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile, warmup
 from ssprop_fx.backend import SparseBackend
 
 BATCH, STEPS = 8, 3
 
 
-class Net(nn.Module):
-    """A little of everything; no batch normalisation, whose statistics would be of one rank."""
+class Part(nn.Module):
+    """A sequence that Dynamo compiles as a whole; `nn.Sequential` itself it may run eagerly."""
 
-    def __init__(self):
+    def __init__(self, *layers):
         super().__init__()
-        self.features = nn.Sequential(
-            *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3, groups=2), nn.ReLU()),
-            *(nn.Conv2d(48, 48, 3, groups=48), nn.Flatten()),
-        )
-        self.head = nn.Sequential(nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x) + 0
+
+
+class Net(nn.Module):
+    """Two parts; a class of its own, because code that breaks is not compiled anew by module."""
+
+    def __init__(self, features, head):
+        super().__init__()
+        self.features = features
+        self.head = head
 
     def forward(self, x):
         return self.head(self.features(x))
 
 
 def net():
+    """A little of everything; no batch normalisation, whose statistics would be of one rank."""
     torch.manual_seed(0)
-    return Net().double()
+    features = Part(
+        *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3, groups=2), nn.ReLU()),
+        *(nn.Conv2d(48, 48, 3, groups=48), nn.Flatten()),
+    )
+    return Net(features, Part(nn.Linear(192, 40), nn.ReLU(), nn.Linear(40, 5))).double()
 
 
 def batches(rank=0, world=1):
@@ -84,17 +99,70 @@ def ddp_first(rank, world, **config):
     distributed._DEFAULT_FIRST_BUCKET_BYTES = 5000
     model = net()
     torch.manual_seed(rank)
-    network = compiled(
-        DistributedDataParallel(model, bucket_cap_mb=0.02), **{"ranks": "shared", **config}
-    )
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.02)
+    network = compiled(ddp, **{"ranks": "shared", **config})
     found = gradients(model, network, rank, world)
     assert len(network.ssprop.graphs) > 1
     return found
 
 
+def accumulated(rank, world):
+    model = net()
+    network = DistributedDataParallel(compiled(model, ranks="shared"))
+    *first, last = batches(rank, world)
+    with network.no_sync():
+        for batch in first:
+            backward(network, *batch)
+    backward(network, *last)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def fully_sharded(rank, world, compile_first=False):
+    mesh = distributed.init_device_mesh("cpu", (world,))
+    model = net()
+    torch.manual_seed(rank)
+    network = compiled(model, ranks="shared") if compile_first else None
+    for module in (model.features, model.head, model):
+        fully_shard(module, mesh=mesh)
+    network = network or compiled(model, ranks="shared")
+    found = gradients(model, network, rank, world)
+    return [{name: grad.full_tensor() for name, grad in step.items()} for step in found]
+
+
+def disagreeing(rank, world):
+    """The errors where ranks have different rates, and where one alone steps its scheduler."""
+    errors = []
+    for drop_rate in (0.6 - 0.1 * rank, warmup(constant(0.6), 1)):
+        ssprop = compiled(net(), drop_rate, ranks="shared").ssprop
+        try:
+            ssprop.agree()
+            ssprop.agree()
+            if rank == 0:
+                ssprop.scheduler.step()
+            ssprop.agree()
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+OPTIONS = {
+    "memory": {"memory": 0.5, "block": 4},
+    "l2": {"score": "l2_weight"},
+    "weight": {"gradients": "weight"},
+    "inductor": {"backend": "inductor"},
+}
 CASES = {
     "compile first": compile_first,
     "ddp first": ddp_first,
+    "accumulated": accumulated,
+    "fsdp first": fully_sharded,
+    "compile before fsdp": partial(fully_sharded, compile_first=True),
+    "disagreeing": disagreeing,
+    "random": partial(compile_first, select="random"),
+    "sampled": partial(compile_first, select="sampled", backend="inductor"),
+    **{name: partial(compile_first, **config) for name, config in OPTIONS.items()},
+    **{f"ddp first, {name}": partial(ddp_first, **config) for name, config in OPTIONS.items()},
 }
 
 

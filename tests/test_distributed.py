@@ -49,8 +49,9 @@ def _weights_of_ranks(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_with_batches_twice_as_large(tmp_path):
-    flags = ["--schedule", "none", "--output", str(tmp_path), "--experiment"]
+@pytest.mark.parametrize("schedule", ["none", "constant:rate=0.8"])
+def test_two_processes_train_as_one_does_with_batches_twice_as_large(tmp_path, schedule):
+    flags = ["--schedule", schedule, "--ranks", "shared", "--output", str(tmp_path), "--experiment"]
     assert main([*TINY, *VIT, *flags, "one"]) == 0
     done = _torchrun(tmp_path, *TINY, *VIT, *flags, "two", "-b", "64")
     assert done.stdout.count("1437 training images, 11 steps an epoch") == 1

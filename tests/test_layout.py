@@ -28,6 +28,7 @@ USES_PRIVATE_TORCH = {
 
 # The library itself. Commands, training and reports on it import it, never the other way round.
 CORE = {
+    "agreement",
     "backend",
     "compile",
     "config",

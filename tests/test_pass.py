@@ -7,6 +7,7 @@ from oracle import mask_channels
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph_pass import is_joint_graph
 from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.ranks import Ranks
 from ssprop_passes.rewrite import INSERTED_KEY
 from ssprop_passes.scores import l2
 from ssprop_passes.selection import Selection
@@ -222,12 +223,15 @@ def test_uuid_changes_with_what_changes_the_rewrite() -> None:
         uuid(selection=Selection(gradients="weight")),
         uuid(selection=Selection(block=2)),
         uuid(selection=Selection(memory=0.5)),
+        uuid(selection=Selection(ranks=Ranks("0", 2))),
+        uuid(selection=Selection(ranks=Ranks("0", 4))),
+        uuid(selection=Selection(ranks=Ranks("1", 2))),
         uuid(memories=("layer",)),
         uuid(selection=Selection(select=lambda scores, k: scores.argsort()[:k])),
         uuid(selection=Selection(select=lambda scores, k: scores.argsort()[-k:])),
     ]
     assert all(others)
-    assert len({uuid(), *others}) == 12
+    assert len({uuid(), *others}) == 15
     stateful = [1]
     assert uuid(selection=Selection(select=stateful.pop)) is None, "unknown turns the caches off"
 

@@ -3,24 +3,101 @@
 import pytest
 import torch
 from oracle import relative_error
-from rank_cases import compiled, gradients, net, run_ranks
+from rank_cases import OPTIONS, backward, batches, compiled, gradients, net, run_ranks
+from ssprop_passes.ranks import Ranks
 
+from ssprop_fx import SparsityConfig
 
-def _of_one_process(**config):
-    model = net()
-    return gradients(model, compiled(model, **config))
+QUICK = ["compile first", "ddp first", "fsdp first"]
+SLOW = ["compile before fsdp", *OPTIONS, *(f"ddp first, {name}" for name in OPTIONS)]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("ranks"), "compile first", "ddp first")
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(folder, *QUICK, "accumulated", "disagreeing")
 
 
-@pytest.mark.parametrize("case", ["compile first", "ddp first"])
-def test_two_ranks_are_one_process(two_ranks, case):
-    wanted = _of_one_process()
-    for rank in two_ranks:
+@pytest.fixture(scope="module")
+def two_slow_ranks(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("ranks"), *SLOW, "random", "sampled")
+
+
+def _assert_one_process(ranks, case, **config):
+    model = net()
+    wanted = gradients(model, compiled(model, **config))
+    for rank in ranks:
         errors = [relative_error(*pair) for pair in zip(rank[case], wanted, strict=True)]
         assert max(errors) < 1e-12
-    assert 0 < int(wanted[0]["head.0.weight"].any(1).sum()) < 40
-    assert torch.equal(*(rank[case][-1]["head.0.weight"] for rank in two_ranks))
+    assert 0 < int(wanted[0]["head.layers.0.weight"].any(1).sum()) < 40
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_two_ranks_are_one_process(two_ranks, case):
+    _assert_one_process(two_ranks, case)
+
+
+def test_accumulated_gradients_are_those_of_one_process(two_ranks):
+    model = net()
+    network = compiled(model)
+    for batch in batches():
+        backward(network, *batch)
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    for rank in two_ranks:
+        assert relative_error(rank["accumulated"], wanted) < 1e-12
+
+
+def test_ranks_that_disagree_say_so(two_ranks):
+    (first_rates, first_steps), (second_rates, second_steps) = (
+        rank["disagreeing"] for rank in two_ranks
+    )
+    for error in (first_rates, second_rates):
+        assert "drop rates are from 0.5 to 0.6" in error
+    assert "this one is at step 1" in first_steps
+    assert "over all ranks steps are from 0 to 1 and drop rates from 0 to 0.6" in first_steps
+    # Its keep counts are as agreed on: it is the other one that is ahead.
+    assert second_steps == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_options_on_two_ranks_are_those_on_one(two_slow_ranks, case):
+    config = OPTIONS.get(case.removeprefix("ddp first, "), {})
+    _assert_one_process(two_slow_ranks, case, **{**config, "backend": "aot_eager"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["random", "sampled"])
+def test_what_is_drawn_is_drawn_for_all_ranks(two_slow_ranks, case):
+    steps = [rank[case] for rank in two_slow_ranks]
+    kept = [step["head.layers.0.weight"].any(1) for step in steps[0]]
+    assert [int(rows.sum()) for rows in kept] == [16, 16, 16]
+    assert not torch.equal(kept[0], kept[1])
+    for first, second in zip(*steps, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_alone_there_is_nothing_to_share():
+    model, other = net(), net()
+    shared = gradients(model, compiled(model, ranks="shared"))
+    own = gradients(other, compiled(other))
+    assert all(
+        torch.equal(left[name], right[name])
+        for left, right in zip(shared, own, strict=True)
+        for name in left
+    )
+
+
+def test_ranks_must_be_there_when_the_model_is_compiled(monkeypatch):
+    model = compiled(net(), ranks="shared")
+    backward(model, *next(iter(batches())))
+    later = Ranks("0", 2)
+    monkeypatch.setattr("ssprop_fx.backend.find_ranks_maybe", lambda: later)
+    monkeypatch.setattr("ssprop_fx.agreement.find_ranks_maybe", lambda: later)
+    with pytest.raises(RuntimeError, match=r"with no other rank, and runs with 2 ranks .* now"):
+        backward(model, *next(iter(batches())))
+
+
+def test_ranks_are_named():
+    with pytest.raises(ValueError, match=r"ranks must be one of .*'own', 'shared'.*, got 'all'"):
+        SparsityConfig(ranks="all")

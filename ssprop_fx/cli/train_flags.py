@@ -8,7 +8,7 @@ from ssprop_passes.scores import SCORES
 from ssprop_passes.selection import GRADIENTS
 from ssprop_passes.selectors import SELECTORS
 
-from ssprop_fx.config import TARGETS
+from ssprop_fx.config import RANKS, TARGETS
 from ssprop_fx.training.config import TrainConfig
 
 __all__ = ["add_flags"]
@@ -109,6 +109,7 @@ def _add_sparsity(group: Any) -> None:
     _int(group, "block", "keep channels in blocks of N neighbours")
     _switch(group, "gate", "leave dense what is measured not to be faster sparse")
     _float(group, "memory", "share of what a step leaves out that is added in the next")
+    _text(group, "ranks", None, "whose samples choose for a process of several", choices=RANKS)
     _text(
         group,
         "compile_backend",

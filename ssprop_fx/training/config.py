@@ -128,6 +128,7 @@ class TrainConfig:
     block: int = 1
     gate: bool = True
     memory: float = SparsityConfig.memory
+    ranks: str = SparsityConfig.ranks
     compile_backend: str = "inductor"
     compile_mode: str | None = None
 

@@ -178,4 +178,5 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         block=config.block,
         gate=config.gate,
         memory=config.memory,
+        ranks=config.ranks,  # type: ignore[arg-type]
     )
