@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile, warmup
 from ssprop_fx.backend import SparseBackend
+from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
 
 BATCH, STEPS = 8, 3
 
@@ -95,8 +96,6 @@ def compile_first(rank, world, **config):
 
 
 def ddp_first(rank, world, **config):
-    # Several buckets, and so several graphs.
-    distributed._DEFAULT_FIRST_BUCKET_BYTES = 5000
     model = net()
     torch.manual_seed(rank)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.02)
@@ -129,6 +128,28 @@ def fully_sharded(rank, world, compile_first=False):
     return [{name: grad.full_tensor() for name, grad in step.items()} for step in found]
 
 
+def kept_rows(rank, world, ranks="shared"):
+    """Gradients by the hook and by the plain all-reduce, and the share of bytes of a step each."""
+    found, shares = [], []
+    for with_hook in (True, False):
+        state = KeptRows()
+        model = net().to(memory_format=torch.channels_last)
+        network = compiled(model, warmup(constant(0.6), 1), ranks=ranks)
+        ddp = DistributedDataParallel(network, bucket_cap_mb=0.02)
+        if with_hook:
+            ddp.register_comm_hook(state, kept_rows_hook)
+        found.append([])
+        for images, labels in batches(rank, world):
+            model.zero_grad()
+            backward(ddp, images, labels)
+            found[-1].append({name: p.grad.clone() for name, p in model.named_parameters()})
+            if with_hook:
+                shares.append(state.sent_bytes / state.dense_bytes)
+                state.sent_bytes = state.dense_bytes = 0
+            network.ssprop.scheduler.step()
+    return *found, shares
+
+
 def disagreeing(rank, world):
     """The errors where ranks have different rates, and where one alone steps its scheduler."""
     errors = []
@@ -159,6 +180,8 @@ CASES = {
     "fsdp first": fully_sharded,
     "compile before fsdp": partial(fully_sharded, compile_first=True),
     "disagreeing": disagreeing,
+    "kept rows": kept_rows,
+    "kept rows, own": partial(kept_rows, ranks="own"),
     "random": partial(compile_first, select="random"),
     "sampled": partial(compile_first, select="sampled", backend="inductor"),
     **{name: partial(compile_first, **config) for name, config in OPTIONS.items()},
@@ -181,6 +204,8 @@ def run_ranks(folder: Path, *cases: str, world: int = 2) -> list[dict]:
 def main(rank, world, folder, *cases):
     rank, world = int(rank), int(world)
     SparseBackend._gate = lambda self: None
+    # Several buckets in so small a model, and so several graphs.
+    distributed._DEFAULT_FIRST_BUCKET_BYTES = 5000
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -8,19 +8,27 @@ from ssprop_passes.ranks import Ranks
 
 from ssprop_fx import SparsityConfig
 
-QUICK = ["compile first", "ddp first", "fsdp first"]
-SLOW = ["compile before fsdp", *OPTIONS, *(f"ddp first, {name}" for name in OPTIONS)]
+SLOW = ["ddp first", "fsdp first", "compile before fsdp", *OPTIONS]
+SLOW += [f"ddp first, {name}" for name in OPTIONS]
+    "ddp first",
+    "fsdp first",
+    "compile before fsdp",
+    *OPTIONS,
+    *(f"ddp first, {name}" for name in OPTIONS),
+]
+DRAWN = ["random", "sampled"]
+PACKED = ["kept rows", "kept rows, own"]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return run_ranks(folder, *QUICK, "accumulated", "disagreeing")
+    return run_ranks(folder, "compile first", "accumulated", "disagreeing")
 
 
 @pytest.fixture(scope="module")
 def two_slow_ranks(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("ranks"), *SLOW, "random", "sampled")
+    return run_ranks(tmp_path_factory.mktemp("ranks"), *SLOW, *DRAWN, *PACKED)
 
 
 def _assert_one_process(ranks, case, **config):
@@ -32,9 +40,8 @@ def _assert_one_process(ranks, case, **config):
     assert 0 < int(wanted[0]["head.layers.0.weight"].any(1).sum()) < 40
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_two_ranks_are_one_process(two_ranks, case):
-    _assert_one_process(two_ranks, case)
+def test_two_ranks_are_one_process(two_ranks):
+    _assert_one_process(two_ranks, "compile first")
 
 
 def test_accumulated_gradients_are_those_of_one_process(two_ranks):
@@ -52,7 +59,7 @@ def test_ranks_that_disagree_say_so(two_ranks):
         rank["disagreeing"] for rank in two_ranks
     )
     for error in (first_rates, second_rates):
-        assert "drop rates are from 0.5 to 0.6" in error
+        assert "drop rates from 0.5 to 0.6" in error
     assert "this one is at step 1" in first_steps
     assert "over all ranks steps are from 0 to 1 and drop rates from 0 to 0.6" in first_steps
     # Its keep counts are as agreed on: it is the other one that is ahead.
@@ -61,13 +68,26 @@ def test_ranks_that_disagree_say_so(two_ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
-def test_options_on_two_ranks_are_those_on_one(two_slow_ranks, case):
+def test_two_ranks_of_any_kind_are_one_process(two_slow_ranks, case):
     config = OPTIONS.get(case.removeprefix("ddp first, "), {})
     _assert_one_process(two_slow_ranks, case, **{**config, "backend": "aot_eager"})
 
 
+@pytest.mark.parametrize("case", PACKED)
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["random", "sampled"])
+def test_kept_rows_are_all_that_is_sent(two_slow_ranks, case):
+    for rank in two_slow_ranks:
+        packed, plain, (dense, *sparse) = rank[case]
+        for left, right in zip(packed, plain, strict=True):
+            assert all(torch.equal(left[name], right[name]) for name in left)
+            assert all(left[name].stride() == right[name].stride() for name in left)
+        # Of ranks that keep their own, what either of them keeps.
+        assert max(sparse) < (0.5 if case == "kept rows" else 0.8)
+        assert 0.8 < dense < 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DRAWN)
 def test_what_is_drawn_is_drawn_for_all_ranks(two_slow_ranks, case):
     steps = [rank[case] for rank in two_slow_ranks]
     kept = [step["head.layers.0.weight"].any(1) for step in steps[0]]
