@@ -8,14 +8,7 @@ from ssprop_passes.ranks import Ranks
 
 from ssprop_fx import SparsityConfig
 
-SLOW = ["ddp first", "fsdp first", "compile before fsdp", *OPTIONS]
-SLOW += [f"ddp first, {name}" for name in OPTIONS]
-    "ddp first",
-    "fsdp first",
-    "compile before fsdp",
-    *OPTIONS,
-    *(f"ddp first, {name}" for name in OPTIONS),
-]
+SLOW = ["ddp first", "ddp first, memory", "fsdp first", "compile before fsdp", *OPTIONS]
 DRAWN = ["random", "sampled"]
 PACKED = ["kept rows", "kept rows, own"]
 
