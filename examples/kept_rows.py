@@ -21,6 +21,10 @@ def gradients_of_a_step(args: argparse.Namespace, kept_rows: KeptRows | None) ->
     """Return the averaged gradients of one step."""
     torch.manual_seed(0)
     model = timm.create_model(args.model).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Some begin at zero, and so do the gradients of what lies before them.
+            parameter += 0.02 * torch.randn_like(parameter)
     config = SparsityConfig(ranks="shared", gate=False)
     scheduler = SparsityScheduler(constant(args.drop_rate))
     compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")

@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,15 @@ def test_ddpm_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 2
     # To find no noise at all costs 1.
     assert max(losses) < 0.9
+
+
+@pytest.mark.slow
+def test_kept_rows_sends_fewer_bytes() -> None:
+    flags = ["--model", "resnet18", "--img-size", "32", "--batch-size", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(EXAMPLES / "kept_rows.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "gradients equal bit for bit: True" in done.stdout
+    share = float(done.stdout.split("a step (")[1].split(")")[0])
+    assert 0.2 < share < 0.3

@@ -33,6 +33,7 @@ CORE = {
     "compile",
     "config",
     "instances",
+    "kept_rows",
     "memory",
     "module",
     "records",
