@@ -84,7 +84,8 @@ def test_kept_rows_are_all_that_is_sent(two_slow_ranks, case):
 def test_what_is_drawn_is_drawn_for_all_ranks(two_slow_ranks, case):
     steps = [rank[case] for rank in two_slow_ranks]
     kept = [step["head.layers.0.weight"].any(1) for step in steps[0]]
-    assert [int(rows.sum()) for rows in kept] == [16, 16, 16]
+    # A channel that is drawn may have a gradient of zero.
+    assert all(0 < int(rows.sum()) <= 16 for rows in kept)
     assert not torch.equal(kept[0], kept[1])
     for first, second in zip(*steps, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
