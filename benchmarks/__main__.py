@@ -2,9 +2,19 @@
 
 import argparse
 
-from benchmarks import breakdown, compile_time, layer, machine, markdown, scaling, step, suite
+from benchmarks import (
+    breakdown,
+    compile_time,
+    layer,
+    long_run,
+    machine,
+    markdown,
+    scaling,
+    step,
+    suite,
+)
 
-COMMANDS = (step, breakdown, layer, compile_time, scaling, suite, markdown)
+COMMANDS = (step, breakdown, layer, compile_time, scaling, long_run, suite, markdown)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.variants import DENSE, PEERS
 
-__all__ = ["draw_layers", "draw_scaling", "draw_steps", "sparse_rows"]
+__all__ = ["draw_layers", "draw_long_run", "draw_scaling", "draw_steps", "sparse_rows"]
 
 _SPARSE, _BOUND, _DENSE = "#d08770", "#2e7d6b", "#4c566a"
 _PEERS = dict(zip(PEERS, ("#d8dee9", "#b8c2d4", "#8fa1bf"), strict=True))
@@ -119,6 +119,33 @@ def draw_layers(rows: Sequence[Record], path: Path) -> None:
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8)
     axes.set_title("Time of a layer's sparse backward, dense = 1", loc="left", fontsize=10)
+    _save(figure, axes, path)
+
+
+def draw_long_run(rows: Sequence[Record], path: Path) -> None:
+    """Draw step time and memory of a long run over its steps.
+
+    Args:
+        rows: records of EpochRow.
+        path: the PNG file; one that exists is replaced.
+    """
+    made = _figure(4)
+    if made is None:
+        return
+    figure, axes = made
+    for color, label, is_sparse in ((_DENSE, "dense step", False), (_SPARSE, "sparse step", True)):
+        part = [row for row in rows if bool(row["drop_rate"]) == is_sparse]
+        times = [row["step_ms"] for row in part]
+        axes.plot([row["steps"] for row in part], times, ".", color=color, label=f"{label}, ms")
+    memory = axes.twinx()
+    values = [row["rss_mib"] for row in rows]
+    memory.plot([row["steps"] for row in rows], values, color=_BOUND, label="memory, MiB (right)")
+    memory.set_ylim(0, 1.2 * max(values))
+    axes.set_ylim(0, 1.5 * sorted(row["step_ms"] for row in rows)[int(0.9 * len(rows))])
+    axes.set_xlabel("training steps")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    memory.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_title("Medians of each epoch over a long run", loc="left", fontsize=10)
     _save(figure, axes, path)
 
 
