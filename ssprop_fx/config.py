@@ -71,6 +71,8 @@ class SparsityConfig:
             have one rate; `report(model)` says so. True does so for up to six. Keep counts that
             are none of the schedule's are read at run time, and with False all are: one compile
             serves every drop rate. The gradients are the same.
+        telemetry: whether sparse backwards leave behind what `SparsityScheduler.telemetry` reads
+            and a controller needs: how much of each gradient they keep.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -110,6 +112,7 @@ class SparsityConfig:
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     gate: bool = True
     specialize: bool | Literal["auto"] = "auto"
+    telemetry: bool = False
 
     @property
     def selection(self) -> Selection:
@@ -154,6 +157,8 @@ class SparsityConfig:
             raise TypeError(f"gate must be True or False, got {self.gate!r}")
         if not isinstance(self.specialize, bool) and self.specialize != "auto":
             raise ValueError(f'specialize must be True, False or "auto", got {self.specialize!r}')
+        if not isinstance(self.telemetry, bool):
+            raise TypeError(f"telemetry must be True or False, got {self.telemetry!r}")
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
 

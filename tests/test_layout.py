@@ -31,6 +31,9 @@ CORE = {
     "backend",
     "compile",
     "config",
+    "control",
+    "controllers",
+    "freezing",
     "instances",
     "memory",
     "module",
@@ -43,6 +46,7 @@ CORE = {
     "slots",
     "specialize",
     "stepping",
+    "telemetry",
     "variants",
 }
 

@@ -4,7 +4,7 @@ Plain torch functions: at once the reference and what the pass traces. The keep 
 int or a SymInt that is read at run time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,8 @@ class Selection:
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
             `ssprop_passes.memory`.
+        observer: is told of each choice: grad_output, scores, indices and weights. It must not
+            change what is computed, and is no part of the identity.
     """
 
     score: Score = mean_abs
@@ -54,6 +56,7 @@ class Selection:
     gradients: str = "both"
     block: int = 1
     memory: float = 0.0
+    observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
 
     def sparse(self, wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
         """Return which gradients of input, weight and bias are sparse, given those wanted."""
@@ -95,6 +98,8 @@ class Selection:
                 f" got {tuple(scores.shape)}"
             )
         indices, weights = self.choose(scores, k, groups)
+        if self.observer is not None:
+            self.observer(grad_output, scores, indices, weights)
         if memory is not None:
             memory.copy_(left_out(grad_output, indices, weights, memory.dtype))
         kept = gather_channels(grad_output, indices)

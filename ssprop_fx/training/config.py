@@ -128,6 +128,9 @@ class TrainConfig:
     block: int = 1
     gate: bool = True
     memory: float = SparsityConfig.memory
+    rates: dict[str, float] | None = None
+    depth_slope: float = 0.0
+    telemetry: bool = True
     compile_backend: str = "inductor"
     compile_mode: str | None = None
 

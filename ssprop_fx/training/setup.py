@@ -1,9 +1,12 @@
 """What a run is made of: device, model, optimizer, schedulers."""
 
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
 import torch
+from ssprop_passes.errors import CaptureError
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -11,6 +14,8 @@ from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.depth import by_depth
+from ssprop_fx.inspection import inspect_sites
 from ssprop_fx.schedule_spec import parse_schedule
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
@@ -25,6 +30,7 @@ __all__ = [
     "create_state",
     "find_device",
     "sparsity_config",
+    "with_depth_slope",
 ]
 
 # timm's own default, 90, is meant for runs on ImageNet.
@@ -167,7 +173,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
 
 
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
-    """Return which layers take part, as the flags say."""
+    """Return which layers take part, as the flags say, but for `--depth-slope`."""
     return SparsityConfig(
         channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
         min_channels=config.min_channels,
@@ -178,4 +184,38 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         block=config.block,
         gate=config.gate,
         memory=config.memory,
+        rates=config.rates or {},
+        telemetry=config.telemetry,
     )
+
+
+def with_depth_slope(
+    sparsity: SparsityConfig, config: TrainConfig, model: nn.Module, image_size: int
+) -> SparsityConfig:
+    """Return the same with the drop rates by layer that `--depth-slope` asks for.
+
+    Args:
+        sparsity: which layers take part; layers that have drop rates keep them.
+        config: settings of the run.
+        model: the model.
+        image_size: height and width of the images in pixels.
+
+    Raises:
+        CommandError: the slope does not fit the schedule, or the model cannot be inspected.
+    """
+    if not config.depth_slope:
+        return sparsity
+    # The length of an epoch moves no rate.
+    rate = parse_schedule(config.schedule, steps_per_epoch=1).highest
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    try:
+        inspection = inspect_sites(model, images, config=sparsity)
+        by_layer = by_depth(inspection, rate, config.depth_slope)
+    except (CaptureError, ValueError) as error:
+        raise CommandError(f"--depth-slope {config.depth_slope}: {error}") from error
+    free = {
+        name: rate
+        for name, rate in by_layer.items()
+        if not any(fnmatchcase(name, pattern) for pattern in sparsity.rates)
+    }
+    return replace(sparsity, rates={**sparsity.rates, **free})
