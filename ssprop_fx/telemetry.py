@@ -45,9 +45,8 @@ class Snapshot:
 
     def __init__(self, tables: list[tuple[Tensor, Mapping[str, int]]]) -> None:
         self._tables = [(_copy(table), rows) for table, rows in tables]
-        self._events = [torch.cuda.Event() for table, _ in tables if table.is_cuda][:1]
-        for event in self._events:
-            event.record()
+        devices = {table.device for table, _ in tables if table.is_cuda}
+        self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     @property
     def is_done(self) -> bool:

@@ -35,7 +35,7 @@ from ssprop_fx.training.setup import (
     create_state,
     find_device,
     sparsity_config,
-    with_depth_slope,
+    with_rates,
 )
 from ssprop_fx.training.summary import format_summary
 from ssprop_fx.training.tensorboard import check_tensorboard
@@ -103,7 +103,7 @@ class _Run:
         self._compiled = ssprop_compile(
             model,
             self._state.scheduler,
-            config=with_depth_slope(
+            config=with_rates(
                 sparsity_config(config), config, model, data_config["input_size"][-1]
             ),
             backend=config.compile_backend,

@@ -18,6 +18,7 @@ from ssprop_fx.depth import by_depth
 from ssprop_fx.inspection import inspect_sites
 from ssprop_fx.schedule_spec import parse_schedule
 from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.slots import find_slots
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.datasets import Datasets
 from ssprop_fx.training.errors import CommandError, unknown_name
@@ -30,7 +31,7 @@ __all__ = [
     "create_state",
     "find_device",
     "sparsity_config",
-    "with_depth_slope",
+    "with_rates",
 ]
 
 # timm's own default, 90, is meant for runs on ImageNet.
@@ -173,7 +174,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
 
 
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
-    """Return which layers take part, as the flags say, but for `--depth-slope`."""
+    """Return which layers take part, as the flags say, but for their drop rates."""
     return SparsityConfig(
         channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
         min_channels=config.min_channels,
@@ -184,29 +185,36 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         block=config.block,
         gate=config.gate,
         memory=config.memory,
-        rates=config.rates or {},
         telemetry=config.telemetry,
     )
 
 
-def with_depth_slope(
+def with_rates(
     sparsity: SparsityConfig, config: TrainConfig, model: nn.Module, image_size: int
 ) -> SparsityConfig:
-    """Return the same with the drop rates by layer that `--depth-slope` asks for.
+    """Return the same with the drop rates by layer of `--rates` and `--depth-slope`.
 
     Args:
-        sparsity: which layers take part; layers that have drop rates keep them.
-        config: settings of the run.
+        sparsity: which layers take part.
+        config: settings of the run; layers that `--rates` names follow no slope.
         model: the model.
         image_size: height and width of the images in pixels.
 
     Raises:
-        CommandError: the slope does not fit the schedule, or the model cannot be inspected.
+        CommandError: a rate does not fit the model, the slope not the schedule, or the model cannot
+            be inspected.
     """
+    given = config.rates or {}
+    try:
+        sparsity = replace(sparsity, rates=given)
+        find_slots(model, sparsity)
+    except (TypeError, ValueError) as error:
+        # It begins with the name of the argument, which is that of the flag.
+        raise CommandError(f"--{error}") from error
     if not config.depth_slope:
         return sparsity
     # The length of an epoch moves no rate.
-    rate = parse_schedule(config.schedule, steps_per_epoch=1).highest
+    rate = parse_schedule(config.schedule, steps_per_epoch=1_000_000).highest
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:
         inspection = inspect_sites(model, images, config=sparsity)
@@ -216,6 +224,6 @@ def with_depth_slope(
     free = {
         name: rate
         for name, rate in by_layer.items()
-        if not any(fnmatchcase(name, pattern) for pattern in sparsity.rates)
+        if not any(fnmatchcase(name, pattern) for pattern in given)
     }
-    return replace(sparsity, rates={**sparsity.rates, **free})
+    return replace(sparsity, rates={**given, **free})
