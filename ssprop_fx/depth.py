@@ -50,7 +50,7 @@ def by_depth(inspection: Inspection, rate: float, slope: float) -> dict[str, flo
         )
     if not 0 < rate < 1:
         raise ValueError(f"rate must be in (0, 1), got {rate!r}")
-    if not abs(slope) <= min(rate, 1 - rate):
+    if not (rate - abs(slope) >= 0 and rate + abs(slope) <= 1):
         raise ValueError(
             f"slope must be within {min(rate, 1 - rate):g} of 0, so that drop rates around"
             f" rate={rate!r} stay in (0, 1), got {slope!r}"

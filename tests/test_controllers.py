@@ -147,7 +147,7 @@ def test_the_target_is_held_without_a_recompile() -> None:
     scheduler = SparsityScheduler(constant(0.5), KeptMass(0.75, every=10))
     model = compile_model(mlp(), scheduler)
     masses, _ = train(model, 0, 60)
-    assert fmean(masses[:10]) > 0.85, "the schedule's rate keeps more"
+    assert fmean(masses[:10]) > 0.8, "the schedule keeps more"
     assert batched_means(masses[20:], 10) == pytest.approx([0.75] * 4, rel=0.05)
     assert len(model.ssprop.backend.graphs) == 1
 

@@ -97,7 +97,7 @@ def test_dense_steps_are_what_they_were_and_a_handle_ends_it() -> None:
     model = compile_model(bar(0.75, period=2))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     handle = freeze_dropped(optimizer, model)
-    weight = model[3].weight
+    weight = model._orig_mod[3].weight
     weights = []
     for _ in range(2):
         backward(model)
