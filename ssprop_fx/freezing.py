@@ -1,6 +1,5 @@
 """freeze_dropped: optimizer steps leave alone what a sparse backward has given no gradient."""
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -87,7 +86,7 @@ class _Hooks:
         # Where the step is going to change something: a weight and, but for the weight itself, the
         # key of its state. With the values before it, and 1 where these stay.
         self._places: list[tuple[nn.Parameter, str | None]] = []
-        self._before: Sequence[Tensor] = []
+        self._before: list[Tensor] = []
         self._stays: list[Tensor] = []
 
     @torch.no_grad()
@@ -107,7 +106,8 @@ class _Hooks:
             keys = [k for k, t in state.items() if getattr(t, "shape", None) == weight.shape]
             self._places += [(weight, key) for key in (None, *keys)]
             self._stays += [mask.to(self._at(weight, key).dtype) for key in (None, *keys)]
-        self._before = torch._foreach_mul([self._at(*place) for place in self._places], 1)
+        values = [self._at(*place) for place in self._places]
+        self._before = list(torch._foreach_mul(values, 1))
 
     @torch.no_grad()
     def after(self, *_args: Any) -> None:
