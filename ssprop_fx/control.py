@@ -55,6 +55,7 @@ class Control:
         layers = {
             name: Seen(
                 kept=self._kept[name],
+                aimed=1 - self.rates[name] if name in self.rates else self._kept[name],
                 telemetry=told[name],
                 flops=flops[name] / total,
                 kept_at=self._counts.rounding(name),

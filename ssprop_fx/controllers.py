@@ -17,6 +17,11 @@ __all__ = ["LAG", "AddedError", "Controller", "KeptMass", "Seen"]
 # Steps between a backward and the decision on what it told: on a GPU, it has arrived by then.
 LAG = 2
 
+# Share of the way, in the logarithm, from what is kept to what a decision takes to be right. All of
+# it would swing for ever between too much and too little where channels are dead, and the others
+# alike: what holds the target there lies far from where a curve through one point has it.
+_GAIN = 1 / 2
+
 # Halvings of the interval in which the level is looked for that a budget allows.
 _HALVINGS = 30
 
@@ -27,6 +32,7 @@ class Seen:
 
     Attributes:
         kept: share of its channels that were kept, in (0, 1].
+        aimed: the same before rounding.
         telemetry: what the backward that kept these told.
         flops: share of the dense backward's FLOPs that the layer's sparse gradients take at full
             size.
@@ -34,6 +40,7 @@ class Seen:
     """
 
     kept: float
+    aimed: float
     telemetry: SiteTelemetry
     flops: float
     kept_at: Callable[[float], float]
@@ -81,11 +88,14 @@ class _Target(Controller):
             )
 
     def decide(self, layers: Mapping[str, Seen], rest: float) -> dict[str, float]:
-        """Return the drop rate at which each layer is expected at the level, in [0, 1)."""
+        """Return drop rates in [0, 1), half of the way to where each layer is at the level."""
 
         def rates_at(strictness: float) -> dict[str, float]:
             level = self._level(strictness)
-            shares = {name: self._share(seen, level) for name, seen in layers.items()}
+            shares = {
+                name: seen.aimed ** (1 - _GAIN) * self._share(seen, level) ** _GAIN
+                for name, seen in layers.items()
+            }
             return {name: 1 - min(max(share, 1e-6), 1.0) for name, share in shares.items()}
 
         def is_within(rates: Mapping[str, float]) -> bool:

@@ -57,7 +57,8 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     if not isinstance(model, SsPropModule):
         raise TypeError(f"model must come from ssprop_compile, got {type(model).__name__}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    layers = [model.get_submodule(slot.name) for slot in model.ssprop.table.slots]
+    inner = model._orig_mod
+    layers = [inner.get_submodule(slot.name) for slot in model.ssprop.table.slots]
     weights = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
     frozen = [p for key, p in weights.items() if key in held]
     if not frozen:

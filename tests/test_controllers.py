@@ -25,28 +25,52 @@ from ssprop_fx.controllers import Controller, Seen
 from ssprop_fx.module import SsPropModule
 
 
-def seen(kept: float, flops: float, **told: float) -> Seen:
+def seen(kept: float, flops: float, aimed: float | None = None, **told: float) -> Seen:
     values = {"kept_mass": kept, "error": 1 - kept, "grad_norm": 1.0, **told}
     return Seen(
         kept=kept,
+        aimed=kept if aimed is None else aimed,
         telemetry=SiteTelemetry(**values),
         flops=flops,
         kept_at=lambda drop_rate: round(100 * (1 - drop_rate)) / 100,
     )
 
 
-def test_a_power_law_is_solved_at_once() -> None:
-    layers = {f"{b}": seen(kept=0.5, flops=0.2, kept_mass=0.5**b) for b in (0.1, 0.5, 1.0)}
-    rates = KeptMass(0.9).decide(layers, rest=0.4)
-    assert {name: (1 - rates[name]) ** float(name) for name in rates} == pytest.approx(
-        dict.fromkeys(layers, 0.9)
-    )
+@pytest.mark.parametrize("start", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda f: f,
+        lambda f: f**0.2,
+        # Dead channels, and the others alike.
+        lambda f: min(f / 0.6, 1.0),
+        lambda f: 0.3 * f + 0.7 * min(f / 0.4, 1.0),
+    ],
+)
+def test_any_curve_is_solved_in_a_few_decisions(start: float, curve: Callable) -> None:
+    kept = start
+    for _ in range(8):
+        layer = seen(kept=kept, flops=1.0, kept_mass=curve(kept))
+        kept = 1 - KeptMass(0.75).decide({"a": layer}, rest=0.0)["a"]
+    assert curve(kept) == pytest.approx(0.75, rel=0.05)
 
 
-def test_an_unbiased_selectors_error_is_solved_at_once() -> None:
-    # Uniform sampling of a flat gradient adds (1 - f) / f.
-    rates = AddedError(2.0).decide({"a": seen(kept=0.5, flops=1.0, error=1.0)}, rest=0.0)
-    assert rates["a"] == pytest.approx(2 / 3)
+@pytest.mark.parametrize("curve", [lambda f: (1 - f) / f, lambda f: (1 - f) ** 2])
+def test_an_error_is_solved_in_a_few_decisions(curve: Callable) -> None:
+    kept = 0.5
+    for _ in range(8):
+        layer = seen(kept=kept, flops=1.0, error=curve(kept))
+        kept = 1 - AddedError(0.3).decide({"a": layer}, rest=0.0)["a"]
+    assert curve(kept) == pytest.approx(0.3, rel=0.05)
+
+
+def test_rounding_does_not_stop_it_short() -> None:
+    aimed, kept = 0.25, 0.25
+    for _ in range(8):
+        layer = seen(kept=kept, aimed=aimed, flops=1.0, kept_mass=kept)
+        aimed = 1 - KeptMass(0.4).decide({"a": layer}, rest=0.0)["a"]
+        kept = max(round(4 * aimed), 1) / 4
+    assert (aimed, kept) == (pytest.approx(0.4, rel=0.01), 0.5)
 
 
 @pytest.mark.parametrize("controller", [KeptMass, AddedError])
@@ -64,14 +88,14 @@ def test_a_budget_is_spent_and_no_more(controller: type[Controller]) -> None:
 
     assert cost(free) > 0.5 >= cost(bound) > 0.48
     assert controller(target, budget=1).decide(layers, rest=0.2) == free
-    # Nothing is affordable: the smallest.
-    assert min(controller(target, budget=0.1).decide(layers, rest=0.2).values()) > 0.999
+    # Nothing is affordable: next to nothing is kept.
+    assert min(controller(target, budget=0.1).decide(layers, rest=0.2).values()) > 0.99
 
 
 def test_a_layer_that_keeps_all_tells_nothing_and_is_let_go() -> None:
     layers = {"a": seen(kept=1.0, flops=1.0, kept_mass=1.0, error=0.0)}
-    assert KeptMass(0.9).decide(layers, rest=0) == {"a": pytest.approx(0.1)}
-    assert AddedError(0.25).decide(layers, rest=0) == {"a": pytest.approx(0.2)}
+    assert 0 < KeptMass(0.9).decide(layers, rest=0)["a"] < 0.1
+    assert 0 < AddedError(0.25).decide(layers, rest=0)["a"] < 0.2
     # Nor does a mass that is all or nothing end in an error.
     for mass in (0.0, 1.0):
         rates = KeptMass(0.9).decide({"a": seen(kept=0.5, flops=1.0, kept_mass=mass)}, rest=0)
@@ -146,9 +170,9 @@ def batched_means(values: list[float], size: int) -> list[float]:
 def test_the_target_is_held_without_a_recompile() -> None:
     scheduler = SparsityScheduler(constant(0.5), KeptMass(0.75, every=10))
     model = compile_model(mlp(), scheduler)
-    masses, _ = train(model, 0, 60)
+    masses, _ = train(model, 0, 80)
     assert fmean(masses[:10]) > 0.8, "the schedule keeps more"
-    assert batched_means(masses[20:], 10) == pytest.approx([0.75] * 4, rel=0.05)
+    assert batched_means(masses[40:], 10) == pytest.approx([0.75] * 4, rel=0.05)
     assert len(model.ssprop.backend.graphs) == 1
 
 
@@ -206,14 +230,15 @@ def test_a_real_model_holds_its_target_within_its_budget(
         channel_multiple=multiple,
         min_channels=16,
     )
-    masses, costs = train(model, 0, 220, size=32)
-    held = batched_means(masses[20:], 20)
+    # Three decisions to settle, then 200 steps.
+    masses, costs = train(model, 0, 260, size=32)
+    held = batched_means(masses[60:], 20)
     assert len(held) == 10
     if controller.budget is None:
         assert held == pytest.approx([controller.target] * 10, rel=0.05)
     else:
         assert max(costs[20:]) <= controller.budget
         # As much as is allowed, but for the rounding of keep counts.
-        assert fmean(costs[20:]) > 0.9 * controller.budget
+        assert fmean(costs[60:]) > 0.9 * controller.budget
         assert max(held) < controller.target
     assert len(model.ssprop.backend.graphs) == 1
