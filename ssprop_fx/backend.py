@@ -28,6 +28,7 @@ from ssprop_fx.memory import Memory, MemoryInput, mark_memories
 from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
 from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable, find_slots
+from ssprop_fx.telemetry import empty_table
 
 __all__ = ["BACKENDS", "SparseBackend"]
 
@@ -81,6 +82,7 @@ class SparseBackend:
         self.captured: set[str] = set()
         self.error: SsPropCompileError | None = None
         self.ranks: set[Ranks | None] = set()
+        keep_counts.telemetry.follow(self)
 
     @property
     def model(self) -> nn.Module:
@@ -144,7 +146,9 @@ class SparseBackend:
         self.ranks.add(self.selection.ranks)
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else ()
-        extra = [memory.zeros() for memory in memories]
+        device = _device(example_inputs) if self.config.telemetry else None
+        table = [] if device is None else [empty_table(len(self.table.slots), device)]
+        extra = [*table, *(memory.zeros() for memory in memories)]
         if self.constants is None:
             extra.append(self.keep_counts.tensor)
         gm = with_extra_inputs(gm, extra)
@@ -158,6 +162,7 @@ class SparseBackend:
             self.selection.identity,
             gate and gate.identity(),
             self.constants,
+            self.config.telemetry,
         )
         key = record_key(gm, inputs, repr(identity))
 
@@ -177,19 +182,29 @@ class SparseBackend:
             save_record(key, graph)
         self.captured.update(layers)
         instances = Instances(self.model, self.table, graph, example_inputs)
-        return self._register(compiled, instances, memories)
+        return self._register(compiled, instances, memories, device)
 
     def adopt(self, graph: SparseGraph) -> SparseGraph:
         """Return a graph that was compiled for another model, to run for this one."""
         instances = graph.instances.of_model(self.model, self.table)
-        return self._register(graph.compiled, instances, graph.memories)
+        return self._register(graph.compiled, instances, graph.memories, graph.telemetry)
 
     def _register(
-        self, compiled: Callable[..., Any], instances: Instances, memories: Sequence[MemoryInput]
+        self,
+        compiled: Callable[..., Any],
+        instances: Instances,
+        memories: Sequence[MemoryInput],
+        telemetry: torch.device | None,
     ) -> SparseGraph:
         self.instances.append(instances)
         return SparseGraph(
-            compiled, instances, self.keep_counts, memories, self.memory, self.constants
+            compiled,
+            instances,
+            self.keep_counts,
+            memories,
+            self.memory,
+            self.constants,
+            telemetry,
         )
 
     def _gate(self) -> Gate | None:
@@ -217,6 +232,7 @@ class SparseBackend:
             selection=self.selection,
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
+            telemetry=self.config.telemetry,
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
             constants=self.constants,
         )
@@ -327,7 +343,7 @@ def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.Graph
 
     Args:
         gm: the graph.
-        tensors: what they stand for: memories, and the runtime sparsity tensor at the end.
+        tensors: what they stand for: table, memories, and the runtime sparsity tensor at the end.
     """
     gm = copy_graph(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -372,6 +388,13 @@ def is_differentiable(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in inputs
     )
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """Return the device of a graph's parameters, of its first tensor if it has none."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    parameters = [value for value in tensors if isinstance(value, nn.Parameter)]
+    return (parameters or tensors)[0].device
 
 
 def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:

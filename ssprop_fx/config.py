@@ -81,6 +81,8 @@ class SparsityConfig:
             All ranks must take the same steps with the same model and schedule, which is checked,
             on batches of one size. Where there is no process group when the model is first run in
             a sparse step, or one rank alone, there is nothing to share. See docs/distributed.md.
+        telemetry: whether sparse backwards leave behind what `SparsityScheduler.telemetry` reads
+            and a controller needs: how much of each gradient they keep.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -121,6 +123,7 @@ class SparsityConfig:
     gate: bool = True
     specialize: bool | Literal["auto"] = "auto"
     ranks: Literal["own", "shared"] = "own"
+    telemetry: bool = False
 
     @property
     def selection(self) -> Selection:
@@ -167,6 +170,8 @@ class SparsityConfig:
             raise TypeError(f"gate must be True or False, got {self.gate!r}")
         if not isinstance(self.specialize, bool) and self.specialize != "auto":
             raise ValueError(f'specialize must be True, False or "auto", got {self.specialize!r}')
+        if not isinstance(self.telemetry, bool):
+            raise TypeError(f"telemetry must be True or False, got {self.telemetry!r}")
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
 

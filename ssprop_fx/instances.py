@@ -7,6 +7,7 @@ for one model serves others of its kind.
 """
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ssprop_fx.memory import Memory, MemoryInput
 from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable
+from ssprop_fx.telemetry import empty_table
 
 __all__ = ["Instance", "Instances", "SparseGraph", "weight_owners"]
 
@@ -39,7 +41,13 @@ class Instance:
 
     Attributes:
         is_own: whether they are the layers that the graph was compiled for.
+        table: what the backward tells of its sites, a row a slot of the model that the graph was
+            compiled for; None before the first call, and without telemetry.
+        rows: the row of each layer that the graph is called for, by name.
+        last_run: number of the last call, among all calls of all instances.
     """
+
+    _runs = itertools.count(1)
 
     def __init__(
         self,
@@ -57,6 +65,24 @@ class Instance:
         self._others = torch.tensor([other for _, other in moved], dtype=torch.int64)
         self._dense = {own: ~other for own, other in (slots or {}).items() if other < 0}
         self._read = torch.tensor(sorted(slots or {}), dtype=torch.int64)
+        own_of = {other: own for own, other in moved}
+        self.rows = {
+            site.name: own_of.get(site.slot, site.slot) for site in graph.sites if not site.reason
+        }
+        self.table: Tensor | None = None
+        self.last_run = 0
+
+    def count_run(self) -> None:
+        """Note a call."""
+        self.graph.runs += 1
+        self.last_run = next(self._runs)
+
+    def find_table(self, device: torch.device) -> Tensor:
+        """Return the table, to be written by a backward on a device."""
+        if self.table is None or self.table.device != device:
+            self.table = empty_table(self._slot_count, device)
+        # An alias with a version counter of its own, as a memory.
+        return self.table.data
 
     def keep_counts(self, counts: Tensor) -> Tensor:
         """Return the model's keep counts, int64 [slots], as the graph is to see them."""
@@ -167,6 +193,7 @@ class SparseGraph:
         memories: the memories that the graph takes.
         memory: those of the model.
         constants: the keep count of each slot that was compiled in, None where they are read.
+        telemetry: the device of the graph's table, None without telemetry.
     """
 
     def __init__(
@@ -177,6 +204,7 @@ class SparseGraph:
         memories: Sequence[MemoryInput],
         memory: Memory,
         constants: tuple[int, ...] | None = None,
+        telemetry: torch.device | None = None,
     ) -> None:
         self.compiled = compiled
         self.instances = instances
@@ -184,6 +212,7 @@ class SparseGraph:
         self.memories = memories
         self.memory = memory
         self.constants = constants
+        self.telemetry = telemetry
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph for the layers whose weights are among its inputs.
@@ -192,9 +221,11 @@ class SparseGraph:
             SsPropCompileError: keep counts are constants, and those of these layers are others.
         """
         instance = self.instances.find(args)
-        instance.graph.runs += 1
+        instance.count_run()
         names = instance.names
         state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]
+        if self.telemetry is not None:
+            state.insert(0, instance.find_table(self.telemetry))
         keep_counts = instance.keep_counts(self.keep_counts.tensor)
         if self.constants is None:
             return self.compiled(*args, *state, keep_counts)

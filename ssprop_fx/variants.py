@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
 from ssprop_fx.slots import find_slots, resolve_multiple
 from ssprop_fx.specialize import constant_levels
+from ssprop_fx.telemetry import SiteTelemetry
 
 __all__ = ["SparseVariant", "Variants", "inductor_options"]
 
@@ -51,6 +53,9 @@ class SparseVariant:
         keep_counts: KeepCounts | None = None,
         memory: Memory | None = None,
     ) -> None:
+        if scheduler.controller is not None:
+            # Telemetry is what it goes by.
+            config = replace(config, telemetry=True)
         self.scheduler = scheduler
         self.config = config
         self.table = find_slots(model, config)
@@ -61,6 +66,7 @@ class SparseVariant:
             [slot.groups for slot in slots],
             [self.table.rates.get(slot.name) for slot in slots],
             config.block,
+            [slot.name for slot in slots],
         )
         self.memory = memory or Memory([slot.name for slot in slots] if config.memory else ())
         self.backend = SparseBackend(
@@ -80,6 +86,10 @@ class SparseVariant:
     def keep_counts(self) -> torch.Tensor:
         """The model's part of the runtime sparsity tensor: int64, CPU, [slots]."""
         return self.part.tensor
+
+    def telemetry(self) -> dict[str, SiteTelemetry]:
+        """Return what sparse backwards told of each layer; see `SparsityScheduler.telemetry`."""
+        return self.part.telemetry.latest()
 
     @property
     def graphs(self) -> tuple[CompiledGraph, ...]:

@@ -30,6 +30,12 @@ def test_a_run_has_a_dense_and_a_sparse_phase(whole_run):
     ]
 
 
+def test_the_mean_kept_mass_of_each_step_is_noted(whole_run):
+    masses = [float(row["kept_mass"]) for row in rows(whole_run / "steps.csv")]
+    assert masses[:STEPS_PER_EPOCH] == [1.0] * STEPS_PER_EPOCH
+    assert all(0.2 < mass < 1 for mass in masses[STEPS_PER_EPOCH:])
+
+
 def test_a_checkpoint_is_plain_and_timm_reads_it(whole_run):
     path = whole_run / "last.pt"
     content = torch.load(path, weights_only=True)

@@ -32,6 +32,9 @@ CORE = {
     "backend",
     "compile",
     "config",
+    "control",
+    "controllers",
+    "freezing",
     "instances",
     "kept_rows",
     "memory",
@@ -45,6 +48,7 @@ CORE = {
     "slots",
     "specialize",
     "stepping",
+    "telemetry",
     "variants",
 }
 

@@ -11,7 +11,7 @@ TINY = [
     *("--compile-backend", "aot_eager", "--channel-multiple", "8", "--min-channels", "16"),
 ]
 # One dense and one sparse epoch; drop path draws on the generators.
-TWO_PHASES = [*TINY, "--epochs", "2", "--drop-path", "0.1"]
+TWO_PHASES = [*TINY, "--epochs", "2", "--drop-path", "0.1", "--telemetry"]
 
 
 def rows(path):

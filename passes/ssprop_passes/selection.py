@@ -4,7 +4,7 @@ Plain torch functions: at once the reference and what the pass traces. The keep 
 int or a SymInt that is read at run time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,8 @@ class Selection:
             `ssprop_passes.memory`.
         ranks: the processes that keep the same channels; see `ssprop_passes.ranks`. None where
             each keeps its own.
+        observer: is told of each choice: grad_output, scores, indices and weights. It must not
+            change what is computed, and is no part of the identity.
     """
 
     score: Score = mean_abs
@@ -58,6 +60,7 @@ class Selection:
     block: int = 1
     memory: float = 0.0
     ranks: Ranks | None = None
+    observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
 
     def sparse(self, wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
         """Return which gradients of input, weight and bias are sparse, given those wanted."""
@@ -101,6 +104,8 @@ class Selection:
         if self.ranks is not None:
             scores = self.ranks.mean(scores, power_over_ranks(self.score))
         indices, weights = self.choose(scores, k, groups)
+        if self.observer is not None:
+            self.observer(grad_output, scores, indices, weights)
         if memory is not None:
             left = left_out(grad_output, indices, weights, memory.dtype)
             memory.copy_(left if self.ranks is None else self.ranks.mean(left))

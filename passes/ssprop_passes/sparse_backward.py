@@ -8,8 +8,9 @@ backward does not need is not saved, and what it adds is fused with its neighbou
     after     k = keep_counts[slot].item()
               dx, dw = sparse_backward(dy, x, w, k)
 
-With a memory, another input of the graph, `sparse_backward` writes it in place. Where the keep
-counts are constants, k is a plain int, and the graph has no such input.
+With a memory, another input of the graph, `sparse_backward` writes it in place. With telemetry, one
+more input, the graph ends with a write of what all sites tell. Where the keep counts are constants,
+k is a plain int, and the graph has no such input.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from ssprop_passes.sites import (
     matrix_product_flops,
     why_dense,
 )
+from ssprop_passes.telemetry import observe, write_rows
 
 __all__ = ["SparseBackwardPass", "find_sites"]
 
@@ -52,6 +54,8 @@ class SparseBackwardPass(GraphPass):
         gate: says which sites are worth making sparse; None to make all.
         memories: layers that the graph's memories are of, one an entry; the memories are inputs
             of the graph, its last but for the runtime sparsity tensor.
+        telemetry: whether the sites tell of themselves; their table is an input of the graph,
+            right before the memories.
         previous: pass or passes to run first.
         constants: keep count of each slot where they are constants; the graph then has no runtime
             sparsity tensor.
@@ -71,6 +75,7 @@ class SparseBackwardPass(GraphPass):
         selection: Selection = Selection(),  # noqa: B008, it is frozen
         gate: Gate | None = None,
         memories: Sequence[str] = (),
+        telemetry: bool = False,
         previous: Previous = None,
         constants: Sequence[int] | None = None,
     ) -> None:
@@ -84,6 +89,7 @@ class SparseBackwardPass(GraphPass):
         self.gate = gate
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
+        self.telemetry = telemetry
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -94,7 +100,8 @@ class SparseBackwardPass(GraphPass):
             return None
         slots, excluded = sorted(self.slots.items()), sorted(self.excluded.items())
         gate = self.gate and self.gate.identity()
-        return repr((slots, excluded, self.layers, selection, gate, self.memories, self.constants))
+        state = self.memories, self.telemetry, self.constants
+        return repr((slots, excluded, self.layers, selection, gate, state))
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
@@ -103,7 +110,10 @@ class SparseBackwardPass(GraphPass):
         if self.constants is None:
             keep_counts = find_keep_counts(inputs, self.slot_count)
             inputs = inputs[: inputs.index(keep_counts)]
-        memories = inputs[len(inputs) - len(self.memories) :]
+        # Before the keep counts lie the memories, and before these the table.
+        first = len(inputs) - len(self.memories)
+        memories = inputs[first:]
+        rows: dict[int, fx.Node] = {}
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
             if not site.reason:
@@ -113,8 +123,13 @@ class SparseBackwardPass(GraphPass):
                 site = self._judge(match, site)
                 if not site.reason:
                     memory = memories[_memory_maybe(match)] if memories else None
-                    self._rewrite(graph, match, keep_counts, site.slot, memory)
+                    row = self._rewrite(graph, match, keep_counts, site.slot, memory)
+                    if row is not None:
+                        # Of a layer that is called several times, the last call in the backward.
+                        rows[site.slot] = row
             self.sites.append(site)
+        if rows:
+            self._write(graph, inputs[first - 1], rows)
 
     def _judge(self, match: SiteMatch, site: Site) -> Site:
         """Return a site with what is yet to be said of it, by the gate above all."""
@@ -135,7 +150,8 @@ class SparseBackwardPass(GraphPass):
         keep_counts: fx.Node | None,
         slot: int,
         memory: fx.Node | None,
-    ) -> None:
+    ) -> fx.Node | None:
+        """Put a site's sparse backward in its place; return the row that it tells, if it does."""
         limit = match.channels // match.groups
         operands = len(match.inputs)
         state = [node for node in (memory, keep_counts) if node is not None]
@@ -146,23 +162,49 @@ class SparseBackwardPass(GraphPass):
                 k = read_keep_count(tensors[-1], slot, limit, self.selection.block)
             else:
                 k = self.constants[slot]
+            rows: list[Tensor] = []
+            selection = self.selection
+            if self.telemetry:
+                selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
             gradients = match.backward(
                 k,
-                self.selection,
+                selection,
                 *tensors[:operands],
                 memory=None if memory is None else tensors[operands],
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
-            return tuple(
+            laid_out = [
                 gradient
                 if gradient is None or dense is None
                 else with_strides(gradient, dense.stride())
                 for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
-            )
+            ]
+            return *laid_out, *rows
 
-        fake_mode = match.inputs[0].meta["val"].fake_mode
-        traced = trace(replacement, inputs, fake_mode, self.decompositions())
-        match.replace(splice(graph, match.node, traced, inputs))
+        outputs = self._splice(graph, match.node, replacement, inputs)
+        match.replace(outputs[:3])
+        return outputs[3] if self.telemetry else None
+
+    def _write(self, graph: fx.Graph, table: fx.Node, rows: Mapping[int, fx.Node]) -> None:
+        """End the graph with a write of the sites' rows, by slot, into the table."""
+        positions = {slot: i for i, slot in enumerate(rows)}
+
+        def write(table: Tensor, *rows: Tensor) -> tuple[()]:
+            write_rows(table, rows, positions)
+            return ()
+
+        self._splice(graph, graph.output_node(), write, [table, *rows.values()])
+
+    def _splice(
+        self,
+        graph: fx.Graph,
+        before: fx.Node,
+        function: Callable[..., Any],
+        inputs: Sequence[fx.Node],
+    ) -> tuple[fx.Node | None, ...]:
+        fake_mode = inputs[0].meta["val"].fake_mode
+        traced = trace(function, inputs, fake_mode, self.decompositions())
+        return splice(graph, before, traced, inputs)
 
 
 def _memory_maybe(match: SiteMatch) -> Any:

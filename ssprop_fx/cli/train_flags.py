@@ -110,6 +110,14 @@ def _add_sparsity(group: Any) -> None:
     _switch(group, "gate", "leave dense what is measured not to be faster sparse")
     _float(group, "memory", "share of what a step leaves out that is added in the next")
     _text(group, "ranks", None, "whose samples choose for a process of several", choices=RANKS)
+    _mapping(group, "rates", "drop rates of layers by name pattern, such as 'layer4.*=0.5'")
+    _float(
+        group,
+        "depth_slope",
+        "drop so much more next to the input than the schedule's highest rate, as much less next to"
+        " the output, and in all as many FLOPs",
+    )
+    _switch(group, "telemetry", "note the kept mass of each step")
     _text(
         group,
         "compile_backend",

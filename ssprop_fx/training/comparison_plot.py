@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy over steps, seconds and joules, and the drop rate."""
+"""The picture of a comparison: accuracy over steps, seconds and joules; drop rate, kept mass."""
 
 import io
 from collections.abc import Callable
@@ -57,9 +57,15 @@ def draw_comparison(comparison: Comparison) -> bytes:
     for run in comparison.runs:
         steps, rates = [row.step for row in run.steps], [row.drop_rate for row in run.steps]
         rate.step(steps, rates, where="post", color=colors[id(run)], linewidth=1.2)
-    rate.set_title("Drop rate: fraction of channels left out", loc="left", fontsize=10)
+        masses = [row.kept_mass for row in run.steps]
+        rate.plot(steps, masses, color=colors[id(run)], linewidth=1, linestyle=":")
+    rate.set_title(
+        "Drop rate: fraction of channels left out; kept mass of the gradient (dotted)",
+        loc="left",
+        fontsize=10,
+    )
     rate.set_xlabel("steps")
-    rate.set_ylim(-0.02, 1)
+    rate.set_ylim(-0.02, 1.02)
     for axes in (over_steps, over_seconds, over_joules, rate):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)

@@ -129,6 +129,9 @@ class TrainConfig:
     gate: bool = True
     memory: float = SparsityConfig.memory
     ranks: str = SparsityConfig.ranks
+    rates: dict[str, float] | None = None
+    depth_slope: float = 0.0
+    telemetry: bool = False
     compile_backend: str = "inductor"
     compile_mode: str | None = None
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ class Trainer:
             lr=state.optimizer.param_groups[0]["lr"],
             ms=ms,
             timed=int(self._steps_seen[drop_rate > 0] > _UNTIMED_STEPS),
+            kept_mass=self._kept_mass(),
         )
         if self._records is not None:
             self._records.add_step(row)
@@ -226,6 +228,15 @@ class Trainer:
             whole = found.backward_flops
             self._saved_fractions[keep_counts] = found.saved_flops / whole if whole else math.nan
         return self._saved_fractions[keep_counts]
+
+    def _kept_mass(self) -> float:
+        """Return the mean kept mass of the step just done, as far as it is known."""
+        if not self._config.telemetry:
+            return math.nan
+        if self._state.scheduler.drop_rate == 0:
+            return 1.0
+        told = self._state.scheduler.telemetry().values()
+        return fmean(site.kept_mass for site in told) if told else math.nan
 
     def _add_energy(self) -> None:
         used = self._meter.end()

@@ -46,11 +46,16 @@ def plot_run(records: Records, path: Path, title: str) -> None:
     rates = [row.drop_rate for row in records.steps]
     rate.step(steps, rates, where="post", color=_SPARSE)
     rate.fill_between(steps, rates, step="post", color=_SPARSE, alpha=0.25)
+    masses = [row.kept_mass for row in records.steps]
+    rate.plot(steps, masses, color=_DENSE, linewidth=1, linestyle=":")
     rate.set_title(
-        "Drop rate: fraction of channels left out of the backward pass", loc="left", fontsize=10
+        "Drop rate: fraction of channels left out of the backward pass; kept mass of the gradient"
+        " (dotted)",
+        loc="left",
+        fontsize=10,
     )
     rate.set_ylabel("fraction")
-    rate.set_ylim(0, 1)
+    rate.set_ylim(0, 1.02)
 
     timed = [row for row in records.steps if row.timed]
     for name, color, sparse in (("dense", _DENSE, False), ("sparse", _SPARSE, True)):

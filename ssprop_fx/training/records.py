@@ -32,6 +32,8 @@ class StepRow:
         lr: learning rate of the first parameter group.
         ms: milliseconds from the batch on the device to the end of the optimizer's step.
         timed: 0 for a step that may have compiled a graph: `ms` is no measure of it.
+        kept_mass: mean over layers of the share of the score that the kept channels hold, 1 for a
+            dense step; on a GPU that of some steps before; NaN where that is not known.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepRow:
     lr: float
     ms: float
     timed: int
+    kept_mass: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from ssprop_fx.training.setup import (
     create_state,
     find_device,
     sparsity_config,
+    with_rates,
 )
 from ssprop_fx.training.summary import format_summary
 from ssprop_fx.training.tensorboard import check_tensorboard
@@ -102,7 +103,9 @@ class _Run:
         self._compiled = ssprop_compile(
             model,
             self._state.scheduler,
-            config=sparsity_config(config),
+            config=with_rates(
+                sparsity_config(config), config, model, data_config["input_size"][-1]
+            ),
             backend=config.compile_backend,
             mode=config.compile_mode,
         )

@@ -1,9 +1,12 @@
 """What a run is made of: device, model, optimizer, schedulers."""
 
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
 import torch
+from ssprop_passes.errors import CaptureError
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -11,8 +14,11 @@ from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.depth import by_depth
+from ssprop_fx.inspection import inspect_sites
 from ssprop_fx.schedule_spec import parse_schedule
 from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.slots import find_slots
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.datasets import Datasets
 from ssprop_fx.training.errors import CommandError, unknown_name
@@ -25,6 +31,7 @@ __all__ = [
     "create_state",
     "find_device",
     "sparsity_config",
+    "with_rates",
 ]
 
 # timm's own default, 90, is meant for runs on ImageNet.
@@ -167,7 +174,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
 
 
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
-    """Return which layers take part, as the flags say."""
+    """Return which layers take part, as the flags say, but for their drop rates."""
     return SparsityConfig(
         channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
         min_channels=config.min_channels,
@@ -179,4 +186,45 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         gate=config.gate,
         memory=config.memory,
         ranks=config.ranks,  # type: ignore[arg-type]
+        telemetry=config.telemetry,
     )
+
+
+def with_rates(
+    sparsity: SparsityConfig, config: TrainConfig, model: nn.Module, image_size: int
+) -> SparsityConfig:
+    """Return the same with the drop rates by layer of `--rates` and `--depth-slope`.
+
+    Args:
+        sparsity: which layers take part.
+        config: settings of the run; layers that `--rates` names follow no slope.
+        model: the model.
+        image_size: height and width of the images in pixels.
+
+    Raises:
+        CommandError: a rate does not fit the model, the slope not the schedule, or the model cannot
+            be inspected.
+    """
+    given = config.rates or {}
+    try:
+        sparsity = replace(sparsity, rates=given)
+        find_slots(model, sparsity)
+    except (TypeError, ValueError) as error:
+        # It begins with the name of the argument, which is that of the flag.
+        raise CommandError(f"--{error}") from error
+    if not config.depth_slope:
+        return sparsity
+    # The length of an epoch moves no rate.
+    rate = parse_schedule(config.schedule, steps_per_epoch=1_000_000).highest
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    try:
+        inspection = inspect_sites(model, images, config=sparsity)
+        by_layer = by_depth(inspection, rate, config.depth_slope)
+    except (CaptureError, ValueError) as error:
+        raise CommandError(f"--depth-slope {config.depth_slope}: {error}") from error
+    free = {
+        name: rate
+        for name, rate in by_layer.items()
+        if not any(fnmatchcase(name, pattern) for pattern in given)
+    }
+    return replace(sparsity, rates={**given, **free})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorBoardLog", "check_tensorboard"]
 
-_STEP_NAMES = ("loss", "drop_rate", "backward_saved", "lr", "ms")
+_STEP_NAMES = ("loss", "drop_rate", "backward_saved", "lr", "ms", "kept_mass")
 _EPOCH_NAMES = ("train_loss", "eval_loss", "eval_top1", "images_per_s", "gpu_joules", "cpu_joules")
 
 

@@ -1,0 +1,67 @@
+"""Telemetry: what a sparse backward tells of its selection, for schedulers and people to read.
+
+Three numbers a site, of the gradient g that the channels are chosen from and s, what is kept of it
+(weighted, if the selector weights channels):
+
+    kept_mass   sum of the scores of the kept channels / sum of all scores
+    error       |g - s|^2 / |g|^2
+    grad_norm   |g|
+
+Where nothing is weighted, `error` is the share of the squared norm that is left out; for a selector
+that is unbiased its expectation is the variance added, as a share of the squared norm. The graph
+writes them into one tensor, float32 [slots, 3], a row a slot, at the end of the backward: it reads
+nothing, and nothing waits for it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FIELDS", "observe", "write_rows"]
+
+FIELDS = ("kept_mass", "error", "grad_norm")
+
+
+def observe(grad_output: Tensor, scores: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the row of a site.
+
+    Args:
+        grad_output: [N, C, *space].
+        scores: [C].
+        indices: channels that are kept, [k].
+        weights: what each of these is multiplied by, [k]; None where all are 1.
+
+    Returns:
+        The values of `FIELDS`, float32 [3]. Not finite where the gradient is not; where it is zero
+        throughout, nothing is lost.
+    """
+    # A half-precision sum of squares would overflow.
+    over = [d for d in range(grad_output.ndim) if d != 1]
+    squares = grad_output.to(torch.float32).square().sum(over)
+    scores = scores.to(torch.float32)
+    if weights is None:
+        left = squares.index_fill(0, indices, 0.0)
+    else:
+        shares = (1 - weights).to(torch.float32).square()
+        left = squares.index_put([indices], squares[indices] * shares)
+    total = squares.sum()
+    mass = _ratio(scores[indices].sum(), scores.sum(), of_nothing=1.0)
+    return torch.stack([mass, _ratio(left.sum(), total, of_nothing=0.0), total.sqrt()])
+
+
+def write_rows(table: Tensor, rows: Sequence[Tensor], slots: Mapping[int, int]) -> None:
+    """Write the rows of a graph's sites; all other rows become NaN.
+
+    Args:
+        table: float32 [slots, 3].
+        rows: those that `observe` returned.
+        slots: slot -> its index in `rows`.
+    """
+    none = table.new_full((len(FIELDS),), float("nan"))
+    every = [rows[slots[i]].to(table.device) if i in slots else none for i in range(len(table))]
+    table.copy_(torch.stack(every))
+
+
+def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:
+    return torch.where(whole == 0, of_nothing, part / whole)
