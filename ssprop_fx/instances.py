@@ -22,7 +22,14 @@ from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable
 
-__all__ = ["Instance", "Instances", "SparseGraph", "weight_owners"]
+__all__ = ["SEVERAL_GRAPHS", "Instance", "Instances", "SparseGraph", "weight_owners"]
+
+
+SEVERAL_GRAPHS = (
+    'axis="sample" needs the whole model in one graph, because its samples are chosen once in a'
+    " backward: the model is cut by a graph break (TORCH_LOGS=graph_breaks shows where) or by"
+    " DistributedDataParallel (torch._dynamo.config.optimize_ddp = False forbids it)"
+)
 
 
 class Instance:
@@ -167,6 +174,8 @@ class SparseGraph:
         memories: the memories that the graph takes.
         memory: those of the model.
         constants: the keep count of each slot that was compiled in, None where they are read.
+        batch: position of the input whose leading dimension is the batch, None where channels are
+            chosen.
     """
 
     def __init__(
@@ -177,6 +186,7 @@ class SparseGraph:
         memories: Sequence[MemoryInput],
         memory: Memory,
         constants: tuple[int, ...] | None = None,
+        batch: int | None = None,
     ) -> None:
         self.compiled = compiled
         self.instances = instances
@@ -184,14 +194,20 @@ class SparseGraph:
         self.memories = memories
         self.memory = memory
         self.constants = constants
+        self.batch = batch
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph for the layers whose weights are among its inputs.
 
         Raises:
-            SsPropCompileError: keep counts are constants, and those of these layers are others.
+            SsPropCompileError: keep counts are constants, and those of these layers are others,
+                or samples are chosen, and the graph has been called for other layers.
         """
         instance = self.instances.find(args)
+        if self.batch is not None:
+            if len(self.instances.found) > 1:
+                raise SsPropCompileError(SEVERAL_GRAPHS)
+            self.keep_counts.follow_batch(int(args[self.batch].shape[0]))
         instance.graph.runs += 1
         names = instance.names
         state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]

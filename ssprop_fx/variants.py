@@ -56,9 +56,9 @@ class SparseVariant:
         self.table = find_slots(model, config)
         slots = self.table.slots
         self.part = keep_counts or scheduler.register(
-            [slot.channels for slot in slots],
+            [slot.channels if config.axis == "channel" else 1 for slot in slots],
             _multiple(model, config),
-            [slot.groups for slot in slots],
+            [slot.groups if config.axis == "channel" else 1 for slot in slots],
             [self.table.rates.get(slot.name) for slot in slots],
             config.block,
         )
@@ -248,6 +248,8 @@ def inductor_options(
 
 def _multiple(model: nn.Module, config: SparsityConfig) -> int:
     parameter = next(model.parameters(), None)
+    if config.axis == "sample" and config.channel_multiple == "auto":
+        return 1
     device_type = "cpu" if parameter is None else parameter.device.type
     return resolve_multiple(config.channel_multiple, device_type)
 

@@ -24,6 +24,7 @@ from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
+from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, with_strides
 from ssprop_passes.sites import (
     MIN_KEEP_COUNT,
@@ -55,6 +56,7 @@ class SparseBackwardPass(GraphPass):
         previous: pass or passes to run first.
         constants: keep count of each slot where they are constants; the graph then has no runtime
             sparsity tensor.
+        batch: samples of the batch, maybe a SymInt, where the selection is of those, else None.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -73,6 +75,7 @@ class SparseBackwardPass(GraphPass):
         memories: Sequence[str] = (),
         previous: Previous = None,
         constants: Sequence[int] | None = None,
+        batch: int | None = None,
     ) -> None:
         super().__init__(previous)
         self.slots = slots
@@ -84,6 +87,7 @@ class SparseBackwardPass(GraphPass):
         self.gate = gate
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
+        self.samples = None if batch is None else SampleAxis(batch, selection, decompositions)
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -111,7 +115,9 @@ class SparseBackwardPass(GraphPass):
                 match = find_match_maybe(node)
                 assert match is not None
                 site = self._judge(match, site)
-                if not site.reason:
+                if not site.reason and self.samples:
+                    self.samples.rewrite(graph, match, keep_counts, site.slot)
+                elif not site.reason:
                     memory = memories[_memory_maybe(match)] if memories else None
                     self._rewrite(graph, match, keep_counts, site.slot, memory)
             self.sites.append(site)
@@ -121,9 +127,14 @@ class SparseBackwardPass(GraphPass):
         if self.selection.memory and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
+        if self.samples:
+            if reason := self.samples.why_dense(match):
+                return replace(site, slot=-1, sparse_flops=0, reason=reason)
+            site = replace(site, channels=self.samples.size, groups=1)
         if self.gate is None:
             return site
-        times = self.gate.times(match, site.slot, self.selection)
+        batch = self.samples.size if self.samples else None
+        times = self.gate.times(match, site.slot, self.selection, batch)
         if reason := why_slower(times, site.channels):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
@@ -146,7 +157,7 @@ class SparseBackwardPass(GraphPass):
                 k = read_keep_count(tensors[-1], slot, limit, self.selection.block)
             else:
                 k = self.constants[slot]
-            gradients = match.backward(
+            gradients = match.backward_of_parts(
                 k,
                 self.selection,
                 *tensors[:operands],
