@@ -38,6 +38,7 @@ CORE = {
     "module",
     "records",
     "report",
+    "samples",
     "scheduler",
     "schedule_spec",
     "schedules",

@@ -19,6 +19,7 @@ from ssprop_fx import (
     SparsityConfig,
     SparsityScheduler,
     constant,
+    inspect_sites,
     join,
     report,
     ssprop_compile,
@@ -460,6 +461,20 @@ def test_a_rate_of_zero_leaves_a_layer_dense() -> None:
         "second": 6,
         "first": 4,
     }
+
+
+def test_the_no_edit_backend_keeps_samples() -> None:
+    model, x = Residual().double(), strong_batch(8)
+    options = {"schedule": "constant:rate=0.5", "axis": "sample", "min_channels": 1}
+    compiled = torch.compile(model, backend="ssprop", options={**options, "backend": "aot_eager"})
+    loss(compiled(x)).backward()
+    assert {(site.channels, site.kept) for site in report(compiled).sites} == {(8, 4)}
+    assert int(x.grad.any(1).sum()) == 4
+
+
+def test_prediction_is_of_channels() -> None:
+    with pytest.raises(ValueError, match='config must have axis="channel"'):
+        inspect_sites(Residual(), torch.randn(4, 5), config=config())
 
 
 @pytest.mark.gate
