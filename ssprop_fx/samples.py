@@ -44,7 +44,8 @@ def mark_samples(gm: fx.GraphModule, batch: int) -> None:
     for graph_module in gm.modules():
         for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
             value = node.meta.get("example_value")
-            if node.target in LAYER_CALLS and layer_name(node) and isinstance(value, Tensor):
+            is_call = node.target in LAYER_CALLS and layer_name(node) is not None
+            if is_call and isinstance(value, Tensor):
                 reason = _why_unknown(node.target, value, batch)
                 node.meta["custom"] = {**node.meta["custom"], SAMPLES_KEY: reason}
 

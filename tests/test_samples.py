@@ -341,6 +341,16 @@ def test_keep_counts_follow_the_batch_and_the_drop_rate(backend: str) -> None:
     assert len(compiled.ssprop.backend.graphs) == 2
 
 
+def test_two_forwards_of_different_batches_before_their_backwards() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7)).double()
+    scheduler = SparsityScheduler(constant(0.5))
+    compiled = ssprop_compile(model, scheduler, config=config(), backend="aot_eager")
+    batches = [strong_batch(size) for size in (8, 4, 6)]
+    for output in [loss(compiled(x)) for x in batches]:
+        output.backward()
+    assert [int(x.grad.any(1).sum()) for x in batches] == [4, 2, 3]
+
+
 def test_keep_counts_are_rounded_where_a_multiple_is_asked_for() -> None:
     scheduler = SparsityScheduler(constant(0.8))
     compiled = ssprop_compile(
