@@ -488,6 +488,7 @@ def test_prediction_is_of_channels() -> None:
 
 
 @pytest.mark.gate
+@pytest.mark.filterwarnings("ignore:no site of the model was made sparse")
 def test_the_gate_measures_samples() -> None:
     scheduler = SparsityScheduler(constant(0.75))
     compiled = ssprop_compile(nn.Conv2d(3, 40, 3), scheduler, config=SparsityConfig(axis="sample"))
@@ -495,3 +496,4 @@ def test_the_gate_measures_samples() -> None:
     (site,) = compiled.ssprop.graphs[0].sites
     assert site.times is not None
     assert (site.times.kept, site.channels) == (2, 8)
+    assert not site.reason or "with 2 samples" in site.reason

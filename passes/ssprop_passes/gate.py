@@ -67,12 +67,12 @@ class Gate:
         return repr(sorted(self.keep_counts.items()))
 
 
-def why_slower(times: Times, channels: int) -> str:
+def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
     """Return why a site is to stay dense, "" if it is faster sparse."""
     if times.saved(times.kept, channels) > 0:
         return ""
     return (
-        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} channels,"
+        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} {axis}s,"
         f" {times.dense:.2f} ms dense"
     )
 

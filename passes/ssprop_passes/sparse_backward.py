@@ -135,7 +135,7 @@ class SparseBackwardPass(GraphPass):
             return site
         batch = self.samples.size if self.samples else None
         times = self.gate.times(match, site.slot, self.selection, batch)
-        if reason := why_slower(times, site.channels):
+        if reason := why_slower(times, site.channels, self.selection.axis):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 
