@@ -199,7 +199,9 @@ class Variants(SparseVariant):
 
     def _set_levels(self) -> None:
         config, model, fullgraph = self.config, self.backend.model, self.compile_kwargs["fullgraph"]
-        self._levels = constant_levels(config.specialize, self.part, model, self.table, fullgraph)
+        # Of samples the counts are those of a batch that is not known yet, and may change.
+        specialize = config.specialize if config.axis == "channel" else False
+        self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
     def _compile(self, backend: SparseBackend) -> Callable[..., Any]:
         kwargs = {name: self.compile_kwargs[name] for name in ("fullgraph", "dynamic")}

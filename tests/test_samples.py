@@ -300,7 +300,7 @@ def test_expected_gradients_are_the_dense_ones_over_single_draws() -> None:
     assert (draws.mean(0) - dense).abs().le(4 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_kept_samples_are_exact_where_samples_are_not_coupled(backend: str) -> None:
     layers = [nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 6), nn.Tanh()]
     model, x = nn.Sequential(*layers, nn.Linear(6, 3)).double(), strong_batch(10)
@@ -450,6 +450,7 @@ def test_a_model_in_several_graphs_is_refused(model: type[nn.Module]) -> None:
     [
         ({"axis": "batch"}, "axis must be one of"),
         ({"axis": "sample", "block": 2}, "block must be 1"),
+        ({"axis": "sample", "specialize": True}, "specialize must be False or"),
         ({"axis": "sample", "memory": 0.5}, "memory must be 0"),
         ({"axis": "sample", "rates": {"stem": 0.5}}, "rates must be all 0"),
         ({"axis": "sample", "select": "sampled", "gradients": "input"}, "select must not be"),

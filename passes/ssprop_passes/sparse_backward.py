@@ -116,6 +116,7 @@ class SparseBackwardPass(GraphPass):
                 assert match is not None
                 site = self._judge(match, site)
                 if not site.reason and self.samples:
+                    assert keep_counts is not None, "samples have no constant keep counts"
                     self.samples.rewrite(graph, match, keep_counts, site.slot)
                 elif not site.reason:
                     memory = memories[_memory_maybe(match)] if memories else None
