@@ -47,8 +47,8 @@ class SparsityConfig:
             or frames; sequence-first layouts are not for it. The gradients of a kept sample are
             exact where layers treat each sample by itself, as layer norm does; batch norm couples
             samples, and the gradients of its statistics are those of the kept ones alone. The whole
-            model must be one graph. `block`, `memory`, rates above 0 in `rates` and
-            `specialize=True` are of channels and do not go with it.
+            model must be one graph. `block`, `memory`, rates above 0 in `rates`,
+            `specialize=True` and `ranks="shared"` are of channels and do not go with it.
         score: what a channel is worth: `"mean_abs"`, the mean magnitude of its gradient; `"l2"`,
             the l2 norm of that; `"l2_weight"`, that norm times the norm of the channel's row of
             the weight, which is what it matters to the gradient of the input; or a function of
@@ -211,6 +211,7 @@ class SparsityConfig:
             ("block", "1", self.block == 1),
             ("memory", "0", not self.memory),
             ("specialize", 'False or "auto"', self.specialize is not True),
+            ("ranks", '"own"', self.ranks == "own"),
             ("rates", "all 0", not any(self.rates.values())),
         ):
             if not is_right:

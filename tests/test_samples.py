@@ -451,6 +451,7 @@ def test_a_model_in_several_graphs_is_refused(model: type[nn.Module]) -> None:
         ({"axis": "batch"}, "axis must be one of"),
         ({"axis": "sample", "block": 2}, "block must be 1"),
         ({"axis": "sample", "specialize": True}, "specialize must be False or"),
+        ({"axis": "sample", "ranks": "shared"}, 'ranks must be "own"'),
         ({"axis": "sample", "memory": 0.5}, "memory must be 0"),
         ({"axis": "sample", "rates": {"stem": 0.5}}, "rates must be all 0"),
         ({"axis": "sample", "select": "sampled", "gradients": "input"}, "select must not be"),
