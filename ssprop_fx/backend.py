@@ -23,9 +23,10 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
 
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.instances import Instances, SparseGraph, weight_owners
+from ssprop_fx.instances import SEVERAL_GRAPHS, Instances, SparseGraph, weight_owners
 from ssprop_fx.memory import Memory, MemoryInput, mark_memories
 from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
+from ssprop_fx.samples import find_batch_maybe, mark_samples
 from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable, find_slots
 from ssprop_fx.telemetry import empty_table
@@ -148,6 +149,7 @@ class SparseBackend:
         memories = mark_memories(gm, self.table) if self.config.memory else ()
         device = _device(example_inputs) if self.config.telemetry else None
         table = [] if device is None else [empty_table(len(self.table.slots), device)]
+        batch = self._batch_maybe(gm, example_inputs, layers)
         extra = [*table, *(memory.zeros() for memory in memories)]
         if self.constants is None:
             extra.append(self.keep_counts.tensor)
@@ -163,10 +165,13 @@ class SparseBackend:
             gate and gate.identity(),
             self.constants,
             self.config.telemetry,
+            batch,
         )
         key = record_key(gm, inputs, repr(identity))
 
-        compiled, sparse_pass = self._compile_with_pass(gm, inputs, layers, memories, self.options)
+        compiled, sparse_pass = self._compile_with_pass(
+            gm, inputs, layers, memories, batch, self.options
+        )
         known = None
         if not sparse_pass.ran and is_differentiable(inputs):
             # A hit in Inductor's compile cache, or an inference graph.
@@ -175,19 +180,37 @@ class SparseBackend:
                 # The cache was brought from elsewhere, without its records.
                 options = {**self.options, "force_disable_caches": True}
                 compiled, sparse_pass = self._compile_with_pass(
-                    gm, inputs, layers, memories, options
+                    gm, inputs, layers, memories, batch, options
                 )
         graph = known or CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
         if known is None and self.kind == "inductor":
             save_record(key, graph)
         self.captured.update(layers)
         instances = Instances(self.model, self.table, graph, example_inputs)
-        return self._register(compiled, instances, memories, device)
+        return self._register(compiled, instances, memories, device, batch)
+
+    def _batch_maybe(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], layers: tuple[str, ...]
+    ) -> int | None:
+        """Return the position of the input that has the batch, None where channels are chosen."""
+        if self.config.axis == "channel":
+            return None
+        sparse = {slot.name for slot in self.table.slots}
+        now, before = sparse & set(layers), sparse & self.captured
+        if now and before and now.isdisjoint(before):
+            raise RuntimeError(SEVERAL_GRAPHS)
+        position = find_batch_maybe(gm, inputs, self.model)
+        if position is not None:
+            mark_samples(gm, _sizes(gm, position)[0])
+            self.keep_counts.follow_batch(int(inputs[position].shape[0]))
+        return position
 
     def adopt(self, graph: SparseGraph) -> SparseGraph:
         """Return a graph that was compiled for another model, to run for this one."""
         instances = graph.instances.of_model(self.model, self.table)
-        return self._register(graph.compiled, instances, graph.memories, graph.telemetry)
+        return self._register(
+            graph.compiled, instances, graph.memories, graph.telemetry, graph.batch
+        )
 
     def _register(
         self,
@@ -195,6 +218,7 @@ class SparseBackend:
         instances: Instances,
         memories: Sequence[MemoryInput],
         telemetry: torch.device | None,
+        batch: int | None,
     ) -> SparseGraph:
         self.instances.append(instances)
         return SparseGraph(
@@ -205,6 +229,7 @@ class SparseBackend:
             self.memory,
             self.constants,
             telemetry,
+            batch,
         )
 
     def _gate(self) -> Gate | None:
@@ -219,6 +244,7 @@ class SparseBackend:
         inputs: Sequence[Any],
         layers: tuple[str, ...],
         memories: Sequence[MemoryInput],
+        batch: int | None,
         options: dict[str, Any],
     ) -> tuple[Callable[..., Any], SparseBackwardPass]:
         is_inductor = self.kind == "inductor"
@@ -233,6 +259,7 @@ class SparseBackend:
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             telemetry=self.config.telemetry,
+            batch=None if batch is None else _sizes(gm, batch)[0],
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
             constants=self.constants,
         )
@@ -360,6 +387,12 @@ def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.Graph
         last._dynamo_source = None
     gm.recompile()
     return gm
+
+
+def _sizes(gm: fx.GraphModule, position: int) -> Sequence[int]:
+    """Return the shape of an input, with SymInts for dynamic sizes."""
+    placeholder = gm.graph.find_nodes(op="placeholder")[position]
+    return cast(Tensor, placeholder.meta["example_value"]).shape
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

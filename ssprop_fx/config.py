@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ssprop_passes.scores import SCORES, Score
-from ssprop_passes.selection import GRADIENTS, Selection
+from ssprop_passes.selection import AXES, GRADIENTS, Selection
 from ssprop_passes.selectors import SELECTORS, Selector, sampled
 from torch import nn
 
@@ -24,7 +24,7 @@ class SparsityConfig:
             nearest multiple of this, at least one multiple and at most all channels. `1` means
             exactly `max(int((1 - drop_rate) * C), 1)`, the published code's rule, in each group.
             `"auto"` picks by the device of the model: 16 on CPU, where oneDNN blocks channels by
-            16, and 8 elsewhere, where tensor cores want multiples of 8.
+            16, and 8 elsewhere, where tensor cores want multiples of 8; 1 for samples.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
             name as in `model.named_modules()`. None lets all take part but the classifier of a
@@ -38,10 +38,24 @@ class SparsityConfig:
             `"random"`, any; `"sampled"`, drawn with probability in proportion to the score and
             weighted so that the expected gradients are the dense ones; or a function of your own,
             as `ssprop_passes.selectors` describes and the second example shows.
+        axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: all layers keep
+            the same samples of the batch, of all channels, chosen in each backward by the gradient
+            at the participating layer nearest the loss; the drop rate is then of samples, and
+            `max(int((1 - drop_rate) * N), 1)` of N are kept. The batch is the leading dimension of
+            the model's first input, and must be that of a layer's input too, or the leading
+            dimension a multiple of it, the rows of each sample next to one another, as with windows
+            or frames; sequence-first layouts are not for it. The gradients of a kept sample are
+            exact where layers treat each sample by itself, as layer norm does; batch norm couples
+            samples, and the gradients of its statistics are those of the kept ones alone. The whole
+            model must be one graph. `block`, `memory`, rates above 0 in `rates`,
+            `specialize=True` and `ranks="shared"` are of channels and do not go with it.
         score: what a channel is worth: `"mean_abs"`, the mean magnitude of its gradient; `"l2"`,
             the l2 norm of that; `"l2_weight"`, that norm times the norm of the channel's row of
             the weight, which is what it matters to the gradient of the input; or a function of
-            your own, as `ssprop_passes.scores` describes.
+            your own, as `ssprop_passes.scores` describes. A pair of these, such as `("mean_abs",
+            "l2_weight")`, chooses channels twice: by the first for the gradients of weight and
+            bias, by the second for that of the input. Of samples, `"l2_weight"` takes the norm of
+            the layer's input in place of the weight's.
         gradients: which gradients are computed from the kept channels alone: those of weight and
             input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
             exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.
@@ -115,7 +129,8 @@ class SparsityConfig:
     filter_fn: Callable[[nn.Module, str], bool] | None = None
     targets: tuple[str, ...] = TARGETS
     select: str | Selector = "topk"
-    score: str | Score = "mean_abs"
+    axis: Literal["channel", "sample"] = "channel"
+    score: str | Score | tuple[str | Score, str | Score] = "mean_abs"
     gradients: Literal["both", "weight", "input"] = "both"
     block: int = 1
     memory: float = 0.0
@@ -128,8 +143,12 @@ class SparsityConfig:
     @property
     def selection(self) -> Selection:
         """How channels are chosen, as the pass takes it."""
+        scores = self.score if isinstance(self.score, tuple) else (self.score,)
+        score, *input_score = [SCORES[s] if isinstance(s, str) else s for s in scores]
         return Selection(
-            score=SCORES[self.score] if isinstance(self.score, str) else self.score,
+            score=score,
+            input_score=input_score[0] if input_score else None,
+            axis=self.axis,
             select=SELECTORS[self.select] if isinstance(self.select, str) else self.select,
             gradients=self.gradients,
             block=self.block,
@@ -150,7 +169,7 @@ class SparsityConfig:
         if not self.targets or not set(self.targets) <= set(TARGETS):
             raise ValueError(f"targets must be of {TARGETS}, at least one, got {self.targets!r}")
         _check_name_or_function("select", self.select, tuple(SELECTORS))
-        _check_name_or_function("score", self.score, tuple(SCORES))
+        self._check_score()
         if self.gradients not in tuple(GRADIENTS):
             raise ValueError(f"gradients must be one of {tuple(GRADIENTS)}, got {self.gradients!r}")
         _check_positive_int("block", self.block)
@@ -166,6 +185,7 @@ class SparsityConfig:
                 f" out adds up to nothing, and to add it again is noise; got {self.memory!r}"
             )
         _check_rates(self.rates)
+        self._check_axis()
         if not isinstance(self.gate, bool):
             raise TypeError(f"gate must be True or False, got {self.gate!r}")
         if not isinstance(self.specialize, bool) and self.specialize != "auto":
@@ -174,6 +194,43 @@ class SparsityConfig:
             raise TypeError(f"telemetry must be True or False, got {self.telemetry!r}")
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
+
+    def _check_score(self) -> None:
+        pair = self.score if isinstance(self.score, tuple) else (self.score,)
+        if len(pair) > 2 or not pair:
+            raise ValueError(f"score must be one score or a pair, got {self.score!r}")
+        for score in pair:
+            _check_name_or_function("score", score, tuple(SCORES))
+        once = self.gradients != "both" or self.memory or self.axis != "channel" or self.telemetry
+        if len(pair) == 2 and once:
+            raise ValueError(
+                "score must be a single one where a layer chooses once: with gradients other than"
+                ' "both", with memory, with telemetry and with axis="sample";'
+                f" got {self.score!r}"
+            )
+
+    def _check_axis(self) -> None:
+        if self.axis not in AXES:
+            raise ValueError(f"axis must be one of {AXES}, got {self.axis!r}")
+        if self.axis == "channel":
+            return
+        for name, right, is_right in (
+            ("block", "1", self.block == 1),
+            ("memory", "0", not self.memory),
+            ("specialize", 'False or "auto"', self.specialize is not True),
+            ("ranks", '"own"', self.ranks == "own"),
+            ("rates", "all 0", not any(self.rates.values())),
+            ("telemetry", "False", not self.telemetry),
+        ):
+            if not is_right:
+                raise ValueError(
+                    f'{name} must be {right} with axis="sample", got {getattr(self, name)!r}'
+                )
+        if self.gradients == "input" and self.selection.select is sampled:
+            raise ValueError(
+                'select must not be "sampled" with axis="sample" and gradients="input": its weights'
+                " are for the gradient of the weight, which is dense then"
+            )
 
 
 def _check_name_or_function(name: str, value: object, known: tuple[str, ...]) -> None:

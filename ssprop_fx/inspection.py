@@ -161,7 +161,7 @@ def inspect_sites(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model has layers whose weights do not exist yet.
+        ValueError: the model has layers whose weights do not exist yet, or `config` is of samples.
         CaptureError: the model cannot be captured without the values of its tensors.
 
     Example:
@@ -184,6 +184,11 @@ def inspect_sites(
         raise TypeError(f"config must be a SparsityConfig or None, got {type(config).__name__}")
     model = getattr(model, "_orig_mod", model)
     config = config or SparsityConfig()
+    if config.axis != "channel":
+        raise ValueError(
+            'config must have axis="channel": with samples every layer saves the drop rate, at'
+            f" any batch size, and there is nothing to predict; got {config.axis!r}"
+        )
     table = find_slots(model, config)
     slots = {slot.name: slot for slot in table.slots}
     sites: list[Site] = []

@@ -24,7 +24,14 @@ from ssprop_fx.scheduler import KeepCounts
 from ssprop_fx.slots import SlotTable
 from ssprop_fx.telemetry import empty_table
 
-__all__ = ["Instance", "Instances", "SparseGraph", "weight_owners"]
+__all__ = ["SEVERAL_GRAPHS", "Instance", "Instances", "SparseGraph", "weight_owners"]
+
+
+SEVERAL_GRAPHS = (
+    'axis="sample" needs the whole model in one graph, because its samples are chosen once in a'
+    " backward: the model is cut by a graph break (TORCH_LOGS=graph_breaks shows where) or by"
+    " DistributedDataParallel (torch._dynamo.config.optimize_ddp = False forbids it)"
+)
 
 
 class Instance:
@@ -194,6 +201,8 @@ class SparseGraph:
         memory: those of the model.
         constants: the keep count of each slot that was compiled in, None where they are read.
         telemetry: the device of the graph's table, None without telemetry.
+        batch: position of the input whose leading dimension is the batch, None where channels are
+            chosen.
     """
 
     def __init__(
@@ -205,6 +214,7 @@ class SparseGraph:
         memory: Memory,
         constants: tuple[int, ...] | None = None,
         telemetry: torch.device | None = None,
+        batch: int | None = None,
     ) -> None:
         self.compiled = compiled
         self.instances = instances
@@ -213,14 +223,20 @@ class SparseGraph:
         self.memory = memory
         self.constants = constants
         self.telemetry = telemetry
+        self.batch = batch
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph for the layers whose weights are among its inputs.
 
         Raises:
-            SsPropCompileError: keep counts are constants, and those of these layers are others.
+            SsPropCompileError: keep counts are constants, and those of these layers are others,
+                or samples are chosen, and the graph has been called for other layers.
         """
         instance = self.instances.find(args)
+        if self.batch is not None:
+            if len(self.instances.found) > 1:
+                raise SsPropCompileError(SEVERAL_GRAPHS)
+            self.keep_counts.follow_batch(int(args[self.batch].shape[0]))
         instance.count_run()
         names = instance.names
         state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.slots import SlotTable
 
-__all__ = ["Memory", "MemoryInput", "mark_memories"]
+__all__ = ["LAYER_CALLS", "Memory", "MemoryInput", "mark_memories"]
 
-_CALLS = (
+# What takes the weight of a layer in the graph that Dynamo captures.
+LAYER_CALLS = (
     functional.linear,
     *(getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
 )
@@ -141,7 +142,11 @@ def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
         for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
             name = layer_name(node)
             output = node.meta.get("example_value")
-            if name not in slots or node.target not in _CALLS or not isinstance(output, Tensor):
+            if (
+                name not in slots
+                or node.target not in LAYER_CALLS
+                or not isinstance(output, Tensor)
+            ):
                 continue
             node.meta["custom"][MEMORY_KEY] = len(memories)
             memories.append(_memory_of(output, node.target, name, calls[name]))

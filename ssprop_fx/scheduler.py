@@ -19,7 +19,8 @@ class KeepCounts:
     Made by `SparsityScheduler.register`.
 
     Attributes:
-        channels: output channels of each of the model's slots.
+        channels: output channels of each of the model's slots; where samples are chosen, those
+            of the batch, and 1 before the first sparse step.
         groups: number of groups that each selects them in.
         rates: drop rate of each where it has one of its own, else None.
         block: keep counts are multiples of this.
@@ -52,6 +53,12 @@ class KeepCounts:
         self.telemetry = Telemetry()
         controller = scheduler.controller
         self.control = None if controller is None else Control(controller, self)
+
+    def follow_batch(self, size: int) -> None:
+        """Count samples of a batch of this size, in every slot, in place of channels."""
+        if any(channels != size for channels in self.channels):
+            self.channels = (size,) * len(self.channels)
+            self._scheduler.refresh()
 
     def at(self, drop_rate: float) -> list[int]:
         """Return the keep count of each slot at a drop rate of the schedule, none controlled."""

@@ -61,9 +61,9 @@ class SparseVariant:
         self.table = find_slots(model, config)
         slots = self.table.slots
         self.part = keep_counts or scheduler.register(
-            [slot.channels for slot in slots],
+            [slot.channels if config.axis == "channel" else 1 for slot in slots],
             _multiple(model, config),
-            [slot.groups for slot in slots],
+            [slot.groups if config.axis == "channel" else 1 for slot in slots],
             [self.table.rates.get(slot.name) for slot in slots],
             config.block,
             [slot.name for slot in slots],
@@ -209,7 +209,9 @@ class Variants(SparseVariant):
 
     def _set_levels(self) -> None:
         config, model, fullgraph = self.config, self.backend.model, self.compile_kwargs["fullgraph"]
-        self._levels = constant_levels(config.specialize, self.part, model, self.table, fullgraph)
+        # Of samples the counts are those of a batch that is not known yet, and may change.
+        specialize = config.specialize if config.axis == "channel" else False
+        self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
     def _compile(self, backend: SparseBackend) -> Callable[..., Any]:
         kwargs = {name: self.compile_kwargs[name] for name in ("fullgraph", "dynamic")}
@@ -258,6 +260,8 @@ def inductor_options(
 
 def _multiple(model: nn.Module, config: SparsityConfig) -> int:
     parameter = next(model.parameters(), None)
+    if config.axis == "sample" and config.channel_multiple == "auto":
+        return 1
     device_type = "cpu" if parameter is None else parameter.device.type
     return resolve_multiple(config.channel_multiple, device_type)
 

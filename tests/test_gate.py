@@ -46,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Layers of 64 channels are slower sparse, others save half a millisecond at 3/4 dropped."""
     calls: list[int] = []
 
-    def measure(match: object, k: int, selection: object) -> Times:
+    def measure(match: object, k: int, selection: object, batch: object) -> Times:
         calls.append(match.channels)
         return Times(dense=1.0, sparse=1.5 if match.channels == 64 else 0.5, kept=k)
 

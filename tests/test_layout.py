@@ -41,6 +41,7 @@ CORE = {
     "module",
     "records",
     "report",
+    "samples",
     "scheduler",
     "schedule_spec",
     "schedules",

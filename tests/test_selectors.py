@@ -98,6 +98,18 @@ def test_sampled_keeps_channels_as_often_as_it_says(k: int) -> None:
     assert (factors[:, p == 1] == 1).all(), "certain winners have weight 1"
 
 
+def test_sampled_rounds_small_channels_to_a_threshold() -> None:
+    # As the stochastic pruning of Ye et al. does: each one's score becomes the threshold or zero.
+    scores = torch.tensor([0.5, 3, 0.3, 1, 1, 40, 2, 0.1, 1, 7, 0.2, 1]).double()
+    rounded = (draw_factors("sampled", scores, 6) * scores)[:100]
+    threshold = rounded.max(0).values.min()
+    small = scores < threshold
+    assert 0 < small.sum() < 12
+    is_threshold = (rounded[:, small] - threshold).abs() < 1e-6
+    assert (is_threshold | (rounded[:, small] == 0)).all()
+    torch.testing.assert_close(rounded[:, ~small], scores[~small].expand(100, -1))
+
+
 def test_random_is_uniform() -> None:
     often = (draw_factors("random", torch.arange(10.0), 3) > 0).double().mean(0)
     assert (often - 0.3).abs().max() < 4 * math.sqrt(0.3 * 0.7 / DRAWS)

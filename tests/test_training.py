@@ -85,6 +85,7 @@ def test_how_channels_are_chosen_reaches_the_model(tmp_path):
     assert not torch.equal(first["topk"], first["random"])
     assert not torch.equal(first["topk"], first["weight"])
     flags = TrainConfig(select="sampled", score="l2", gradients="input", block=2, gate=False)
+    assert sparsity_config(TrainConfig(axis="sample")).axis == "sample"
     made = sparsity_config(flags)
     chosen = (made.select, made.score, made.gradients, made.block, made.gate)
     assert chosen == ("sampled", "l2", "input", 2, False)

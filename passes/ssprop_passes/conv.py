@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ssprop_passes.operators import conv_backward_flops, reduced_conv_backward
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
+from ssprop_passes.samples import Samples
 from ssprop_passes.selection import (
     Selection,
     add_channels,
@@ -122,6 +123,51 @@ def sparse_conv_backward(
     return grad_input if output_mask[0] else None, grad_weight, grad_bias
 
 
+def conv_backward_of_samples(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    samples: Samples,
+    geometry: ConvGeometry,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of a convolution, of any kind, from some samples.
+
+    Args:
+        grad_output: [N, C, *out_space].
+        input: [N, C_in, *space].
+        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
+        samples: the samples.
+        geometry: stride, padding and so on.
+        output_mask: which of the gradients of input, weight and bias are wanted.
+
+    Returns:
+        Gradients of input, weight and bias, None where not wanted; that of the input is zero for
+        the other samples.
+    """
+    kept = samples.gather(grad_output)
+    grad_input = grad_weight = None
+    if output_mask[0] or output_mask[1]:
+        # Weighted on the input, which only the weight's gradient is made of.
+        rows, grad_weight = reduced_conv_backward(
+            kept,
+            samples.weighted(samples.gather(input)),
+            weight,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding,
+            geometry.groups,
+            output_mask[:2],
+            is_channels_last(input) or is_channels_last(weight),
+        )
+        if output_mask[0]:
+            grad_input = samples.scatter(rows, input)
+    grad_bias = sum_channels(samples.weighted(kept)) if output_mask[2] else None
+    return grad_input, grad_weight if output_mask[1] else None, grad_bias
+
+
 def weight_rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """Return a convolution weight as one row an output channel, [C, C_in / groups, *kernel]."""
     if not transposed:
@@ -210,6 +256,14 @@ class ConvMatch(SiteMatch):
         return sparse_conv_backward(
             grad_output, input_, weight, k, self.geometry, mask, selection, memory
         )
+
+    def backward_of_samples(
+        self, samples: Samples, selection: Selection, *tensors: Tensor
+    ) -> Gradients:
+        """Return the gradients of input, weight and bias made of some samples."""
+        grad_output, input_, weight = tensors
+        mask = selection.sparse(self.wanted)
+        return conv_backward_of_samples(grad_output, input_, weight, samples, self.geometry, mask)
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Put the sparse gradients in place of the node's results."""

@@ -26,6 +26,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_passes.identity import identity_maybe
+from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection
 from ssprop_passes.sites import SiteMatch, Times, hinted
 
@@ -45,14 +46,16 @@ class Gate:
     def __init__(self, keep_counts: Mapping[int, int]) -> None:
         self.keep_counts = dict(keep_counts)
 
-    def times(self, match: SiteMatch, slot: int, selection: Selection) -> Times:
+    def times(
+        self, match: SiteMatch, slot: int, selection: Selection, batch: int | None = None
+    ) -> Times:
         """Return the times of a site, from disk if it was measured before."""
         k = self.keep_counts[slot]
-        path = Path(cache_dir()) / "ssprop-gate" / f"{_key(match, k, selection)}.json"
+        path = Path(cache_dir()) / "ssprop-gate" / f"{_key(match, k, selection, batch)}.json"
         try:
             return Times(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            times = measure(match, k, selection)
+            times = measure(match, k, selection, batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(asdict(times), file)
@@ -64,23 +67,24 @@ class Gate:
         return repr(sorted(self.keep_counts.items()))
 
 
-def why_slower(times: Times, channels: int) -> str:
+def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
     """Return why a site is to stay dense, "" if it is faster sparse."""
     if times.saved(times.kept, channels) > 0:
         return ""
     return (
-        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} channels,"
+        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} {axis}s,"
         f" {times.dense:.2f} ms dense"
     )
 
 
-def measure(match: SiteMatch, k: int, selection: Selection) -> Times:
+def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = None) -> Times:
     """Run a site's backward, dense and sparse, on random tensors.
 
     Args:
         match: the site.
         k: keep count of each group.
         selection: how channels are chosen; its scores are not computed.
+        batch: samples of the batch, where k is of those.
 
     Returns:
         The times.
@@ -90,6 +94,8 @@ def measure(match: SiteMatch, k: int, selection: Selection) -> Times:
         return scores
 
     selection = replace(selection, score=known_scores, memory=0.0)
+    if selection.input_score is not None:
+        selection = replace(selection, input_score=known_scores)
     device = match.inputs[0].meta["val"].device
     cuda = [device] if device.type == "cuda" else []
     with (
@@ -107,8 +113,16 @@ def measure(match: SiteMatch, k: int, selection: Selection) -> Times:
         scores = torch.rand(match.channels, device=device)
         values = dict(zip(match.inputs, tensors, strict=True))
         dense = _time_ms(lambda: [_evaluate(node, dict(values)) for node in match.nodes], device)
-        sparse = _time_ms(lambda: match.backward(k, selection, *tensors), device)
-    return Times(dense, sparse, k * match.groups)
+        if batch is None:
+            sparse = _time_ms(lambda: match.backward_of_parts(k, selection, *tensors), device)
+        else:
+            # As many rows as they have, without regard to where a sample ends.
+            rows = tensors[0].shape[0]
+            samples = Samples(torch.randperm(rows, device=device)[: max(k * rows // batch, 1)])
+            sparse = _time_ms(
+                lambda: match.backward_of_samples(samples, selection, *tensors), device
+            )
+    return Times(dense, sparse, k if batch else k * match.groups)
 
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
@@ -163,7 +177,7 @@ def _hinted_strides(value: Tensor) -> list[int]:
     return [s if isinstance(s, int) else s.node.hint for s in value.stride()]
 
 
-def _key(match: SiteMatch, k: int, selection: Selection) -> str:
+def _key(match: SiteMatch, k: int, selection: Selection, batch: int | None) -> str:
     """Return a key of all that the times depend on."""
 
     def specification(node: fx.Node) -> Any:
@@ -179,7 +193,8 @@ def _key(match: SiteMatch, k: int, selection: Selection) -> str:
         torch.__version__,
     )
     select = identity_maybe(selection.select)
-    what = (calls, match.wanted, k, select, selection.gradients, selection.block)
+    is_split = selection.input_score is not None
+    what = (calls, match.wanted, k, select, selection.gradients, selection.block, batch, is_split)
     return hashlib.sha256(repr((what, machine)).encode()).hexdigest()
 
 

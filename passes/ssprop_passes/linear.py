@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
+from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection, scatter_rows, sum_channels
 from ssprop_passes.sites import Gradients, SiteMatch, hinted
 
@@ -69,6 +70,37 @@ def sparse_linear_backward(
     if output_mask[2]:
         bias = grad_output.new_empty(grad_output.shape[1])
         grad_bias = scatter_rows(sum_channels(kept), indices, bias)
+    return grad_input, grad_weight, grad_bias
+
+
+def linear_backward_of_samples(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    samples: Samples,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    """Return the gradients of a linear layer from some samples.
+
+    Args:
+        grad_output: [T, C], T being all leading dimensions together, the samples' the first.
+        input: [T, C_in].
+        weight: [C, C_in].
+        samples: the samples.
+        output_mask: which of the gradients of input, weight and bias are wanted.
+
+    Returns:
+        Gradients of input, weight and bias, None where not wanted; that of the input is zero for
+        the other samples.
+    """
+    kept = samples.gather(grad_output)
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0]:
+        grad_input = samples.scatter(kept @ weight, input)
+    if output_mask[1]:
+        grad_weight = kept.t() @ samples.weighted(samples.gather(input))
+    if output_mask[2]:
+        grad_bias = sum_channels(samples.weighted(kept))
     return grad_input, grad_weight, grad_bias
 
 
@@ -166,9 +198,24 @@ class LinearMatch(SiteMatch):
             selection,
             memory,
         )
-        if grad_bias is not None:
-            grad_bias = grad_bias.view(cast(fx.Node, self.bias_sum).meta["val"].shape)
-        return grad_input, grad_weight, grad_bias
+        return grad_input, grad_weight, self._like_sum(grad_bias)
+
+    def backward_of_samples(
+        self, samples: Samples, selection: Selection, *tensors: Tensor
+    ) -> Gradients:
+        """Return the gradients made of some samples."""
+        grad_output, input_, transposed_weight = tensors
+        mask = selection.sparse(self.wanted)
+        grad_input, grad_weight, grad_bias = linear_backward_of_samples(
+            grad_output, input_, transposed_weight.t(), samples, mask
+        )
+        return grad_input, grad_weight, self._like_sum(grad_bias)
+
+    def _like_sum(self, grad_bias: Tensor | None) -> Tensor | None:
+        """Return the bias gradient in the shape of the sum that it replaces."""
+        if grad_bias is None:
+            return None
+        return grad_bias.view(cast(fx.Node, self.bias_sum).meta["val"].shape)
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Put the sparse gradients in place of the products and the sum."""

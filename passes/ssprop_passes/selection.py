@@ -5,7 +5,7 @@ int or a SymInt that is read at run time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,16 +17,21 @@ from ssprop_passes.scores import Score, mean_abs, power_over_ranks
 from ssprop_passes.selectors import Selector, topk
 
 __all__ = [
+    "AXES",
     "GRADIENTS",
     "Selection",
     "add_channels",
     "gather_channels",
+    "gather_rows",
     "is_channels_last",
     "scale_channels",
     "scatter_rows",
     "sum_channels",
     "with_strides",
 ]
+
+# What is chosen: output channels of each layer, or samples of the batch.
+AXES = ("channel", "sample")
 
 # Which of the gradients of input, weight and bias are made of the kept channels alone.
 GRADIENTS = {
@@ -52,6 +57,9 @@ class Selection:
             each keeps its own.
         observer: is told of each choice: grad_output, scores, indices and weights. It must not
             change what is computed, and is no part of the identity.
+        input_score: that of channels for the gradient of the input, where it is another than
+            for those of weight and bias; needs `gradients="both"` and no memory.
+        axis: `"channel"`, or `"sample"`: see `ssprop_passes.samples`.
     """
 
     score: Score = mean_abs
@@ -61,6 +69,16 @@ class Selection:
     memory: float = 0.0
     ranks: Ranks | None = None
     observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
+    input_score: Score | None = None
+    axis: str = "channel"
+
+    @property
+    def parts(self) -> tuple["Selection", ...]:
+        """One selection for the gradients that share their channels, each with a single score."""
+        if self.input_score is None:
+            return (self,)
+        weight = replace(self, gradients="weight", input_score=None)
+        return weight, replace(weight, gradients="input", score=self.input_score)
 
     def sparse(self, wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
         """Return which gradients of input, weight and bias are sparse, given those wanted."""
@@ -96,11 +114,7 @@ class Selection:
         if memory is not None:
             grad_output = recall(grad_output, memory, self.memory)
         scores = self.score(grad_output, weight)
-        if tuple(scores.shape) != (grad_output.shape[1],):
-            raise ValueError(
-                f"score must return one score a channel, shape ({grad_output.shape[1]},),"
-                f" got {tuple(scores.shape)}"
-            )
+        self.check_scores(scores, grad_output.shape[1])
         if self.ranks is not None:
             scores = self.ranks.mean(scores, power_over_ranks(self.score))
         indices, weights = self.choose(scores, k, groups)
@@ -111,6 +125,14 @@ class Selection:
             memory.copy_(left if self.ranks is None else self.ranks.mean(left))
         kept = gather_channels(grad_output, indices)
         return kept if weights is None else scale_channels(kept, weights), indices
+
+    def check_scores(self, scores: Tensor, count: int) -> None:
+        """Raise a ValueError unless there is one score for each of `count` channels or samples."""
+        if tuple(scores.shape) != (count,):
+            raise ValueError(
+                f"score must return one score a {self.axis}, shape ({count},),"
+                f" got {tuple(scores.shape)}"
+            )
 
     def choose(self, scores: Tensor, k: int, groups: int = 1) -> tuple[Tensor, Tensor | None]:
         """Return the channels that are kept, and their weights, None where all are 1.
@@ -161,10 +183,12 @@ class Selection:
     @property
     def identity(self) -> str | None:
         """A text that changes with what is computed, None where a function's is not known."""
-        score, select = identity_maybe(self.score), identity_maybe(self.select)
-        if score is None or select is None:
+        scores = [identity_maybe(part.score) for part in self.parts]
+        select = identity_maybe(self.select)
+        if select is None or None in scores:
             return None
-        return repr((score, select, self.gradients, self.block, self.memory, self.ranks))
+        how = self.gradients, self.block, self.memory, self.axis, self.ranks
+        return repr((scores, select, how))
 
 
 def sum_channels(grad_output: Tensor, dim: int = 1) -> Tensor:
@@ -179,6 +203,13 @@ def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
         # only known at run time, and convolutions on it are two to three times slower.
         return x.permute(_last(x))[..., indices].permute(_first(x))
     return x[:, indices]
+
+
+def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Return `x[indices]`, [k, *rest], in the memory format of `x`, [N, *rest]."""
+    if is_channels_last(x):
+        return x.permute(_last(x))[indices].permute(_first(x))
+    return x[indices]
 
 
 def scale_channels(x: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Selectors: which channels a sparse backward keeps, given their scores.
+"""Selectors: which channels, or samples, a sparse backward keeps, given their scores.
 
 A selector is a function `select(scores, k) -> indices` or `-> (indices, weights)` of
 
@@ -69,7 +69,8 @@ def sampled(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The stochastic pruning of Ye et al. (ECCV 2020), ported to channels, is this rule with
     independent draws: what is below the threshold 1 / c is rounded up to it with probability p_i,
-    else to zero. The number kept is then random with mean k, which a fixed keep count excludes.
+    else to zero. The number kept is then random with mean k, which a fixed keep count excludes;
+    this is its variant of fixed size, of the same expectation.
 
     Scores below a thousandth of their group's mean count as that: a score that misjudges a channel
     cannot make its weight unbounded, nor the gradient biased.

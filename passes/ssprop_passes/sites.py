@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection
 
 __all__ = [
@@ -84,7 +85,7 @@ class Site:
     Attributes:
         name: the layer's name, "" where the site belongs to none.
         kind: such as `conv2d`.
-        channels: output channels, C.
+        channels: output channels, C; where samples are chosen, those of the batch.
         groups: number of groups that channels are selected in.
         flops: floating-point operations of the dense backward.
         slot: index in the runtime sparsity tensor, -1 for a site left dense.
@@ -179,6 +180,26 @@ class SiteMatch(ABC):
             selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
             memory: what earlier steps left out, updated in place; see `ssprop_passes.memory`.
+        """
+
+    def backward_of_parts(
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+    ) -> Gradients:
+        """Return what `backward` does, each gradient of the channels with its own score."""
+        parts = [part for part in selection.parts if any(part.sparse(self.wanted))]
+        weight, *input_ = [self.backward(k, part, *tensors, memory=memory) for part in parts]
+        return weight if not input_ else (input_[0][0], *weight[1:])
+
+    @abstractmethod
+    def backward_of_samples(
+        self, samples: Samples, selection: Selection, *tensors: Tensor
+    ) -> Gradients:
+        """Return the gradients made of some samples, None for those that stay dense.
+
+        Args:
+            samples: the samples.
+            selection: says which gradients are sparse.
+            tensors: values of `inputs`.
         """
 
     @abstractmethod

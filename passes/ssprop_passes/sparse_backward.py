@@ -25,6 +25,7 @@ from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
+from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, with_strides
 from ssprop_passes.sites import (
     MIN_KEEP_COUNT,
@@ -59,6 +60,7 @@ class SparseBackwardPass(GraphPass):
         previous: pass or passes to run first.
         constants: keep count of each slot where they are constants; the graph then has no runtime
             sparsity tensor.
+        batch: samples of the batch, maybe a SymInt, where the selection is of those, else None.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -78,6 +80,7 @@ class SparseBackwardPass(GraphPass):
         telemetry: bool = False,
         previous: Previous = None,
         constants: Sequence[int] | None = None,
+        batch: int | None = None,
     ) -> None:
         super().__init__(previous)
         self.slots = slots
@@ -90,6 +93,7 @@ class SparseBackwardPass(GraphPass):
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
         self.telemetry = telemetry
+        self.samples = None if batch is None else SampleAxis(batch, selection, decompositions)
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -121,7 +125,10 @@ class SparseBackwardPass(GraphPass):
                 match = find_match_maybe(node)
                 assert match is not None
                 site = self._judge(match, site)
-                if not site.reason:
+                if not site.reason and self.samples:
+                    assert keep_counts is not None, "samples have no constant keep counts"
+                    self.samples.rewrite(graph, match, keep_counts, site.slot)
+                elif not site.reason:
                     memory = memories[_memory_maybe(match)] if memories else None
                     row = self._rewrite(graph, match, keep_counts, site.slot, memory)
                     if row is not None:
@@ -136,10 +143,15 @@ class SparseBackwardPass(GraphPass):
         if self.selection.memory and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
+        if self.samples:
+            if reason := self.samples.why_dense(match):
+                return replace(site, slot=-1, sparse_flops=0, reason=reason)
+            site = replace(site, channels=self.samples.size, groups=1)
         if self.gate is None:
             return site
-        times = self.gate.times(match, site.slot, self.selection)
-        if reason := why_slower(times, site.channels):
+        batch = self.samples.size if self.samples else None
+        times = self.gate.times(match, site.slot, self.selection, batch)
+        if reason := why_slower(times, site.channels, self.selection.axis):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 
@@ -166,7 +178,7 @@ class SparseBackwardPass(GraphPass):
             selection = self.selection
             if self.telemetry:
                 selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
-            gradients = match.backward(
+            gradients = match.backward_of_parts(
                 k,
                 selection,
                 *tensors[:operands],

@@ -5,7 +5,7 @@ import ast
 from typing import Any
 
 from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import GRADIENTS
+from ssprop_passes.selection import AXES, GRADIENTS
 from ssprop_passes.selectors import SELECTORS
 
 from ssprop_fx.config import RANKS, TARGETS
@@ -104,6 +104,7 @@ def _add_sparsity(group: Any) -> None:
     )
     _int(group, "min_channels", "smaller layers stay dense")
     _text(group, "select", None, "which channels are kept", choices=list(SELECTORS))
+    _text(group, "axis", None, "what is kept: channels, or samples", choices=list(AXES))
     _text(group, "score", None, "what a channel is worth", choices=list(SCORES))
     _text(group, "gradients", None, "which gradients are sparse", choices=list(GRADIENTS))
     _int(group, "block", "keep channels in blocks of N neighbours")

@@ -123,6 +123,7 @@ class TrainConfig:
     channel_multiple: int | None = None
     min_channels: int = SparsityConfig.min_channels
     select: str = "topk"
+    axis: str = "channel"
     score: str = "mean_abs"
     gradients: str = "both"
     block: int = 1

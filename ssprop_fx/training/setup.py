@@ -180,6 +180,7 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         min_channels=config.min_channels,
         targets=config.targets,
         select=config.select,
+        axis=config.axis,  # type: ignore[arg-type]
         score=config.score,
         gradients=config.gradients,  # type: ignore[arg-type]
         block=config.block,

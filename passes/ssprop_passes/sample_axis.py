@@ -1,0 +1,117 @@
+"""SampleAxis: rewrites the sites of a joint graph to samples that are chosen once.
+
+Apart from `ssprop_passes.samples`, which is plain torch, this is what knows the graph: the first
+site that is rewritten, nearest the loss, chooses; the nodes of its choice are inputs of every
+other site's replacement.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ssprop_passes.rewrite import splice, trace
+from ssprop_passes.samples import Samples, choose_samples, size_hint
+from ssprop_passes.selection import Selection, with_strides
+from ssprop_passes.sites import MIN_KEEP_COUNT, SiteMatch
+
+__all__ = ["SAMPLES_KEY", "SampleAxis"]
+
+# Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
+# nodes: "" if the samples follow one another in the leading dimension of the layer's input, else
+# why that is not known.
+SAMPLES_KEY = "ssprop_samples"
+
+
+class SampleAxis:
+    """Puts backwards of shared samples in place of the sites of one joint graph.
+
+    Args:
+        batch: samples of the batch, N; may be a SymInt.
+        selection: how they are chosen.
+        decompositions: returns the decomposition table of the compiler that the graph is for.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        selection: Selection,
+        decompositions: Callable[[], dict[Any, Callable[..., Any]]],
+    ) -> None:
+        self.batch = batch
+        self.selection = selection
+        self.decompositions = decompositions
+        self._chosen: tuple[fx.Node, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Samples of the batch that the graph is compiled with."""
+        return size_hint(self.batch)
+
+    def why_dense(self, match: SiteMatch) -> str:
+        """Return why a site cannot keep samples, "" if it can."""
+        unknown = "no convolution or linear call gives its output, so its samples are not known"
+        reason: str = (match.node.meta.get("custom") or {}).get(SAMPLES_KEY, unknown)
+        if not reason and not self._rows_maybe(match):
+            return "how many rows a sample has in its input changes from call to call"
+        return reason
+
+    def rewrite(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
+        """Make the gradients of a site from the samples that all sites share.
+
+        Args:
+            graph: the joint graph.
+            match: the site.
+            keep_counts: the runtime sparsity tensor.
+            slot: of the site's layer: the first site's holds the count of samples to keep.
+        """
+        rows = self._rows_maybe(match)
+        assert rows
+        if not self._chosen:
+            self._choose(graph, match, keep_counts, slot, rows)
+
+        def replacement(*tensors: Tensor) -> Any:
+            chosen = tensors[len(match.inputs) :]
+            weights = chosen[1] if len(chosen) > 1 else None
+            samples = Samples.of_rows(chosen[0], weights, rows)
+            gradients = match.backward_of_samples(
+                samples, self.selection, *tensors[: len(match.inputs)]
+            )
+            # What follows in the graph may be views that only the dense gradient's layout allows.
+            return tuple(
+                gradient
+                if gradient is None or dense is None
+                else with_strides(gradient, dense.stride())
+                for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
+            )
+
+        match.replace(self._splice(graph, match.node, replacement, *match.inputs, *self._chosen))
+
+    def _choose(
+        self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int, rows: int
+    ) -> None:
+        def choice(keep_counts: Tensor, grad_output: Tensor, input_: Tensor) -> tuple[Tensor, ...]:
+            batch = grad_output.shape[0] // rows
+            k = cast(int, keep_counts[slot].item())
+            torch._check(k >= min(MIN_KEEP_COUNT, self.size))
+            torch._check(k <= batch)
+            indices, weights = choose_samples(self.selection, grad_output, input_, k, rows)
+            return (indices,) if weights is None else (indices, weights)
+
+        chosen = self._splice(graph, match.node, choice, keep_counts, *match.inputs[:2])
+        self._chosen = cast(tuple[fx.Node, ...], chosen)
+
+    def _splice(
+        self, graph: fx.Graph, before: fx.Node, function: Callable[..., Any], *inputs: fx.Node
+    ) -> tuple[fx.Node | None, ...]:
+        fake_mode = inputs[0].meta["val"].fake_mode
+        traced = trace(function, inputs, fake_mode, self.decompositions())
+        return splice(graph, before, traced, inputs)
+
+    def _rows_maybe(self, match: SiteMatch) -> int:
+        """Return how many rows of grad_output each sample has, 0 where that is no known number."""
+        leading = match.inputs[0].meta["val"].shape[0]
+        rows = size_hint(leading) // self.size
+        return rows if statically_known_true(leading == rows * self.batch) else 0
