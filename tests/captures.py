@@ -48,6 +48,7 @@ def aot(
     """Compile a Dynamo graph with AOTAutograd, without a hook for passes."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def compiler(kind: str) -> Callable[[fx.GraphModule, Any], Any]:
         def compile_part(part: fx.GraphModule, _inputs: Any) -> Any:
@@ -56,9 +57,13 @@ def aot(
 
         return compile_part
 
-    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))(
-        gm, inputs
+    # Partitioned as by Inductor and by the backend "aot_eager".
+    compile_graph = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        partition_fn=min_cut_rematerialization_partition,
     )
+    return compile_graph(gm, inputs)
 
 
 @functools.cache

@@ -49,6 +49,10 @@ def explanation(canary: Canary, users: Sequence[str]) -> str:
     )
 
 
+def find(graph: fx.Graph, target: object) -> list[fx.Node]:
+    return graph.find_nodes(op="call_function", target=target)
+
+
 # What Dynamo hands to a backend.
 
 
@@ -325,35 +329,42 @@ def a_linear_call_and_its_backward_share_a_number() -> None:
 
 @relies_on("meta.partitioner_tag")
 def nodes_are_tagged_as_forward_or_backward() -> None:
-    """`meta["partitioner_tag"]` is "is_forward" or "is_backward" on the nodes of the joint graph;
-    a node given "must_be_in_backward" is not moved to the forward, although it could be.
+    """`meta["partitioner_tag"]` is "is_forward" or "is_backward" on the nodes of the joint graph.
+    One tagged "is_backward" may still move to the forward, one tagged "must_be_in_backward" not.
     """
     from torch._functorch import config
 
     graph = captured()
     assert graph.called(aten.addmm.default, "is_forward") == graph.called(aten.addmm.default)
     assert graph.called(aten.mm.default, "is_backward") == graph.called(aten.mm.default)
-    parts: dict[str, fx.Graph] = {}
 
-    def add_node(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
-        (node,) = joint.graph.find_nodes(
-            op="call_function", target=aten.convolution_backward.default
-        )
-        with joint.graph.inserting_before(node):
-            copied = joint.graph.call_function(aten.neg.default, (node.args[1],))
-            copied.meta["val"] = node.args[1].meta["val"]
-            copied.meta["partitioner_tag"] = "must_be_in_backward"
-        node.args = (node.args[0], copied, *node.args[2:])
-        joint.recompile()
-        return joint
+    def part_of_node_tagged(tag: str) -> list[str]:
+        """Where a small number goes that is computed from a large tensor of the forward."""
+        parts: list[str] = []
 
-    with config.patch(joint_custom_pass=add_node):
-        capture(lambda gm, x: aot(gm, x, lambda kind, part: parts.update({kind: part.graph})))
-    is_there = {
-        kind: bool(part.find_nodes(op="call_function", target=aten.neg.default))
-        for kind, part in parts.items()
-    }
-    assert is_there == {"forward": False, "backward": True}
+        def add_sum(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
+            (forward,) = find(joint.graph, aten.convolution.default)
+            (backward,) = find(joint.graph, aten.convolution_backward.default)
+            fake = forward.meta["val"]
+            with joint.graph.inserting_before(backward):
+                total = joint.graph.call_function(aten.sum.default, (forward,))
+                shifted = joint.graph.call_function(aten.sub.Tensor, (backward.args[0], total))
+            with fake.fake_mode:
+                total.meta.update(val=fake.sum(), partitioner_tag=tag)
+                shifted.meta.update(val=torch.empty_like(fake), partitioner_tag="is_backward")
+            backward.args = (shifted, *backward.args[1:])
+            joint.recompile()
+            return joint
+
+        def note(kind: str, part: fx.GraphModule) -> None:
+            parts.extend([kind] * len(find(part.graph, aten.sum.default)))
+
+        with config.patch(joint_custom_pass=add_sum):
+            capture(lambda gm, inputs: aot(gm, inputs, note))
+        return parts
+
+    assert part_of_node_tagged("is_backward") == ["forward"]
+    assert part_of_node_tagged("must_be_in_backward") == ["backward"]
 
 
 @relies_on("aten.convolution_backward")
@@ -413,7 +424,7 @@ def operators_say_whether_they_write() -> None:
 def a_function_of_fake_tensors_can_be_traced() -> None:
     """`make_fx(fn, table, tracing_mode="real")`, in a fake mode and the Python dispatcher, gives a
     graph whose nodes carry `meta["val"]`. With `allow_scalar_outputs`, `.item()` gives an unbacked
-    symbol that node metadata names, which `torch._check` bounds and sizes may depend on.
+    symbol that sizes may depend on; what `torch._check` says of it is then known.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -430,6 +441,7 @@ def a_function_of_fake_tensors_can_be_traced() -> None:
         k = cast(int, counts[0].item())
         torch._check(k >= 2)
         torch._check(k <= 8)
+        assert 2 <= k <= 8
         return x[x.abs().mean(1).topk(k).indices]
 
     with mode, enable_python_dispatcher():
