@@ -505,6 +505,49 @@ def modules_hold_their_tensors_in_tables() -> None:
     assert torch.equal(layer.weight, torch.zeros(2))
 
 
+@relies_on("._call_impl", "._compiled_call_impl")
+def a_module_may_be_compiled_in_place() -> None:
+    """Where `_compiled_call_impl` of a module is set, calling the module calls it, in place of
+    `_call_impl`, which runs hooks and `forward`.
+    """
+    layer = nn.Linear(5, 5)
+    x = torch.ones(2, 5)
+    expected = layer(x)
+    assert torch.equal(layer._call_impl(x), expected)
+    layer._compiled_call_impl = lambda x: layer._call_impl(x) + 1
+    assert torch.equal(layer(x), expected + 1)
+
+
+# Several ranks.
+
+
+@relies_on(
+    "torch.distributed._functional_collectives",
+    "torch.ops._c10d_functional.all_reduce",
+    "torch.ops._c10d_functional.broadcast",
+    "torch.ops._c10d_functional.wait_tensor",
+)
+def collectives_can_be_traced() -> None:
+    """After the import of `_functional_collectives`, `all_reduce(x, "sum", group name)`,
+    `broadcast(x, source, group name)` and `wait_tensor(x)` give fake tensors like x; the first
+    two do not write x.
+    """
+    import torch.distributed._functional_collectives
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    operators = torch.ops._c10d_functional
+    with FakeTensorMode():
+        x = torch.ones(3, 5)
+        for result in (
+            operators.all_reduce(x, "sum", "some group"),
+            operators.broadcast(x, 0, "some group"),
+            operators.wait_tensor(x),
+        ):
+            assert (result.shape, result.dtype) == (x.shape, x.dtype)
+    for operator in (operators.all_reduce, operators.broadcast):
+        assert not operator.default._schema.is_mutable
+
+
 # Inductor.
 
 
