@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+TORCH_VENV = .venv-torch-$(TORCH)
 
-.PHONY: venv test test-slow lint demo bench
+.PHONY: venv test test-slow test-torch lint demo bench
 
 venv: .venv/installed
 
@@ -21,6 +22,20 @@ test: venv
 # Minutes each.
 test-slow: venv
 	$(BIN)/pytest -q -m slow
+
+# The suite on one release of torch, in an environment of its own: make test-torch TORCH=2.11.0
+test-torch: $(TORCH_VENV)/installed
+	OMP_NUM_THREADS=1 $(TORCH_VENV)/bin/pytest -q -n auto --dist worksteal
+
+# `===` because `==` would also take a local build such as 2.13.0+cpu, beside which torchvision does
+# not load. The matching torchvision says itself which torch it is for, and pip finds it.
+$(TORCH_VENV)/installed: pyproject.toml
+	$(if $(TORCH),,$(error which torch? as in `make test-torch TORCH=2.11.0`))
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/pip install -e '.[dev]' 'torch===$(TORCH)'
+	$(TORCH_VENV)/bin/python -c "from importlib.metadata import version as v; \
+	import torch, torchvision; assert v('torch') == '$(TORCH)', v('torch')"
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,18 +1,15 @@
 """How the code hangs together: what may import what, and documentation that is there and runs."""
 
-import ast
 import doctest
 import importlib
-from pathlib import Path
 
 import pytest
+from sources import FOLDERS, ROOT, files, imported_names, used_names
 
 import ssprop_fx
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"ssprop_fx": ROOT / "ssprop_fx", "ssprop_passes": ROOT / "passes" / "ssprop_passes"}
-
 # Torch's private names, and the files that may use them: a new release of torch touches these.
+# What they rely on is in `torch_api.py`.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/gate.py",
@@ -58,30 +55,6 @@ NEEDS_EXTRA = {
     "ssprop_fx.integrations.huggingface": "transformers",
     "ssprop_fx.integrations.lightning": "lightning",
 }
-
-
-def files(package: str) -> list[Path]:
-    found = sorted(FOLDERS[package].rglob("*.py"))
-    assert found
-    return found
-
-
-def imported_names(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, wherever in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} has a relative import, line {node.lineno}"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def used_names(path: Path) -> set[str]:
-    """Dotted names that a file uses as attributes, such as `torch._inductor.config`."""
-    nodes = ast.walk(ast.parse(path.read_text()))
-    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def is_private_torch(name: str) -> bool:

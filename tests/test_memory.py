@@ -127,15 +127,15 @@ def weighted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ({}, {}),
         ({"gradients": "weight"}, {"gradients": "weight"}),
         ({"gradients": "input"}, {"gradients": "input"}),
-        ({"block": 3}, {"block": 3}),
+        ({"block": 2}, {"block": 2}),
         ({"select": weighted}, {"weight": 0.75}),
     ],
     ids=["default", "weight", "input", "block", "weighted"],
 )
 def test_every_kind_of_layer_and_selection_has_a_memory(options: dict, as_reference: dict) -> None:
     model = Branches().double()
-    expected = reference(model, eta=ETA, drop_rate=0.5, **as_reference)
-    compiled = compile_model(model, drop_rate=0.5, **options)
+    expected = reference(model, eta=ETA, drop_rate=0.3, **as_reference)
+    compiled = compile_model(model, drop_rate=0.3, **options)
     for _ in range(3):
         found = []
         for one in (compiled, expected):
