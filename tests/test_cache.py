@@ -41,6 +41,7 @@ config = SparsityConfig(
     filter_fn=filter_fn,
     select=selectors[options["select"]],
     memory=options["memory"],
+    specialize=False,  # so that one artifact serves several drop rates
     gate=False,
 )
 scheduler = SparsityScheduler(constant(options["rate"]))

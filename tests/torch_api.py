@@ -644,3 +644,45 @@ def the_compile_cache_lies_where_the_environment_says() -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+# Elsewhere.
+
+
+@relies_on("torch.fx.experimental.symbolic_shapes.statically_known_true")
+def symbols_can_be_compared_without_a_guard() -> None:
+    """`statically_known_true(expression)` is a bool, False where the answer depends on a symbol
+    that is not known, and adds no guard.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+
+    environment = ShapeEnv()
+    size = environment.create_unbacked_symint()
+    torch._check(size >= 2)
+    assert statically_known_true(3 == 3)
+    assert statically_known_true(size >= 1)
+    assert not statically_known_true(size == 7)
+    assert not environment.guards
+
+
+@relies_on(
+    "torch._foreach_abs",
+    "torch._foreach_add",
+    "torch._foreach_lerp_",
+    "torch._foreach_mul",
+    "torch._foreach_neg",
+    "torch._foreach_sign",
+)
+def lists_of_tensors_are_computed_with_in_one_call() -> None:
+    """The `_foreach_` functions do to each tensor of a list what the function of that name does,
+    and `_foreach_lerp_` takes a list of weights, of which 0 and 1 give the ends exactly.
+    """
+    xs = [torch.tensor([-2.0, 0.0]), torch.tensor([0.1])]
+    signs = torch._foreach_sign(torch._foreach_abs(xs))
+    assert [s.tolist() for s in signs] == [[1.0, 0.0], [1.0]]
+    rest = torch._foreach_add(torch._foreach_neg(signs), 1)
+    assert [r.tolist() for r in rest] == [[0.0, 1.0], [0.0]]
+    now = torch._foreach_mul(xs, 3)
+    torch._foreach_lerp_(now, [x + 0.1 for x in xs], rest)
+    assert torch.equal(now[0], torch.tensor([-6.0, 0.1]))
+    assert torch.equal(now[1], xs[1] * 3)
