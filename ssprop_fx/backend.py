@@ -20,6 +20,7 @@ from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import detect_fake_mode
 
 from ssprop_fx.config import SparsityConfig
@@ -134,6 +135,9 @@ class SparseBackend:
         """
         try:
             return self._compile(gm, example_inputs)
+        except TensorifyScalarRestartAnalysis:
+            # No failure: Dynamo is to trace again, with a Python number as a constant.
+            raise
         except Exception as error:
             self.error = compile_error(error)
             raise self.error  # noqa: B904, its cause is set

@@ -26,10 +26,11 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 
-from ssprop_fx.backend import copy_graph, is_differentiable
+from ssprop_fx.backend import compile_error, copy_graph, is_differentiable
 from ssprop_fx.instances import SparseGraph
 from ssprop_fx.settings import Settings, read_settings
 from ssprop_fx.stepping import (
@@ -103,11 +104,19 @@ def ssprop(
     """
     try:
         return _compile(gm, example_inputs, lambda: read_settings(mode, options, os.environ))
+    except TensorifyScalarRestartAnalysis:
+        # No failure: Dynamo is to trace again, with a Python number as a constant.
+        raise
     except Exception as error:
-        if not torch._dynamo.config.suppress_errors:
+        is_settings = isinstance(error, (TypeError, ValueError))
+        if not is_settings and not _is_trained(example_inputs):
+            # As plain torch.compile: there is no backward that could be dense in silence.
             raise
-        # Dynamo would run the graph eagerly, and so dense.
-        suppressed = error
+        # For some exceptions Dynamo would run the graph eagerly, and so dense.
+        failure = error if is_settings else compile_error(error)
+        if not torch._dynamo.config.suppress_errors:
+            raise failure  # noqa: B904, its cause is set
+        suppressed = failure
 
     def fail(*_args: Any) -> Any:
         raise suppressed
@@ -120,8 +129,7 @@ def _compile(
 ) -> Callable[..., Any]:
     settings = read()
     sparse = None
-    has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs)
-    if has_weights and is_differentiable(example_inputs):
+    if _is_trained(example_inputs):
         model = _compiled_model()
         variant = find_stepped_variant(model, settings)
         variant.follow_device()
@@ -131,6 +139,12 @@ def _compile(
     with _called_first(sparse is None or not variant.is_due()):
         dense = lookup_backend(settings.kind)(gm, list(example_inputs), **patches)
     return dense if sparse is None else PhasedGraph(dense, sparse, variant, read)
+
+
+def _is_trained(example_inputs: Sequence[Any]) -> bool:
+    """Say whether a graph of these inputs has weights and a backward."""
+    has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs)
+    return has_weights and is_differentiable(example_inputs)
 
 
 def _called_first(is_first: bool) -> AbstractContextManager[None]:

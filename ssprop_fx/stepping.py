@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ssprop_fx.effect import Problem
 from ssprop_fx.scheduler import SparsityScheduler
 from ssprop_fx.settings import Settings
 from ssprop_fx.slots import find_slots
@@ -60,7 +61,6 @@ class SteppedVariant(SparseVariant):
         self.settings = settings
         self._leader: weakref.ref[Optimizer] | None = None
         self._forwards: Counter[object] = Counter()
-        self._runs_before = 0
         follow_optimizers()
         SteppedVariant.made += 1
 
@@ -68,14 +68,14 @@ class SteppedVariant(SparseVariant):
         """Note that a training step runs a graph."""
         self.agree()
         self._forwards[graph] += 1
-        if self._forwards[graph] == _FORWARDS_PATIENCE and not self._warned:
-            self._warn(
+        if self._forwards[graph] == _FORWARDS_PATIENCE:
+            message = (
                 f"the schedule stands still at step {self.scheduler.last_step}, drop rate"
                 f" {self.scheduler.drop_rate:g}: {_FORWARDS_PATIENCE} training forwards and no step"
                 " of a torch.optim.Optimizer that holds parameters of the model. Unless so many"
-                " batches are accumulated, use ssprop_compile and call scheduler.step().",
-                stacklevel=3,
+                " batches are accumulated, use ssprop_compile and call scheduler.step()."
             )
+            self._warn(Problem("stands still", message), stacklevel=3)
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Advance the schedule, if this step of an optimizer ends a training step of the model."""
@@ -84,9 +84,9 @@ class SteppedVariant(SparseVariant):
             return
         self._leader = weakref.ref(optimizer)
         if self.is_due():
-            self.check_effect(self._runs_before, stacklevel=5)
+            self.check_effect(stacklevel=5)
         self._forwards.clear()
-        self._runs_before = self.backend.sparse_runs
+        self.effect.start()
         self.scheduler.step()
 
 

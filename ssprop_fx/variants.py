@@ -13,6 +13,7 @@ from torch._inductor import list_mode_options
 from ssprop_fx.agreement import Agreement
 from ssprop_fx.backend import SparseBackend
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.effect import Effect, Problem, why_no_layer
 from ssprop_fx.memory import Memory
 from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
@@ -76,11 +77,12 @@ class SparseVariant:
         if config.ranks == "shared":
             what = repr((slots, config.selection.identity))
             self._agreement = Agreement(scheduler, self.part, what, self._device)
-        self._warned = False
+        self.effect = Effect(self.backend)
+        self._warned: set[str] = set()
         self._judged: tuple[float, int] | None = None
         self._faster = True
         if not slots:
-            self._warn(_why_no_layer(self.table.excluded), stacklevel=6)
+            self._warn(why_no_layer(self.table.excluded), stacklevel=6)
 
     @property
     def keep_counts(self) -> torch.Tensor:
@@ -123,13 +125,13 @@ class SparseVariant:
             self._judged = state
             saved = saved_ms(self.graphs, self.keep_counts.tolist())
             self._faster = saved is None or saved > 0
-            if not self._faster and not self._warned:
-                self._warn(
+            if not self._faster:
+                message = (
                     f"at drop rate {state[0]:g} the model's backward would take"
                     f" {-cast(float, saved):.2f} ms longer sparse than dense, so it runs dense;"
-                    " SparsityConfig(gate=False) makes it sparse all the same",
-                    stacklevel=6,
+                    " SparsityConfig(gate=False) makes it sparse all the same"
                 )
+                self._warn(Problem("slower", message), stacklevel=9)
         return self._faster
 
     def follow_device(self) -> None:
@@ -141,19 +143,24 @@ class SparseVariant:
         parameter = next(self.backend.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def check_effect(self, runs_before: int, stacklevel: int) -> None:
-        """Warn, once, where a step that was due had no effect or not on every layer.
+    def check_effect(self, stacklevel: int) -> None:
+        """Warn where a step that was due, and ends now, was not sparse in every layer.
+
+        Once for each problem; that a whole step was dense, again when it happens again.
 
         Args:
-            runs_before: `backend.sparse_runs` before the step.
             stacklevel: of the warning, as if the caller gave it.
         """
-        if not self._warned and (problem := _why_no_effect(self.backend, runs_before)):
+        problem = self.effect.problem_maybe()
+        if problem is None:
+            self._warned.discard("dense")
+        else:
             self._warn(problem, stacklevel + 2)
 
-    def _warn(self, message: str, stacklevel: int) -> None:
-        self._warned = True
-        warnings.warn(message, NoEffectWarning, stacklevel=stacklevel)
+    def _warn(self, problem: Problem, stacklevel: int) -> None:
+        if problem.kind not in self._warned:
+            self._warned.add(problem.kind)
+            warnings.warn(problem.message, NoEffectWarning, stacklevel=stacklevel)
 
 
 class Variants(SparseVariant):
@@ -197,6 +204,8 @@ class Variants(SparseVariant):
         self._sparse[None] = self.backend, self._compile(self.backend)
         self._set_levels()
 
+    # Traced into another compiled function, the model would become part of that, and dense.
+    @torch.compiler.disable(reason="ssprop_compile has compiled it already")  # type: ignore[no-untyped-call, untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
         self.agree()
@@ -234,7 +243,7 @@ class Variants(SparseVariant):
         sparse = self._use_backend()
         backend = self.backend
         backend.error = None
-        runs_before = backend.sparse_runs
+        self.effect.start()
         try:
             output = sparse(*args, **kwargs)
         except Exception:
@@ -245,7 +254,7 @@ class Variants(SparseVariant):
         if backend.error is not None:
             # Dynamo swallowed it and ran eager, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
-        self.check_effect(runs_before, stacklevel=6)
+        self.check_effect(stacklevel=7)
         return output
 
 
@@ -277,38 +286,3 @@ def saved_ms(graphs: Sequence[CompiledGraph], keep_counts: Sequence[int]) -> flo
     saved = [site.saved_ms(keep_counts[site.slot] * site.groups) for site in sites]
     measured = [ms for ms in saved if ms is not None]
     return sum(measured) if measured and len(measured) == len(saved) else None
-
-
-def _why_no_layer(excluded: dict[str, str]) -> str:
-    reasons = sorted(set(excluded.values())) or ["it has no convolution and no linear layer"]
-    return (
-        "no layer of the model takes part in sparse back-propagation, so it trains dense:"
-        f" {'; '.join(reasons)}. See SparsityConfig(min_channels=..., filter_fn=...)."
-    )
-
-
-def _why_no_effect(backend: SparseBackend, runs_before: int) -> str:
-    """Return what is wrong with a sparse step that has just run, "" if nothing is."""
-    if backend.sparse_runs > runs_before:
-        missing = backend.missing
-        if not missing:
-            return ""
-        return (
-            f"{len(missing)} layers are in no sparse graph and train dense: {', '.join(missing)}."
-            " Either the model does not use them, or Dynamo runs them eagerly or in the compiled"
-            " code of a layer that does not take part: see"
-            " TORCH_LOGS=graph_breaks, and fullgraph=True to forbid it."
-        )
-    sites = [site for graph in backend.graphs for site in graph.sites]
-    if not backend.graphs or any(not site.reason for site in sites):
-        return (
-            "the drop rate is above 0, but no sparse graph ran, so this step trained dense. Likely"
-            " causes: Dynamo's recompile limit was hit (see torch._dynamo.config.recompile_limit;"
-            " drop_last=True avoids the recompile of a short last batch), compilation is disabled"
-            " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or an active dispatch mode, such"
-            " as FlopCounterMode, makes Dynamo run eagerly."
-        )
-    reasons = sorted({site.reason for site in sites}) or ["it has no backward"]
-    if len(reasons) > 4:
-        reasons[4:] = [f"and {len(reasons) - 4} other reasons, see report(model)"]
-    return f"no site of the model was made sparse, so it trains dense: {'; '.join(reasons)}."

@@ -31,6 +31,7 @@ CORE = {
     "config",
     "control",
     "controllers",
+    "effect",
     "freezing",
     "instances",
     "kept_rows",

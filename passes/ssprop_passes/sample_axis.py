@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ssprop_passes.rewrite import splice, trace
 from ssprop_passes.samples import Samples, choose_samples, size_hint
-from ssprop_passes.selection import Selection, with_strides
+from ssprop_passes.selection import Selection, dims_order, with_order
 from ssprop_passes.sites import MIN_KEEP_COUNT, SiteMatch
 
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
@@ -71,6 +71,7 @@ class SampleAxis:
         assert rows
         if not self._chosen:
             self._choose(graph, match, keep_counts, slot, rows)
+        orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
         def replacement(*tensors: Tensor) -> Any:
             chosen = tensors[len(match.inputs) :]
@@ -81,10 +82,8 @@ class SampleAxis:
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             return tuple(
-                gradient
-                if gradient is None or dense is None
-                else with_strides(gradient, dense.stride())
-                for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
+                gradient if gradient is None or order is None else with_order(gradient, order)
+                for gradient, order in zip(gradients, orders, strict=True)
             )
 
         match.replace(self._splice(graph, match.node, replacement, *match.inputs, *self._chosen))

@@ -32,9 +32,10 @@ def mean_abs(grad_output: Tensor, weight: Tensor) -> Tensor:
         weight: [C, ...], not used.
 
     Returns:
-        Scores, [C].
+        Scores, [C], at least float32.
     """
-    return grad_output.abs().mean(_all_but(grad_output, 1))
+    # In half precision the mean of few large values among many would vanish.
+    return grad_output.abs().mean(_all_but(grad_output, 1), dtype=_wide(grad_output))
 
 
 def l2(grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -83,9 +84,12 @@ def power_over_ranks(score: Score) -> int:
 
 def _norms(x: Tensor, dim: int) -> Tensor:
     # A half-precision norm of many values would overflow.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(x, dim=_all_but(x, dim), dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=_all_but(x, dim), dtype=_wide(x))
     return norms
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _all_but(x: Tensor, dim: int) -> list[int]:

@@ -21,13 +21,14 @@ __all__ = [
     "GRADIENTS",
     "Selection",
     "add_channels",
+    "dims_order",
     "gather_channels",
     "gather_rows",
     "is_channels_last",
     "scale_channels",
     "scatter_rows",
     "sum_channels",
-    "with_strides",
+    "with_order",
 ]
 
 # What is chosen: output channels of each layer, or samples of the batch.
@@ -233,13 +234,22 @@ def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).index_add(1, indices, channels)
 
 
-def with_strides(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """Return `x` with its dimensions laid out in the order of `strides`; itself if it has these."""
-    if tuple(x.stride()) == tuple(strides):
+def dims_order(x: Tensor) -> list[int]:
+    """Return the dimensions of a tensor from the outermost to the innermost in memory."""
+    return sorted(range(x.ndim), key=lambda d: -x.stride(d))
+
+
+def with_order(x: Tensor, order: Sequence[int]) -> Tensor:
+    """Return `x` dense, its dimensions laid out in this order; itself if it is that already.
+
+    An order and no strides: a symbolic stride of a tensor that is no input of the trace has no
+    node in it, and cannot be compared with.
+    """
+    permuted = x.permute(*order)
+    if permuted.is_contiguous():
         return x
-    order = sorted(range(x.ndim), key=lambda d: -strides[d])
-    inverse = [order.index(d) for d in range(x.ndim)]
-    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
+    inverse = [list(order).index(d) for d in range(x.ndim)]
+    return permuted.clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -26,7 +26,7 @@ from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
 from ssprop_passes.sample_axis import SampleAxis
-from ssprop_passes.selection import Selection, with_strides
+from ssprop_passes.selection import Selection, dims_order, with_order
 from ssprop_passes.sites import (
     MIN_KEEP_COUNT,
     Site,
@@ -168,6 +168,7 @@ class SparseBackwardPass(GraphPass):
         operands = len(match.inputs)
         state = [node for node in (memory, keep_counts) if node is not None]
         inputs = [*match.inputs, *state]
+        orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
         def replacement(*tensors: Tensor) -> Any:
             if self.constants is None:
@@ -186,10 +187,8 @@ class SparseBackwardPass(GraphPass):
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             laid_out = [
-                gradient
-                if gradient is None or dense is None
-                else with_strides(gradient, dense.stride())
-                for gradient, dense in zip(gradients, match.dense_gradients, strict=True)
+                gradient if gradient is None or order is None else with_order(gradient, order)
+                for gradient, order in zip(gradients, orders, strict=True)
             ]
             return *laid_out, *rows
 
