@@ -149,6 +149,12 @@ class SparseBackend:
                 " changed model"
             )
         self.ranks.add(self.selection.ranks)
+        if gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+            raise RuntimeError(
+                "the model has a torch.compiler.nested_compile_region, whose backward is compiled"
+                " apart, without keep counts: set torch._dynamo.config.inline_invoke_subgraph ="
+                " True (from torch 2.15 on) or leave the region out"
+            )
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else ()
         device = _device(example_inputs) if self.config.telemetry else None

@@ -118,6 +118,7 @@ def disabled(block: nn.Module, x: Tensor) -> Tensor:
 
 
 COMPILED_AUTOGRAD = partial(torch._dynamo.config.patch, compiled_autograd=True)
+INLINED = partial(torch._dynamo.config.patch, inline_invoke_subgraph=True)
 NO_EFFECT = "`NoEffectWarning` that names these layers; the others are sparse"
 
 FEATURES = (
@@ -155,7 +156,18 @@ FEATURES = (
         sees_no_edit="as without `fullgraph=True`",
         match="ssprop_compile has compiled it already",
     ),
-    Feature("`torch.compiler.nested_compile_region`", call=nested_region),
+    Feature(
+        "`torch.compiler.nested_compile_region`",
+        sees="`SsPropCompileError`",
+        sees_no_edit="`BackendCompilerFailed` that names `SsPropCompileError`",
+        call=nested_region,
+        match="inline_invoke_subgraph = True",
+    ),
+    Feature(
+        "the same with `torch._dynamo.config.inline_invoke_subgraph`",
+        call=nested_region,
+        context=INLINED,
+    ),
     Feature(
         "blocks under `torch.compiler.disable`",
         sees=NO_EFFECT,

@@ -236,7 +236,8 @@ def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
 
 def dims_order(x: Tensor) -> list[int]:
     """Return the dimensions of a tensor from the outermost to the innermost in memory."""
-    return sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda d: -strides[d])
 
 
 def with_order(x: Tensor, order: Sequence[int]) -> Tensor:
