@@ -23,7 +23,8 @@ class SsPropModule(nn.Module):
         ssprop: the compiled variants, with their scheduler, keep counts and memory.
     """
 
-    _own = frozenset({"_orig_mod", "ssprop", "training"})
+    # The last one goes with the hooks, which are its own.
+    _own = frozenset({"_orig_mod", "ssprop", "training", "_is_full_backward_hook"})
 
     def __init__(
         self,

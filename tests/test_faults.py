@@ -13,8 +13,8 @@ from faults import (
     PLACES,
     SITUATIONS,
     SPARSE,
-    THEN_SPARSE,
     WARNING,
+    WARNING_FIRST,
     WRAPPED,
     Disabled,
     Place,
@@ -108,7 +108,19 @@ def check_cell(errors: Sequence[BaseException], place: Place, entry: str, suppre
         assert all(p.grad is None for p in model.parameters()), "something was trained"
 
 
-@pytest.mark.parametrize(("number", "cell"), enumerate(CELLS), ids=[c.id for c in CELLS])
+@pytest.mark.parametrize(
+    ("number", "cell"),
+    [
+        # The dense form's forward is compiled in earnest.
+        pytest.param(
+            number,
+            cell,
+            id=cell.id,
+            marks=[pytest.mark.slow] * ("first `.backward()`-no edit" in cell.id),
+        )
+        for number, cell in enumerate(CELLS)
+    ],
+)
 def test_an_exception_reaches_the_user(number: int, cell: Any) -> None:
     check_cell([EXCEPTIONS[number % len(EXCEPTIONS)]], *cell.values)
 
@@ -158,8 +170,9 @@ def outcome(
 def test_a_dense_step_is_not_silent(situation: Situation, entry: str) -> None:
     expected = situation.sees if entry == "ssprop_compile" else situation.sees_no_edit
     first, second = outcomes(situation, entry)
-    if expected == THEN_SPARSE:
-        assert (first, second) == (WARNING, SPARSE)
+    if expected == WARNING_FIRST:
+        assert first in (WARNING, SPARSE)
+        assert second == SPARSE
     else:
         assert first == expected
         # Once is enough.

@@ -98,6 +98,7 @@ def warned_at_the_optimizer(feature: Feature) -> None:
 UNDER_INDUCTOR = ("compiled autograd", "selective", "inline_invoke_subgraph")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "feature",
     [f for f in FEATURES if any(word in f.text for word in UNDER_INDUCTOR)],
