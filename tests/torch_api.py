@@ -246,6 +246,24 @@ def compiled_code_can_be_counted_and_forgotten() -> None:
     assert not _debug_get_cache_entry_list(double.__code__)
 
 
+@relies_on("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
+def a_backend_may_ask_for_another_trace() -> None:
+    """Inductor raises this in a backend where a Python number must be a constant; it is passed on
+    to Dynamo, which traces again, and is no failure.
+    """
+    from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
+
+    assert issubclass(TensorifyScalarRestartAnalysis, RestartAnalysis)
+
+
+@relies_on("._is_full_backward_hook")
+def a_module_keeps_the_kind_of_its_backward_hooks() -> None:
+    """`register_full_backward_hook` sets this on the module, which else calls no such hook."""
+    module = nn.Identity()
+    module.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    assert module._is_full_backward_hook
+
+
 @relies_on("torch._dynamo.exc.TorchDynamoException")
 def errors_of_dynamo_have_one_base_class() -> None:
     """What Dynamo raises of its own, such as for a graph break under `fullgraph`, derives from
