@@ -1,10 +1,8 @@
 """The torch.compile backend of the sparse variant: adds the runtime tensor, then compiles.
 
-Private torch lives here and in `ssprop_passes`: Dynamo's graph attributes, the fake mode of the
-compile, Inductor's `compile_fx` and the two hooks for a pass on the joint graph.
+Private torch lives in what it calls, `dynamo_graph` and `compilers`, and in `ssprop_passes`.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,15 +14,25 @@ from ssprop_passes.gate import Gate
 from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.ranks import Ranks, find_ranks_maybe
 from ssprop_passes.selection import Selection
-from ssprop_passes.sites import SITE_KEY
 from ssprop_passes.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._guards import detect_fake_mode
 
+from ssprop_fx.compilers import (
+    compile_aot_eager,
+    compile_error,
+    compile_inductor,
+    inductor_decompositions,
+)
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.instances import SEVERAL_GRAPHS, Instances, SparseGraph, weight_owners
+from ssprop_fx.dynamo_graph import (
+    copy_graph,
+    input_sizes,
+    is_differentiable,
+    mark_layers,
+    with_extra_inputs,
+)
+from ssprop_fx.instances import SEVERAL_GRAPHS, Instances, SparseGraph
 from ssprop_fx.memory import Memory, MemoryInput, mark_memories
 from ssprop_fx.records import CompiledGraph, load_record_maybe, record_key, save_record
 from ssprop_fx.samples import find_batch_maybe, mark_samples
@@ -211,7 +219,7 @@ class SparseBackend:
             raise RuntimeError(SEVERAL_GRAPHS)
         position = find_batch_maybe(gm, inputs, self.model)
         if position is not None:
-            mark_samples(gm, _sizes(gm, position)[0])
+            mark_samples(gm, input_sizes(gm, position)[0])
             self.keep_counts.follow_batch(int(inputs[position].shape[0]))
         return position
 
@@ -264,12 +272,12 @@ class SparseBackend:
             excluded=self.table.excluded,
             layers=layers,
             slot_count=len(self.table.slots),
-            decompositions=_inductor_decompositions if is_inductor else dict,
+            decompositions=inductor_decompositions if is_inductor else dict,
             selection=self.selection,
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             telemetry=self.config.telemetry,
-            batch=None if batch is None else _sizes(gm, batch)[0],
+            batch=None if batch is None else input_sizes(gm, batch)[0],
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
             constants=self.constants,
         )
@@ -278,169 +286,8 @@ class SparseBackend:
         return compile_graph(copy_graph(gm), inputs, sparse_pass, options), sparse_pass
 
 
-def compile_error(error: Exception) -> SsPropCompileError:
-    """Return the error that the user sees for a failure inside the compiler, its cause set."""
-    if isinstance(error, SsPropCompileError):
-        return error
-    ours = SsPropCompileError(
-        f"the sparse variant of the model could not be compiled: {type(error).__name__}: {error}"
-    )
-    ours.__cause__ = error
-    return ours
-
-
-def compile_inductor(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    sparse_pass: SparseBackwardPass,
-    options: dict[str, Any],
-) -> Callable[..., Any]:
-    """Compile a graph with Inductor, the pass in its joint-graph hook."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    @functools.wraps(compile_fx_inner)
-    def compile_inner(*args: Any, **kwargs: Any) -> Any:
-        # The backward compiles later, out of `SparseBackend.__call__`.
-        try:
-            return compile_fx_inner(*args, **kwargs)
-        except Exception as error:
-            raise compile_error(error)  # noqa: B904, its cause is set
-
-    # As patches and not as an ambient setting, because the backward compiles later.
-    patches = {**options, "joint_custom_pre_pass": sparse_pass}
-    compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
-    return cast(Callable[..., Any], compiled)
-
-
-def compile_aot_eager(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    sparse_pass: Callable[[fx.Graph], None],
-    options: dict[str, Any],
-) -> Callable[..., Any]:
-    """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""
-
-    def joint_pass(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
-        sparse_pass(joint.graph)
-        joint.recompile()
-        return joint
-
-    with torch._functorch.config.patch(joint_custom_pass=joint_pass):
-        return lookup_backend("aot_eager")(gm, list(inputs))
-
-
-def mark_layers(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
-) -> tuple[str, ...]:
-    """Write into each node's metadata the name of the layer that it belongs to.
-
-    AOTAutograd copies `meta["custom"]` to the backward nodes. A node that takes a layer's weight
-    belongs to that layer, any other node to the innermost module whose forward it stems from.
-    Both are found by the identity of an object: the paths in Dynamo's metadata start at whatever
-    frame is being compiled, and after a graph break that is not the model.
-
-    Args:
-        gm: the graph that Dynamo captured; subgraphs are marked as well.
-        example_inputs: its inputs.
-        model: the model.
-
-    Returns:
-        The names, in order of the marked nodes.
-    """
-    modules = {id(module): name for name, module in model.named_modules()}
-    owners = weight_owners(model)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    weights = {
-        node: owners[id(value)]
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if id(value) in owners
-    }
-    layers: list[str] = []
-    for graph_module in gm.modules():
-        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
-            if node.op not in ("call_function", "call_method"):
-                continue
-            owned = [weights[operand] for operand in node.all_input_nodes if operand in weights]
-            name = owned[0] if len(owned) == 1 else _innermost_module_maybe(node, modules)
-            if name is not None:
-                node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
-                layers.append(name)
-    return tuple(layers)
-
-
-def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
-    """Return the name of the innermost module whose forward a node stems from."""
-    # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
-    stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
-    return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
-
-
-def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """Return a copy of Dynamo's graph with more placeholders, after all others.
-
-    Args:
-        gm: the graph.
-        tensors: what they stand for: table, memories, and the runtime sparsity tensor at the end.
-    """
-    gm = copy_graph(gm)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    fake_mode = detect_fake_mode([p.meta.get("example_value") for p in placeholders])
-    if fake_mode is None:
-        raise RuntimeError("Dynamo's graph has no fake tensors among its inputs")
-    # Reading a keep count makes an unbacked symbol. No global `capture_scalar_outputs`.
-    fake_mode.allow_scalar_outputs = True
-    last = placeholders[-1] if placeholders else gm.graph._root
-    for number, tensor in enumerate(tensors):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"ssprop_state_{number}")
-        last.meta["example_value"] = fake_mode.from_tensor(tensor.clone(), static_shapes=True)
-        last._dynamo_source = None
-    gm.recompile()
-    return gm
-
-
-def _sizes(gm: fx.GraphModule, position: int) -> Sequence[int]:
-    """Return the shape of an input, with SymInts for dynamic sizes."""
-    placeholder = gm.graph.find_nodes(op="placeholder")[position]
-    return cast(Tensor, placeholder.meta["example_value"]).shape
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a Dynamo graph module with what AOTAutograd reads from it.
-
-    Without the sources every parameter would count as an ordinary input.
-    """
-    graph = fx.Graph()
-    environment: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, environment, return_output_node=True)
-    value, old_output = output if isinstance(output, tuple) else (output, None)
-    graph.output(value).meta = dict(old_output.meta) if old_output is not None else {}
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    for old, new in environment.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
-    return copy
-
-
-def is_differentiable(inputs: Sequence[Any]) -> bool:
-    """Say whether a graph of these inputs has a backward."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in inputs
-    )
-
-
 def _device(inputs: Sequence[Any]) -> torch.device:
     """Return the device of a graph's parameters, of its first tensor if it has none."""
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     parameters = [value for value in tensors if isinstance(value, nn.Parameter)]
     return (parameters or tensors)[0].device
-
-
-def _inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()

@@ -23,7 +23,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ssprop_fx.backend import compile_aot_eager, mark_layers
+from ssprop_fx.compilers import compile_aot_eager
+from ssprop_fx.dynamo_graph import mark_layers
 
 __all__ = ["Capture", "capture_joint_graphs"]
 

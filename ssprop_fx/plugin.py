@@ -30,7 +30,8 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 
-from ssprop_fx.backend import compile_error, copy_graph, is_differentiable
+from ssprop_fx.compilers import compile_error
+from ssprop_fx.dynamo_graph import copy_graph, is_differentiable
 from ssprop_fx.instances import SparseGraph
 from ssprop_fx.settings import Settings, read_settings
 from ssprop_fx.stepping import (

@@ -110,7 +110,7 @@ PLACES = (
         options=lambda fail: {"joint_custom_pre_pass": fail},
     ),
     Place("the backend, before it compiles", replace("ssprop_fx.backend.mark_layers")),
-    Place("AOTAutograd", replace("ssprop_fx.backend.lookup_backend")),
+    Place("AOTAutograd", replace("ssprop_fx.compilers.lookup_backend")),
     Place("Inductor's compile of the forward", fail_in_inner_compile(False), "inductor"),
     Place(
         "Inductor's compile of the backward, at the first `.backward()`",

@@ -1,0 +1,74 @@
+"""The two compilers that the sparse variant's graphs are handed to, with a pass on the joint graph.
+
+Private torch: Inductor's `compile_fx`, and the hooks of Inductor and AOTAutograd for that pass.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.sparse_backward import SparseBackwardPass
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+__all__ = ["compile_aot_eager", "compile_error", "compile_inductor", "inductor_decompositions"]
+
+
+def compile_error(error: Exception) -> SsPropCompileError:
+    """Return the error that the user sees for a failure inside the compiler, its cause set."""
+    if isinstance(error, SsPropCompileError):
+        return error
+    ours = SsPropCompileError(
+        f"the sparse variant of the model could not be compiled: {type(error).__name__}: {error}"
+    )
+    ours.__cause__ = error
+    return ours
+
+
+def compile_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    sparse_pass: SparseBackwardPass,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor, the pass in its joint-graph hook."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    @functools.wraps(compile_fx_inner)
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        # The backward compiles later, out of `SparseBackend.__call__`.
+        try:
+            return compile_fx_inner(*args, **kwargs)
+        except Exception as error:
+            raise compile_error(error)  # noqa: B904, its cause is set
+
+    # As patches and not as an ambient setting, because the backward compiles later.
+    patches = {**options, "joint_custom_pre_pass": sparse_pass}
+    compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
+    return cast(Callable[..., Any], compiled)
+
+
+def compile_aot_eager(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    sparse_pass: Callable[[fx.Graph], None],
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""
+
+    def joint_pass(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
+        sparse_pass(joint.graph)
+        joint.recompile()
+        return joint
+
+    with torch._functorch.config.patch(joint_custom_pass=joint_pass):
+        return lookup_backend("aot_eager")(gm, list(inputs))
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the decompositions that Inductor traces joint graphs with."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
