@@ -1,10 +1,13 @@
-"""Schedules as text, such as `bar:rate=0.8,period=2ep`."""
+"""Schedules as text, such as `bar:rate=0.8,period=2ep`.
+
+Parts follow one another as in `constant:rate=0.8 until 5ep then none`.
+"""
 
 import difflib
 import re
 from dataclasses import MISSING, fields
 
-from ssprop_fx.schedules import Schedule, bar, constant, cosine, linear, warmup
+from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
 
 __all__ = ["EXAMPLES", "parse_schedule"]
 
@@ -23,6 +26,7 @@ _SCHEDULES: dict[str, type[Schedule]] = {
     "bar": bar,
 }
 _COUNTS_STEPS = {"steps", "period"}
+_JOINT = re.compile(r"\s+until\s+(\S+)\s+then\s+")
 
 
 def parse_schedule(
@@ -33,7 +37,8 @@ def parse_schedule(
     Args:
         text: `name` or `name:key=value,key=value`; the names are those of `EXAMPLES`, the keys
             those of the schedule of that name. Lengths (`steps`, `period`) are a number of steps,
-            or, with `ep` after it, of epochs.
+            or, with `ep` after it, of epochs. `A until 5ep then B` is `join`: B begins at its own
+            step 0 where A ends, and more parts may follow.
         steps_per_epoch: steps in one epoch; None where that is not known, and `ep` is an error.
         warmup_epochs: dense epochs before the schedule begins.
 
@@ -49,7 +54,29 @@ def parse_schedule(
         bar(rate=0.8, period=200, dense_fraction=0.5)
         >>> parse_schedule("bar:rate=0.8,period=2000")
         bar(rate=0.8, period=2000, dense_fraction=0.5)
+        >>> parse_schedule("constant:rate=0.8 until 500 then none")
+        join(schedules=(constant(rate=0.8), constant(rate=0.0)), boundaries=(500,))
     """
+    parts = _JOINT.split(text.strip())
+    schedules = [_parse_part(part, steps_per_epoch) for part in parts[::2]]
+    schedule = schedules[0]
+    if len(schedules) > 1:
+        try:
+            ends = [_parse_steps(end, steps_per_epoch) for end in parts[1::2]]
+            schedule = join(schedules, ends)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{text}: {error}; right would be"
+                " constant:rate=0.8 until 1000 then none, with ends that increase"
+            ) from None
+    if not warmup_epochs:
+        return schedule
+    if steps_per_epoch is None:
+        raise ValueError("warmup_epochs needs steps_per_epoch")
+    return warmup(schedule, warmup_epochs * steps_per_epoch)
+
+
+def _parse_part(text: str, steps_per_epoch: int | None) -> Schedule:
     examples = EXAMPLES if steps_per_epoch else _examples_in_steps()
     name, _, arguments = text.strip().partition(":")
     if name not in EXAMPLES:
@@ -57,14 +84,9 @@ def parse_schedule(
         hint = f"did you mean {examples[close[0]]}" if close else f"known: {', '.join(EXAMPLES)}"
         raise ValueError(f"{text}: unknown schedule {name!r}; {hint}")
     try:
-        schedule = _make_schedule(name, arguments, steps_per_epoch)
+        return _make_schedule(name, arguments, steps_per_epoch)
     except ValueError as error:
         raise ValueError(f"{text}: {error}; right would be {examples[name]}") from error
-    if not warmup_epochs:
-        return schedule
-    if steps_per_epoch is None:
-        raise ValueError("warmup_epochs needs steps_per_epoch")
-    return warmup(schedule, warmup_epochs * steps_per_epoch)
 
 
 def _make_schedule(name: str, arguments: str, steps_per_epoch: int | None) -> Schedule:

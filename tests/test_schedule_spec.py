@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from ssprop_fx import bar, constant, cosine, linear, warmup
+from ssprop_fx import bar, constant, cosine, join, linear, warmup
 from ssprop_fx.schedule_spec import EXAMPLES, parse_schedule
 
 
@@ -16,6 +16,10 @@ from ssprop_fx.schedule_spec import EXAMPLES, parse_schedule
         ("bar: rate = 0.8 , period = 30 ", bar(0.8, period=30)),
         ("linear:start=0,end=0.8,steps=0.5ep", linear(0.0, 0.8, steps=50)),
         ("cosine:end=0.8,start=0.2,steps=10ep", cosine(0.2, 0.8, steps=1000)),
+        (
+            "none until 1ep then constant:rate=0.8 until 250  then none",
+            join([constant(0.0), constant(0.8), constant(0.0)], [100, 250]),
+        ),
     ],
 )
 def test_text_gives_the_schedule_that_it_names(text, expected):
@@ -52,6 +56,8 @@ def test_warmup_epochs_come_first():
         ("bar:rate=80,period=2ep", "rate must be in [0, 1), got 80.0"),
         ("constant:rate=nan", "rate must be in [0, 1)"),
         ("constant:rate=half", "rate must be a number, got 'half'"),
+        ("none until half then none", "invalid literal for int() with base 10: 'half'"),
+        ("none until 2ep then none until 1ep then none", "boundaries must increase"),
     ],
 )
 def test_wrong_text_gives_one_line_that_says_what_is_right(text, message):
