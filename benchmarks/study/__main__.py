@@ -1,0 +1,70 @@
+"""Command line of the study."""
+
+import argparse
+import fnmatch
+import time
+from pathlib import Path
+
+from benchmarks.study.grid import GRIDS, settings
+from benchmarks.study.page import page
+from benchmarks.study.summary import read_results
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--grid", choices=list(GRIDS), default="small")
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run what has no result yet")
+    run.add_argument("--data", type=Path, metavar="ZIP", help="CIFAR-10, as data.py reads it")
+    run.add_argument("--work", type=Path, default=Path("runs/study"), metavar="DIR")
+    run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="TASK/SETTING")
+    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
+    run.add_argument("--minutes", type=float, metavar="N", help="start no run after N minutes")
+    run.set_defaults(command=run_grid)
+    table = commands.add_parser("table", help="print the page docs/study.md")
+    table.set_defaults(command=print_page)
+    plot = commands.add_parser("plot", help="draw accuracy over cost")
+    plot.add_argument("path", type=Path, metavar="PNG")
+    plot.set_defaults(command=plot_grid)
+    args = parser.parse_args()
+    args.command(args)
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    """Run what has no result yet: one seed of everything, then the next."""
+    # It imports the compiler, which takes seconds.
+    from benchmarks.study.runner import Places, result_path, run_one
+
+    places = Places(args.results / args.grid, args.work, args.data)
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    for seed in args.seeds:
+        for setting in settings(args.grid):
+            if not any(fnmatch.fnmatch(setting.key, pattern) for pattern in args.only):
+                continue
+            if result_path(places, setting, seed).exists():
+                continue
+            if end is not None and time.monotonic() > end:
+                return
+            result = run_one(setting, seed, places)
+            print(f"{setting.key} seed {seed}: {result['accuracy']:.2f} %", flush=True)
+
+
+def print_page(args: argparse.Namespace) -> None:
+    """Print the page of the results that there are."""
+    print(page(GRIDS[args.grid], read_results(args.results / args.grid)), end="")
+
+
+def plot_grid(args: argparse.Namespace) -> None:
+    """Draw the results that there are."""
+    # matplotlib is optional.
+    from benchmarks.study.plot import draw
+
+    draw(GRIDS[args.grid], read_results(args.results / args.grid), args.path)
+
+
+if __name__ == "__main__":
+    main()

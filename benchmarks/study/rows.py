@@ -1,0 +1,44 @@
+"""Rows that several tables have."""
+
+from typing import Any
+
+__all__ = ["STEPS", "WEIGHT", "core_rows", "early", "late"]
+
+STEPS = {"schedule": "bar:rate=0.8,period=2"}
+WEIGHT = {"schedule": "constant:rate=0.8", "gradients": "weight"}
+
+
+def early(epochs: float) -> dict[str, Any]:
+    """Return the flags of so many sparse epochs, then dense ones."""
+    return {"schedule": f"constant:rate=0.8 until {epochs:g}ep then none"}
+
+
+def late(epochs: float) -> dict[str, Any]:
+    """Return the flags of so many dense epochs, then sparse ones."""
+    return {"schedule": f"none until {epochs:g}ep then constant:rate=0.8"}
+
+
+def core_rows(
+    epochs: int, fewer: tuple[int, ...], narrow: dict[str, Any], dropout: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the rows that every table has.
+
+    Args:
+        epochs: of the whole training.
+        fewer: of dense training that stops earlier.
+        narrow: flags of a network that saves as much arithmetic as half of the steps at 0.8.
+        dropout: flags of a network with dropout.
+    """
+    return {
+        "dense": {},
+        **{f"dense-{n}ep": {"epochs": n} for n in fewer},
+        "steps-0.8": STEPS,
+        "early-0.8": early(epochs / 2),
+        "weight-0.8": WEIGHT,
+        "constant-0.3": {"schedule": "constant:rate=0.3"},
+        "weight-0.5": {"schedule": "constant:rate=0.5", "gradients": "weight"},
+        "narrow": narrow,
+        "steps-0.8-random": {**STEPS, "select": "random"},
+        "dropout": dropout,
+        "dropout-steps-0.8": {**dropout, **STEPS},
+    }

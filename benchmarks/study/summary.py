@@ -1,0 +1,125 @@
+"""From results to the rows of a table: means over seeds, costs, and dense training at that cost."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.study.cost import Cost, cost, dense_accuracy
+from benchmarks.study.task import Task
+
+__all__ = ["Result", "Row", "read_results", "spread", "summarize"]
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, over its seeds.
+
+    Attributes:
+        name: of the setting.
+        seeds: number of runs.
+        accuracy: mean of their accuracies in percent.
+        deviation: their standard deviation; None of one run.
+        cost: in epochs of the task's dense model.
+        gain: accuracy over that of dense training at the same arithmetic, in points; None for
+            dense training itself and outside its curve.
+        gain_in_time: the same over dense training for the same time.
+        error: standard error of both gains; None where no setting has two runs.
+    """
+
+    name: str
+    seeds: int
+    accuracy: float
+    deviation: float | None
+    cost: Cost
+    gain: float | None
+    gain_in_time: float | None
+    error: float | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a point of the curve that the others are compared with."""
+        return self.name.startswith("dense")
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return all results in a folder, one a file."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def spread(accuracies: Sequence[Sequence[float]]) -> float | None:
+    """Return the standard deviation over seeds, pooled over settings.
+
+    Three seeds tell little of their own spread; those of all settings of a task tell enough.
+
+    Args:
+        accuracies: those of each setting.
+
+    Returns:
+        Square root of the mean variance, weighted by degrees of freedom; None without any.
+    """
+    squares = [stdev(values) ** 2 * (len(values) - 1) for values in accuracies if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in accuracies if len(values) > 1)
+    return (sum(squares) / degrees) ** 0.5 if degrees else None
+
+
+def summarize(task: Task, results: Sequence[Result], per_saving: float) -> list[Row]:
+    """Return the rows of a task's table, in the order of its settings.
+
+    Args:
+        task: the task.
+        results: of any tasks.
+        per_saving: as in `benchmarks.study.cost.cost`.
+
+    Returns:
+        A row for each setting that has been run; none while there is no dense run.
+    """
+    runs = {
+        name: [r for r in results if r["task"] == task.name and r["setting"] == name]
+        for name in task.settings
+    }
+    runs = {name: found for name, found in runs.items() if found}
+    if "dense" not in runs:
+        return []
+    reference = runs["dense"][0]["forward_flops"]
+    costs = {
+        name: cost(
+            found[0]["epochs"],
+            fmean(r["backward_saved"] for r in found),
+            found[0]["forward_flops"] / reference,
+            per_saving,
+        )
+        for name, found in runs.items()
+    }
+    accuracies = {name: [r["accuracy"] for r in found] for name, found in runs.items()}
+    dense = [name for name in runs if name.startswith("dense")]
+    curve = [(costs[name].arithmetic, fmean(accuracies[name])) for name in dense]
+    deviation = spread(list(accuracies.values()))
+    # Cautious: between two dense settings the curve is surer than at either.
+    dense_seeds = min(len(runs[name]) for name in dense)
+    rows = []
+    for name, values in accuracies.items():
+        at = {"arithmetic": costs[name].arithmetic, "time": costs[name].time}
+        gains = {
+            kind: None if name in dense or found is None else fmean(values) - found
+            for kind, found in ((kind, dense_accuracy(curve, x)) for kind, x in at.items())
+        }
+        rows.append(
+            Row(
+                name=name,
+                seeds=len(values),
+                accuracy=fmean(values),
+                deviation=stdev(values) if len(values) > 1 else None,
+                cost=costs[name],
+                gain=gains["arithmetic"],
+                gain_in_time=gains["time"],
+                error=None
+                if deviation is None
+                else deviation * (1 / len(values) + 1 / dense_seeds) ** 0.5,
+            )
+        )
+    return rows

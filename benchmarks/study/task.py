@@ -1,0 +1,56 @@
+"""What a grid is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Setting", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all settings of one table have in common.
+
+    Attributes:
+        name: of the table.
+        about: what it is, for the page.
+        flags: settings of `TrainConfig`.
+        settings: name -> flags that differ. Those whose name begins with "dense" are the curve
+            that the others are compared with.
+        classes: classes of CIFAR-10; none for scikit-learn's digits.
+        per_class: training images of each.
+        start: setting of the task "start" whose weights its runs begin with.
+    """
+
+    name: str
+    about: str
+    flags: Mapping[str, Any]
+    settings: Mapping[str, Mapping[str, Any]]
+    classes: tuple[str, ...] = ()
+    per_class: int = 0
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table.
+
+    Attributes:
+        task: the table.
+        name: of the row.
+        flags: settings of `TrainConfig`, the task's and its own.
+    """
+
+    task: Task
+    name: str
+    flags: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Its name in the whole grid."""
+        return f"{self.task.name}/{self.name}"
+
+    @property
+    def is_start(self) -> bool:
+        """Whether its weights are what other runs begin with."""
+        return self.task.name == "start"
