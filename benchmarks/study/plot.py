@@ -18,7 +18,7 @@ _DENSE = "#4c566a"
 # The others have their place in the tables; more labels cannot be read.
 _SHOWN = {
     "steps-0.8": ("#d08770", "o"),
-    "steps-0.5": ("#ebcb8b", "o"),
+    "constant-0.3": ("#ebcb8b", "P"),
     "early-0.8": ("#2e7d6b", "^"),
     "late-0.8": ("#a3be8c", "v"),
     "weight-0.8": ("#5e81ac", "s"),
@@ -56,7 +56,11 @@ def draw(tasks: Sequence[Task], results: Sequence[Result], path: Path) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=8, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=2 * len(shown),
+        frameon=False,
     )
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
