@@ -199,9 +199,10 @@ class Variants(SparseVariant):
         self.compile_kwargs = compile_kwargs
         self._in_place = in_place
         self._called = model._call_impl if in_place else model
-        self._dense = torch.compile(self._called, **compile_kwargs)
-        self._sparse: dict[tuple[int, ...] | None, tuple[SparseBackend, Callable[..., Any]]] = {}
-        self._sparse[None] = self.backend, self._compile(self.backend)
+        self._dense = self._compile(**compile_kwargs)
+        self._sparse: dict[
+            tuple[int, ...] | None, tuple[Callable[..., Any], SparseBackend, Effect]
+        ] = {None: (self._compile_sparse(self.backend), self.backend, self.effect)}
         self._set_levels()
 
     # Traced into another compiled function, the model would become part of that, and dense.
@@ -222,9 +223,15 @@ class Variants(SparseVariant):
         specialize = config.specialize if config.axis == "channel" else False
         self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
-    def _compile(self, backend: SparseBackend) -> Callable[..., Any]:
+    def _compile(self, **kwargs: Any) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch.compile(self._called, **kwargs)
+        # Lightning, where imported, notes them on the model, whose copies would then hold them.
+        vars(self.backend.model).pop("_compile_kwargs", None)
+        return compiled
+
+    def _compile_sparse(self, backend: SparseBackend) -> Callable[..., Any]:
         kwargs = {name: self.compile_kwargs[name] for name in ("fullgraph", "dynamic")}
-        return torch.compile(self._called, backend=backend, **kwargs)
+        return self._compile(backend=backend, **kwargs)
 
     def _use_backend(self) -> Callable[..., Any]:
         """Let the backend for the keep counts in force be the current one; return its model."""
@@ -232,8 +239,8 @@ class Variants(SparseVariant):
         key = counts if counts in self._levels else None
         if key not in self._sparse:
             backend = self.backend.specialized(key)
-            self._sparse[key] = backend, self._compile(backend)
-        self.backend, compiled = self._sparse[key]
+            self._sparse[key] = self._compile_sparse(backend), backend, Effect(backend)
+        compiled, self.backend, self.effect = self._sparse[key]
         return compiled
 
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
