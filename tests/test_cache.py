@@ -120,6 +120,7 @@ def test_a_random_selector_draws_the_same_from_the_cache(cache: Path, cold: dict
     assert first["gradients"] == warm["gradients"] != cold["gradients"]
 
 
+@pytest.mark.slow
 def test_a_memory_works_from_the_cache(cache: Path, cold: dict) -> None:
     first, warm, other = (run(cache, memory=eta) for eta in (0.9, 0.9, 0.5))
     assert (first["pass_runs"], warm["pass_runs"], warm["cache_hits"]) == (1, 0, 1)
@@ -128,6 +129,7 @@ def test_a_memory_works_from_the_cache(cache: Path, cold: dict) -> None:
     assert len({tuple(one["gradients"]) for one in (first, other, cold)}) == 3
 
 
+@pytest.mark.slow
 def test_a_selector_is_known_by_what_it_computes(cache: Path) -> None:
     own, warm, other, stateful, again = (
         run(cache, select=select) for select in ("own", "own", "other", "stateful", "stateful")
@@ -139,6 +141,7 @@ def test_a_selector_is_known_by_what_it_computes(cache: Path) -> None:
     assert [(one["pass_runs"], one["cache_hits"]) for one in (stateful, again)] == [(1, 0)] * 2
 
 
+@pytest.mark.slow
 def test_caches_off_give_the_same(cache: Path, cold: dict) -> None:
     off = run(cache, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
     assert off["pass_runs"] == 1

@@ -121,6 +121,7 @@ def test_times_are_in_the_record_of_a_graph(fresh_cache: None, tmp_path: Path) -
     assert known.sites == (site, replace(site, times=None))
 
 
+@pytest.mark.slow
 def test_another_highest_drop_rate_is_measured_anew(fresh_cache: None, measured: list[int]) -> None:
     for rate in (0.75, 0.5):
         torch._dynamo.reset()

@@ -7,7 +7,7 @@ from ssprop_fx.training.records import Records, StepRow, median_ms
 from ssprop_fx.training.summary import format_summary
 
 
-def _row(step, *, drop_rate=0.0, ms=10.0, timed=1, steps_per_epoch=3, saved=0.0):
+def _row(step, *, drop_rate=0.0, ms=10.0, timed=1, steps_per_epoch=3, saved=0.0, kept_mass=1.0):
     return StepRow(
         step=step,
         epoch=step // steps_per_epoch,
@@ -17,6 +17,7 @@ def _row(step, *, drop_rate=0.0, ms=10.0, timed=1, steps_per_epoch=3, saved=0.0)
         lr=0.1,
         ms=ms,
         timed=timed,
+        kept_mass=kept_mass,
     )
 
 
@@ -30,6 +31,7 @@ def _fill(records, steps):
                 ms=5.0 if sparse else 10.0,
                 timed=int(step % 3 > 0),
                 saved=0.6 if sparse else 0.0,
+                kept_mass=0.5 if sparse else 1.0,
             )
         )
         if step % 3 == 2:

@@ -492,6 +492,7 @@ def test_prediction_is_of_channels() -> None:
         inspect_sites(Residual(), torch.randn(4, 5), config=config())
 
 
+@pytest.mark.slow
 @pytest.mark.gate
 @pytest.mark.filterwarnings("ignore:no site of the model was made sparse")
 def test_the_gate_measures_samples() -> None:

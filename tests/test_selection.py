@@ -131,7 +131,7 @@ def test_gradients_equal_the_oracle(select: str, score: str, gradients: str) -> 
     check(options, "aot_eager", torch.contiguous_format)
 
 
-@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("block", [1, 2])
 def test_a_score_for_each_gradient_equals_the_oracle(block: int) -> None:
     options = {"score": ("mean_abs", "l2_weight"), "block": block}
     check(options, "aot_eager", torch.contiguous_format)

@@ -70,7 +70,11 @@ def weighted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("backend", "select"),
-    [("aot_eager", "topk"), ("aot_eager", weighted), ("inductor", "topk")],
+    [
+        ("aot_eager", "topk"),
+        ("aot_eager", weighted),
+        pytest.param("inductor", "topk", marks=pytest.mark.slow),
+    ],
     ids=["eager", "weighted", "inductor"],
 )
 def test_the_numbers_are_those_of_the_gradient(backend: str, select: object) -> None:
