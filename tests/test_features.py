@@ -75,7 +75,7 @@ def test_it_works_or_says_so(feature: Feature, entry: str) -> None:
         pytest.skip("this release of torch cannot inline nested regions")
     sees = feature.sees_no_edit if entry == "no edit" and feature.sees_no_edit else feature.sees
     if sees.startswith(("dense", "as without")):
-        # That it is dense, and the warning, is what test_plugin.py shows of a script.
+        # That it is dense, and the warning, is shown of a script by test_plugin.py.
         pytest.skip("no graph reaches the no-edit backend")
     if errors := [error for name, error in ERRORS.items() if name in sees.split(",")[0]]:
         call = feature.compile(lambda module: make(entry, module), Net(feature.call))

@@ -220,6 +220,21 @@ def test_a_backend_that_dynamo_never_calls_warns() -> None:
     assert "NoEffectWarning: 10 optimizer steps, and Dynamo has handed" in run.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_model_inside_another_compiled_function_is_dense_and_warns(fullgraph: bool) -> None:
+    outer = f"torch.compile(lambda x: inner(x) * 1, backend='aot_eager', fullgraph={fullgraph})"
+    script = SCRIPT.replace("range(4)", "range(10)").replace("compiled = ", "inner = ")
+    script = script.replace("for _ in", f"compiled = {outer}\nfor _ in").replace("0.01", "1e-6")
+    settings = {"SSPROP_SCHEDULE": "constant:rate=0.75", "SSPROP_BACKEND": "aot_eager"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["64"] * 10
+    assert "NoEffectWarning: 10 optimizer steps, and Dynamo has handed" in run.stderr
+
+
 def test_report_of_a_model_that_was_never_compiled() -> None:
     with pytest.raises(TypeError, match=r'torch\.compile\(model, backend="ssprop"\)'):
         report(small_net(16))
