@@ -12,7 +12,7 @@ from torch_api import CANARIES, Canary, explanation
 LISTED = {name for canary in CANARIES for name in canary.names}
 
 # Names with an underscore that are neither ours nor torch's.
-OTHERS = {"_getframe", "_operator", "_joules", "_transpose"}
+OTHERS = {"_compile_kwargs", "_getframe", "_operator", "_joules", "_transpose"}
 
 
 def is_private(name: str) -> bool:
