@@ -81,8 +81,9 @@ class SparsityConfig:
             runs dense. False makes every layer sparse at every drop rate above 0. AOT eager, which
             is not for speed, has no gate, nor have ranks that share their selection: by their own
             times they would not always agree.
-        specialize: whether keep counts are compiled in as constants, which is faster and costs a
-            compile for each drop rate of the schedule. `"auto"` does so where there are at most
+        specialize: whether keep counts are compiled in as constants, which is faster by a few
+            percent at most, lets CUDA graphs be used, and costs a compile for each drop rate of the
+            schedule. `"auto"` does so where there are at most
             two above 0, as in `constant`, `bar` and `warmup` of these, and layers of one shape
             have one rate; `report(model)` says so. True does so for up to six. Keep counts that
             are none of the schedule's are read at run time, and with False all are: one compile
