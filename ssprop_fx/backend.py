@@ -148,7 +148,7 @@ class SparseBackend:
             raise
         except Exception as error:
             self.error = compile_error(error)
-            raise self.error  # noqa: B904, its cause is set
+            raise self.error from self.error.__cause__
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
         if find_slots(self.model, self.config) != self.table:

@@ -101,14 +101,14 @@ class Instance:
             seen[slot] = channels
         return seen
 
-    def agrees(self, keep_counts: Tensor, constants: Sequence[int]) -> bool:
+    def agrees(self, keep_counts: Tensor, constants: Tensor) -> bool:
         """Say whether constants are the keep counts of the slots that the graph reads.
 
         Args:
             keep_counts: as the graph is to see them, int64 [slots].
-            constants: what it was compiled with, one a slot.
+            constants: what it was compiled with, int64 [slots].
         """
-        return torch.equal(keep_counts[self._read], torch.tensor(constants)[self._read])
+        return torch.equal(keep_counts[self._read], constants[self._read])
 
 
 class Instances:
@@ -221,7 +221,7 @@ class SparseGraph:
         self.keep_counts = keep_counts
         self.memories = memories
         self.memory = memory
-        self.constants = constants
+        self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
         self.telemetry = telemetry
         self.batch = batch
 

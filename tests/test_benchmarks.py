@@ -103,9 +103,11 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_measures_each_point() -> None:
-    args = parse(["scaling", *MODEL, *TINY, "--drop-rates", "0", "0.5", "--batch-sizes", "3"])
+def test_scaling_measures_each_point(tmp_path: Path) -> None:
+    more = ["--drop-rates", "0", "0.5", "--batch-sizes", "3", "--output", str(tmp_path)]
+    args = parse(["scaling", *MODEL, *TINY, *more])
     args.run(args)
+    assert all(row["median_ms"] > 0 for row in rows_of(tmp_path, StepRow))
 
 
 def test_layer(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def sparse_conv_backward(
     k: int,
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    selection: Selection = Selection(),
     memory: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of a convolution from the kept channels of `grad_output`.

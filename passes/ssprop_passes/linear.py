@@ -40,7 +40,7 @@ def sparse_linear_backward(
     weight: Tensor,
     k: int,
     output_mask: Sequence[bool],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    selection: Selection = Selection(),
     memory: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of a linear layer from the k kept features of `grad_output`.

@@ -74,7 +74,7 @@ class SparseBackwardPass(GraphPass):
         layers: tuple[str, ...],
         slot_count: int,
         decompositions: Callable[[], dict[Any, Callable[..., Any]]],
-        selection: Selection = Selection(),  # noqa: B008, it is frozen
+        selection: Selection = Selection(),
         gate: Gate | None = None,
         memories: Sequence[str] = (),
         telemetry: bool = False,
@@ -227,7 +227,7 @@ def find_sites(
     graph: fx.Graph,
     slots: Mapping[str, Slot],
     excluded: Mapping[str, str],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    selection: Selection = Selection(),
 ) -> tuple[list[tuple[fx.Node, Site]], int]:
     """Find the sites of a joint graph, and leave the graph as it is.
 
