@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
-from ssprop_passes.memory import MEMORY_KEY
+from ssprop_passes.memory import MEMORY_KEY, Remembered
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
 from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, dims_order, with_order
@@ -53,8 +53,9 @@ class SparseBackwardPass(GraphPass):
         decompositions: returns the decomposition table of the compiler that the graph is for.
         selection: how channels are chosen, and for which gradients.
         gate: says which sites are worth making sparse; None to make all.
-        memories: layers that the graph's memories are of, one an entry; the memories are inputs
-            of the graph, its last but for the runtime sparsity tensor.
+        memories: layers that the graph's memories are of, one an entry, as many for each call as
+            `selection.remembers`; the memories are inputs of the graph, its last but for the
+            runtime sparsity tensor.
         telemetry: whether the sites tell of themselves; their table is an input of the graph,
             right before the memories.
         previous: pass or passes to run first.
@@ -129,7 +130,9 @@ class SparseBackwardPass(GraphPass):
                     assert keep_counts is not None, "samples have no constant keep counts"
                     self.samples.rewrite(graph, match, keep_counts, site.slot)
                 elif not site.reason:
-                    memory = memories[_memory_maybe(match)] if memories else None
+                    size = len(self.selection.remembers)
+                    begin = (_memory_maybe(match) or 0) * size
+                    memory = memories[begin : begin + size]
                     row = self._rewrite(graph, match, keep_counts, site.slot, memory)
                     if row is not None:
                         # Of a layer that is called several times, the last call in the backward.
@@ -140,7 +143,7 @@ class SparseBackwardPass(GraphPass):
 
     def _judge(self, match: SiteMatch, site: Site) -> Site:
         """Return a site with what is yet to be said of it, by the gate above all."""
-        if self.selection.memory and _memory_maybe(match) is None:
+        if self.selection.remembers and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
         if self.samples:
@@ -161,13 +164,13 @@ class SparseBackwardPass(GraphPass):
         match: SiteMatch,
         keep_counts: fx.Node | None,
         slot: int,
-        memory: fx.Node | None,
+        memory: Sequence[fx.Node],
     ) -> fx.Node | None:
         """Put a site's sparse backward in its place; return the row that it tells, if it does."""
         limit = match.channels // match.groups
         operands = len(match.inputs)
-        state = [node for node in (memory, keep_counts) if node is not None]
-        inputs = [*match.inputs, *state]
+        counts = [] if keep_counts is None else [keep_counts]
+        inputs = [*match.inputs, *memory, *counts]
         orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
         def replacement(*tensors: Tensor) -> Any:
@@ -179,11 +182,9 @@ class SparseBackwardPass(GraphPass):
             selection = self.selection
             if self.telemetry:
                 selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
+            remembered = zip(selection.remembers, tensors[operands:], strict=False)
             gradients = match.backward_of_parts(
-                k,
-                selection,
-                *tensors[:operands],
-                memory=None if memory is None else tensors[operands],
+                k, selection, *tensors[:operands], memory=Remembered(**dict(remembered))
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             laid_out = [
@@ -219,7 +220,7 @@ class SparseBackwardPass(GraphPass):
 
 
 def _memory_maybe(match: SiteMatch) -> Any:
-    """Return the number of a site's memory among those of the graph, None if it has none."""
+    """Return the number of a site's call among those that have memories, None if it has none."""
     return (match.node.meta.get("custom") or {}).get(MEMORY_KEY)
 
 
