@@ -119,6 +119,7 @@ class SparseBackwardPass(GraphPass):
         first = len(inputs) - len(self.memories)
         memories = inputs[first:]
         rows: dict[int, fx.Node] = {}
+        counts: dict[int, fx.Node] = {}
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
             if not site.reason:
@@ -133,7 +134,9 @@ class SparseBackwardPass(GraphPass):
                     size = len(self.selection.remembers)
                     begin = (_memory_maybe(match) or 0) * size
                     memory = memories[begin : begin + size]
-                    row = self._rewrite(graph, match, keep_counts, site.slot, memory)
+                    if keep_counts is not None and site.slot not in counts:
+                        counts[site.slot] = self._read(graph, match, keep_counts, site.slot)
+                    row = self._rewrite(graph, match, counts.get(site.slot), site.slot, memory)
                     if row is not None:
                         # Of a layer that is called several times, the last call in the backward.
                         rows[site.slot] = row
@@ -158,26 +161,38 @@ class SparseBackwardPass(GraphPass):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 
+    def _read(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> fx.Node:
+        """Read a slot's keep count, in blocks, before the first site of the slot.
+
+        Once for all of them: torch would merge two reads, and know nothing of the second's symbol.
+        """
+        limit, block = match.channels // match.groups, self.selection.block
+
+        def read(keep_counts: Tensor) -> tuple[int]:
+            return (read_keep_count(keep_counts, slot, limit, block),)
+
+        (count,) = self._splice(graph, match.node, read, [keep_counts])
+        assert count is not None
+        return count
+
     def _rewrite(
         self,
         graph: fx.Graph,
         match: SiteMatch,
-        keep_counts: fx.Node | None,
+        count: fx.Node | None,
         slot: int,
         memory: Sequence[fx.Node],
     ) -> fx.Node | None:
         """Put a site's sparse backward in its place; return the row that it tells, if it does."""
-        limit = match.channels // match.groups
         operands = len(match.inputs)
-        counts = [] if keep_counts is None else [keep_counts]
-        inputs = [*match.inputs, *memory, *counts]
+        inputs = [*match.inputs, *memory, *([] if count is None else [count])]
         orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
-        def replacement(*tensors: Tensor) -> Any:
-            if self.constants is None:
-                k = read_keep_count(tensors[-1], slot, limit, self.selection.block)
-            else:
+        def replacement(*tensors: Any) -> Any:
+            if self.constants is not None:
                 k = self.constants[slot]
+            else:
+                k = tensors[-1] if self.selection.block == 1 else tensors[-1] * self.selection.block
             rows: list[Tensor] = []
             selection = self.selection
             if self.telemetry:
@@ -272,7 +287,9 @@ def find_match_maybe(node: fx.Node) -> SiteMatch | None:
 
 
 def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> int:
-    """Return a slot's keep count, an unbacked SymInt while this is traced.
+    """Return a slot's keep count in blocks, an unbacked SymInt while this is traced.
+
+    In blocks, so that the count of channels is known to be a multiple of their size.
 
     Args:
         keep_counts: the runtime sparsity tensor.
@@ -280,12 +297,11 @@ def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> i
         limit: the largest keep count.
         block: keep counts are multiples of this.
     """
-    # Counted in blocks, so that k is known to be a multiple of their size.
-    count = keep_counts[slot] if block == 1 else keep_counts[slot] // block
-    k = cast(int, count.item())
-    torch._check(k >= min(MIN_KEEP_COUNT, limit // block))
-    torch._check(k <= limit // block)
-    return k if block == 1 else k * block
+    blocks = keep_counts[slot] if block == 1 else keep_counts[slot] // block
+    count = cast(int, blocks.item())
+    torch._check(count >= min(MIN_KEEP_COUNT, limit // block))
+    torch._check(count <= limit // block)
+    return count
 
 
 def find_inputs(graph: fx.Graph) -> list[fx.Node]:
