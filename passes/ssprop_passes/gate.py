@@ -93,7 +93,7 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
     def known_scores(_grad_output: Tensor, _weight: Tensor) -> Tensor:
         return scores
 
-    selection = replace(selection, score=known_scores, memory=0.0)
+    selection = replace(selection, score=known_scores)
     if selection.input_score is not None:
         selection = replace(selection, input_score=known_scores)
     device = match.inputs[0].meta["val"].device
