@@ -21,6 +21,7 @@ from ssprop_fx.backend import SparseBackend
 from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
 
 BATCH, STEPS = 8, 3
+TOLD = ("module.features.layers.0", "module.head.layers.0")
 
 
 class Part(nn.Module):
@@ -103,6 +104,10 @@ def ddp_first(rank, world, **config):
     network = compiled(ddp, **{"ranks": "shared", **config})
     found = gradients(model, network, rank, world)
     assert len(network.ssprop.graphs) > 1
+    if config.get("telemetry"):
+        # A layer in each of the graphs.
+        told = network.ssprop.scheduler.telemetry()
+        assert all(0 < told[name].kept_mass < 1 for name in TOLD), told
     return found
 
 
@@ -197,6 +202,7 @@ CASES = {
     "sampled": partial(compile_first, select="sampled", backend="inductor"),
     **{name: partial(compile_first, **config) for name, config in OPTIONS.items()},
     "ddp first, memory": partial(ddp_first, **OPTIONS["memory"]),
+    "ddp first, telemetry": partial(ddp_first, telemetry=True),
 }
 
 
