@@ -129,30 +129,36 @@ def draw_layers(rows: Sequence[Record], path: Path) -> None:
     _save(figure, axes, path)
 
 
-def draw_long_run(rows: Sequence[Record], path: Path) -> None:
-    """Draw step time and memory of a long run over its steps.
+def draw_long_run(rows: Sequence[Record], slopes: Sequence[Any], path: Path) -> None:
+    """Draw step time and memory of a long run over its steps, with their straight lines.
 
     Args:
         rows: records of EpochRow.
+        slopes: those of dense and sparse step time first, that of memory next to last.
         path: the PNG file; one that exists is replaced.
     """
     made = _figure(4)
     if made is None:
         return
     figure, axes = made
-    for color, label, is_sparse in ((_DENSE, "dense step", False), (_SPARSE, "sparse step", True)):
+    for color, line, is_sparse in ((_DENSE, slopes[0], False), (_SPARSE, slopes[1], True)):
         part = [row for row in rows if bool(row["drop_rate"]) == is_sparse]
-        times = [row["step_ms"] for row in part]
-        axes.plot([row["steps"] for row in part], times, ".", color=color, label=f"{label}, ms")
+        axes.plot(
+            [row["steps"] for row in part], [row["step_ms"] for row in part], ".", color=color
+        )
+        axes.plot(*zip(line.first, line.last, strict=True), color=color, label=str(line))
     memory = axes.twinx()
     values = [row["rss_mib"] for row in rows]
-    memory.plot([row["steps"] for row in rows], values, color=_BOUND, label="memory, MiB (right)")
+    label = f"right: {slopes[-2]}"
+    memory.plot([row["steps"] for row in rows], values, color=_BOUND, label=label)
     memory.set_ylim(0, 1.2 * max(values))
     axes.set_ylim(0, 1.5 * sorted(row["step_ms"] for row in rows)[int(0.9 * len(rows))])
     axes.set_xlabel("training steps")
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     memory.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.set_title("Medians of each epoch over a long run", loc="left", fontsize=10)
+    axes.set_title(
+        "Medians of each epoch over a long run, and straight lines", loc="left", fontsize=10
+    )
     _save(figure, axes, path)
 
 
