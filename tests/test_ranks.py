@@ -98,9 +98,8 @@ def _assert_packed(ranks, case, is_exact):
             for left, right in zip(packed, ranks[0][case][0], strict=True)
             for name in left
         )
-        # Of ranks that keep their own, what any of them keeps: of four, that may be everything.
-        own = 0.8 if len(ranks) == 2 else 1.02
-        assert max(sparse) < (own if case == "kept rows, own" else 0.5)
+        # Of ranks that keep their own, what any of them keeps.
+        assert max(sparse) < (0.8 if case == "kept rows, own" else 0.5)
         assert 0.8 < dense < 1.02
 
 

@@ -9,9 +9,11 @@ import pytest
 import timm
 from test_benchmarks import parse, rows_of
 
-from benchmarks.communication import Communication, Job, measure
-from benchmarks.scale import CheckRow, Inputs, LimitRow, ScaleRow, check, fit, limits, scale
+from benchmarks.communication import Communication, Job, Kept, measure
+from benchmarks.scale import markdown
+from benchmarks.scale_check import CheckRow, check, fit
 from benchmarks.scale_model import Network, Part, Step, faster_below_gbits
+from benchmarks.scale_rows import Inputs, LimitRow, ScaleRow, limits, scale
 
 GIGABYTE_S = 8.0
 INPUTS = Inputs(
@@ -87,11 +89,11 @@ def test_a_network_is_found_again_from_its_times() -> None:
     network = Network(4, gbits=5.0, latency_us=30.0)
     sizes = {size: network.all_reduce_ms(Part(size, 1)) for size in (1000, 10**6, 10**8)}
     parts = {name: Part(10**6, 3) for name in ("gradients", "rows", "kept", "scores")}
-    times = {"gradients_ms": 9.0, "kept_ms": 8.0, "scores_ms": 7.0}
-    found = Communication(**parts, **times, sizes_ms=sizes)
+    times = {"gradients_ms": 9.0, "kept_ms": 8.0, "packing_ms": 2.0, "scores_ms": 7.0}
+    found = Communication(**parts, **times, sizes_ms=sizes, what=Kept({}, ()))
     fitted = fit(found, 4)
     assert (fitted.gbits, fitted.latency_us) == pytest.approx((5.0, 30.0))
-    rows = {row.what: row for row in check({4: found}, replace(found, kept_ms=11.0))}
+    rows = {row.what: row for row in check({4: found}, found)}
     assert [rows[f"all-reduce of {size} bytes"].ratio for size in sizes] == pytest.approx([1] * 3)
     ms = network.all_reduce_ms(Part(10**6, 3))
     # Kept rows: two such parts, and the 2 ms that packing takes one rank.
@@ -99,11 +101,33 @@ def test_a_network_is_found_again_from_its_times() -> None:
     assert model == pytest.approx([ms, 2 * ms + 2, ms])
 
 
+ROOT = Path(__file__).parents[1]
+SAVED = ROOT / "benchmarks" / "results" / "cpu-2-cores"
+
+
+def saved(kind: str, row: type) -> list:
+    content = json.loads((SAVED / f"scale-resnet50{kind}.json").read_text())
+    return [row(**record) for record in content["rows"]]
+
+
+def test_the_tables_of_the_documentation_are_of_the_saved_results() -> None:
+    (inputs,) = saved("-inputs", Inputs)
+    bounds = saved("-limits", LimitRow)
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert markdown(inputs, bounds, saved("-check", CheckRow)) in page
+    # And these are what the model makes of the inputs.
+    for row in bounds:
+        assert limits(inputs, row.ranks, row.latency_us, row.overlap) == row
+    for row in saved("", ScaleRow):
+        assert [row] == scale(inputs, row.ranks, row.latency_us, row.overlap, [row.gbits])
+
+
 TINY = {"model": "test_resnet", "drop_rate": 0.8, "img_size": 32, "batch_size": 2, "rounds": 1}
 
 
 def test_what_is_counted_of_a_step() -> None:
-    found = measure(Job(**TINY, min_channels=16), ranks=1)
+    job = Job(**TINY, min_channels=16)
+    found = measure(job)
     model = timm.create_model("test_resnet")
     tables = [p for p in model.parameters() if p.ndim > 1]
     assert found.gradients.size == 4 * sum(p.numel() for p in model.parameters())
@@ -113,6 +137,10 @@ def test_what_is_counted_of_a_step() -> None:
     # The classifier is left out.
     assert found.scores.messages == len(tables) - 1
     assert found.scores.size == 4 * (found.rows.size - model.num_classes)
+    # Without a sparse step, the same is sent.
+    again = measure(job, kept=found.what)
+    for part in ("gradients", "rows", "kept", "scores"):
+        assert getattr(again, part) == getattr(found, part)
 
 
 @pytest.mark.slow
