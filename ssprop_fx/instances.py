@@ -17,6 +17,7 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.sites import Site
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.memory import Memory, MemoryInput
 from ssprop_fx.records import CompiledGraph
@@ -87,7 +88,9 @@ class Instance:
     def find_table(self, device: torch.device) -> Tensor:
         """Return the table, to be written by a backward on a device."""
         if self.table is None or self.table.device != device:
-            self.table = empty_table(self._slot_count, device)
+            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            with _disable_current_modes():
+                self.table = empty_table(self._slot_count, device)
         # An alias with a version counter of its own, as a memory.
         return self.table.data
 
