@@ -123,11 +123,12 @@ def oracle(
     }
 
 
+@pytest.mark.parametrize("block", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradients", GRADIENTS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("select", SELECTORS)
-def test_gradients_equal_the_oracle(select: str, score: str, gradients: str) -> None:
-    options = {"select": select, "score": score, "gradients": gradients}
+def test_gradients_equal_the_oracle(select: str, score: str, gradients: str, block: int) -> None:
+    options = {"select": select, "score": score, "gradients": gradients, "block": block}
     check(options, "aot_eager", torch.contiguous_format)
 
 
