@@ -161,7 +161,7 @@ class SparseBackend:
             raise RuntimeError(
                 "the model has a torch.compiler.nested_compile_region, whose backward is compiled"
                 " apart, without keep counts: set torch._dynamo.config.inline_invoke_subgraph ="
-                " True (from torch 2.15 on) or leave the region out"
+                " True (from torch 2.12 on) or leave the region out"
             )
         layers = mark_layers(gm, example_inputs, self.model)
         fields = self.selection.remembers

@@ -164,7 +164,7 @@ FEATURES = (
         match="inline_invoke_subgraph = True",
     ),
     Feature(
-        "the same with `torch._dynamo.config.inline_invoke_subgraph`",
+        "the same with `torch._dynamo.config.inline_invoke_subgraph` (torch 2.12 and newer)",
         call=nested_region,
         context=INLINED,
     ),

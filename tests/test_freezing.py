@@ -30,9 +30,9 @@ def net() -> nn.Sequential:
         nn.ConvTranspose2d(3, 16, 2),
         nn.BatchNorm2d(16),
         nn.Tanh(),
-        nn.Conv2d(16, 12, 3, groups=2),
+        nn.Conv2d(16, 16, 3, groups=2),
         nn.Flatten(),
-        nn.Linear(12 * 25, 8),
+        nn.Linear(16 * 25, 8),
     )
 
 
