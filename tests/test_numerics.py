@@ -7,7 +7,7 @@ import pytest
 import torch
 from graphs import small_net
 from no_edit import EXACT, everywhere, loss
-from oracle import gradients, oracle_gradients, relative_error
+from oracle import SMALLEST, gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import NoEffectWarning
 from ssprop_passes.linear import sparse_linear_backward
 from ssprop_passes.scores import SCORES
@@ -68,7 +68,7 @@ def test_a_scaler_finds_every_value_that_is_not_finite(select: str, score: str, 
     _, _, shape, dim = LAYERS["linear"]
     weights = torch.rand(shape) + 0.5
     weights.select(dim, 11)[0] = bad
-    # One channel of sixteen is kept, and there are two that would be.
+    # A finite channel that would be kept before all others, were it not for that one.
     weights.select(dim, 3).mul_(1e6)
     layer, _ = backward("linear", weights, rate=0.93, select=select, score=score)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -79,7 +79,8 @@ def test_a_scaler_finds_every_value_that_is_not_finite(select: str, score: str, 
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert torch.equal(layer.weight, before)
-    assert rows(layer.weight) == [11]
+    assert 11 in rows(layer.weight)
+    assert len(rows(layer.weight)) == SMALLEST
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
@@ -89,7 +90,8 @@ def test_a_value_that_is_not_finite_is_kept_under_inductor(name: str, bad: float
     weights = torch.rand(shape)
     weights.select(dim, 5)[-1] = bad
     layer, _ = backward(name, weights, rate=0.93, select="random", backend="inductor")
-    assert rows(layer.weight) == [5]
+    assert 5 in rows(layer.weight)
+    assert len(rows(layer.weight)) == SMALLEST
     assert not layer.weight.grad[5].isfinite().all()
 
 

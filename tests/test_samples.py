@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import find_factors, inclusion_probabilities, relative_error
+from oracle import SMALLEST, find_factors, inclusion_probabilities, relative_error
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.linear import linear_backward_of_samples
 from ssprop_passes.samples import Samples, choose_samples
@@ -334,7 +334,7 @@ def test_keep_counts_follow_the_batch_and_the_drop_rate(backend: str) -> None:
             scheduler.load_state_dict({"last_step": step})
             x = strong_batch(batch)
             run(compiled, x)
-            kept = max(int((1 - rate) * batch), 1)
+            kept = max(int((1 - rate) * batch), SMALLEST)
             assert compiled.ssprop.keep_counts.tolist() == [kept] * 3
             # The residual connection carries every sample's gradient to the first site's output.
             assert int(x.grad.any(1).sum()) == kept
@@ -365,8 +365,8 @@ def test_groups_of_a_convolution_do_not_divide_the_batch() -> None:
     model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=4), nn.Flatten(), nn.Linear(24, 3))
     scheduler = SparsityScheduler(constant(0.5))
     compiled = ssprop_compile(model, scheduler, config=config(), backend="aot_eager")
-    compiled(torch.randn(2, 4, 5)).sum().backward()
-    assert [(site.channels, site.kept) for site in report(compiled).sites] == [(2, 1), (2, 1)]
+    compiled(torch.randn(4, 4, 5)).sum().backward()
+    assert [(site.channels, site.kept) for site in report(compiled).sites] == [(4, 2), (4, 2)]
 
 
 class Layouts(nn.Module):
