@@ -164,7 +164,7 @@ def keep_count(
 
     Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
     arXiv 2408.12561), in each group. With others, or blocks, the kept channels of all groups
-    together are the nearest multiple, at least one of each group. On torch releases below 2.12 the
+    together are the nearest multiple, at least one of each group. On torch releases below 2.15 the
     smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
 
     Args:

@@ -198,7 +198,7 @@ class Variants(SparseVariant):
         super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
         self.compile_kwargs = compile_kwargs
         self._in_place = in_place
-        self._called = model._call_impl if in_place else model
+        self._called = _call_in_place(model) if in_place else model
         self._dense = self._compile(**compile_kwargs)
         self._sparse: dict[
             tuple[int, ...] | None, tuple[Callable[..., Any], SparseBackend, Effect]
@@ -293,3 +293,16 @@ def saved_ms(graphs: Sequence[CompiledGraph], keep_counts: Sequence[int]) -> flo
     saved = [site.saved_ms(keep_counts[site.slot] * site.groups) for site in sites]
     measured = [ms for ms in saved if ms is not None]
     return sum(measured) if measured and len(measured) == len(saved) else None
+
+
+def _call_in_place(model: nn.Module) -> Callable[..., Any]:
+    """Return what to compile in place of a model whose own calls run the compiled variants."""
+    if not type(model).__module__.startswith("torch.nn."):
+        return model._call_impl
+
+    # Before torch 2.15 Dynamo looks for the model's `forward` below `_call_impl`, and skips that of
+    # torch's own modules, such as Sequential, unless something else calls it.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return call

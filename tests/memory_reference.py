@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from oracle import LAYERS, keep_count, selection_groups
+from oracle import LAYERS, SMALLEST, keep_count, selection_groups
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -65,6 +65,7 @@ class ReferenceLayer(nn.Module):
         groups = selection_groups(self.layer)
         units = scores.view(groups, -1, self.block).sum(-1)
         k = keep_count(scores.numel() // groups, self.drop_rate) // self.block
+        k = max(k, min(SMALLEST, units.shape[1]))
         for group, of_group in zip(factors.view(groups, -1, self.block), units, strict=True):
             group[of_group.argsort(descending=True)[:k]] = self.kept_weight
         s = g * factors.view(-1, *[1] * (g.ndim - 2))

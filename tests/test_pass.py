@@ -277,4 +277,4 @@ def test_bias_gradient_split_off_by_the_compiler_follows_the_weights(gradients: 
 
 def test_smallest_keep_count_is_that_of_the_torch_release() -> None:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    assert (MIN_KEEP_COUNT == 1) == (release >= (2, 12))
+    assert (MIN_KEEP_COUNT == 1) == (release >= (2, 15))

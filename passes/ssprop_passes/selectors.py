@@ -38,9 +38,11 @@ def topk(scores: Tensor, k: int) -> Tensor:
         k: how many to choose.
 
     Returns:
-        Indices, [..., k], ascending, so that gathers walk through memory in order.
+        Indices, [..., k]; without groups ascending, so that gathers walk through memory in order.
     """
-    return torch.topk(scores, k, sorted=False).indices.sort(-1).values
+    indices = torch.topk(scores, k, sorted=False).indices
+    # With groups Inductor orders the strides of what sort returns, which depend on k (torch 2.13).
+    return indices.sort().values if indices.ndim == 1 else indices
 
 
 def random(scores: Tensor, k: int) -> Tensor:

@@ -27,9 +27,9 @@ __all__ = [
     "why_dense",
 ]
 
-# On torch 2.11 Inductor orders strides by guarding on `u0 > 1`, so that a keep count of 1 cannot
-# be compiled for every kind of site.
-MIN_KEEP_COUNT = 1 if torch.__version__ >= torch.torch_version.TorchVersion("2.12") else 2
+# Before torch 2.15 Inductor orders strides by guarding on `u0 > 1`, so that a keep count of 1
+# cannot be compiled for every kind of site.
+MIN_KEEP_COUNT = 1 if torch.__version__ >= torch.torch_version.TorchVersion("2.15") else 2
 
 # Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
 # nodes, of the name of the layer that the node belongs to.
