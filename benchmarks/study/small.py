@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.study.data import CLASSES
-from benchmarks.study.rows import STEPS, WEIGHT, core_rows, early, late
+from benchmarks.study.rows import SAMPLES, STEPS, WEIGHT, core_rows, early, late
 from benchmarks.study.task import Task
 
 __all__ = ["SMALL"]
@@ -115,6 +115,14 @@ _FINE_TUNING = Task(
         "constant-0.8": {"schedule": "constant:rate=0.8"},
         "first-layers-0.8": _SHORT.settings["first-layers-0.8"],
         "late-0.8": late(4),
+        "samples-0.5-sampled": {**SAMPLES, "select": "sampled", "score": "l2"},
+        "samples-0.5-random": {**SAMPLES, "select": "random"},
+        "samples-0.3": {**SAMPLES, "schedule": "constant:rate=0.3"},
+        "samples-0.8": {**SAMPLES, "schedule": "constant:rate=0.8"},
+        "samples-late-0.8": {**late(4), "axis": "sample"},
+        "lr-0.04": {"lr": 0.04},
+        "lr-0.04-4ep": {"lr": 0.04, "epochs": 4},
+        "lr-0.04-samples-0.5": {**SAMPLES, "lr": 0.04},
     },
 )
 _FROM_SCRATCH = Task(
