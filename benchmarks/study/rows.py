@@ -40,6 +40,7 @@ def core_rows(
         "weight-0.5": {"schedule": "constant:rate=0.5", "gradients": "weight"},
         "narrow": narrow,
         "steps-0.8-random": {**STEPS, "select": "random"},
+        "samples-0.3": {**SAMPLES, "schedule": "constant:rate=0.3"},
         "samples-0.5": SAMPLES,
         "dropout": dropout,
         "dropout-steps-0.8": {**dropout, **STEPS},

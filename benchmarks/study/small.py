@@ -41,6 +41,7 @@ _SHORT = Task(
     per_class=240,
     settings={
         **core_rows(5, (4, 3, 2), _NARROW, _DROPOUT),
+        "samples-0.5-random": {**SAMPLES, "select": "random"},
         "steps-0.5": {"schedule": "bar:rate=0.5,period=2"},
         "steps-0.8-l2_weight": {**STEPS, "score": "l2_weight"},
         "first-layers-0.8": {
@@ -117,7 +118,6 @@ _FINE_TUNING = Task(
         "late-0.8": late(4),
         "samples-0.5-sampled": {**SAMPLES, "select": "sampled", "score": "l2"},
         "samples-0.5-random": {**SAMPLES, "select": "random"},
-        "samples-0.3": {**SAMPLES, "schedule": "constant:rate=0.3"},
         "samples-0.8": {**SAMPLES, "schedule": "constant:rate=0.8"},
         "samples-late-0.8": {**late(4), "axis": "sample"},
         "lr-0.04": {"lr": 0.04},
