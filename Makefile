@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_VENV = .venv-torch-$(TORCH)
 
-.PHONY: venv test test-slow test-torch lint demo bench
+.PHONY: venv test test-slow nightly test-torch lint demo bench
 
 venv: .venv/installed
 
@@ -22,6 +22,15 @@ test: venv
 # Minutes each.
 test-slow: venv
 	$(BIN)/pytest -q -m slow
+
+# Hours: what is too slow for every change. 100,000 random layers against the oracle, the slow tests,
+# and 5000 steps whose times, memory and graphs must not grow. CASES and STEPS can be given.
+CASES ?= 100000
+STEPS ?= 5000
+nightly: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/layer_cases.py $(CASES)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n auto --dist worksteal
+	$(BIN)/python -m benchmarks long --steps $(STEPS) --check
 
 # The suite on one release of torch, in an environment of its own: make test-torch TORCH=2.11.0
 test-torch: $(TORCH_VENV)/installed

@@ -9,12 +9,13 @@ from benchmarks import (
     long_run,
     machine,
     markdown,
+    scale,
     scaling,
     step,
     suite,
 )
 
-COMMANDS = (step, breakdown, layer, compile_time, scaling, long_run, suite, markdown)
+COMMANDS = (step, breakdown, layer, compile_time, scaling, scale, long_run, suite, markdown)
 
 
 def main() -> None:

@@ -4,11 +4,15 @@ Trains a small model on scikit-learn's digits with SGD: dense and sparse epochs 
 last batch in each, an evaluation after each. One row an epoch: median time of a full batch's step,
 memory of the process, and the graphs that Dynamo has compiled so far. After the first two cycles of
 the schedule, in which everything is compiled and pools of memory fill, the slopes of all three
-should be zero within their error.
+should be zero within their error, and that of the ratio of sparse to dense epochs that follow one
+another, in which a drift of the machine cancels. `--saved FILE` gives slopes and picture of a run
+that was saved.
 """
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +30,7 @@ from benchmarks.picture import draw_long_run
 from benchmarks.results import save, table
 from ssprop_fx import SparsityConfig, SparsityScheduler, bar, ssprop_compile
 
-__all__ = ["EpochRow", "Slope", "add_parser", "measure", "slope", "slopes"]
+__all__ = ["EpochRow", "Slope", "add_parser", "markdown", "measure", "slope", "slopes"]
 
 FORMATS = {
     "epoch": "",
@@ -69,11 +73,14 @@ class Slope:
         name: of the quantity.
         per_1000: change in 1000 steps, in its unit.
         error: standard error of that.
+        first, last: ends of the line, (steps, value).
     """
 
     name: str
     per_1000: float
     error: float
+    first: tuple[float, float]
+    last: tuple[float, float]
 
     @property
     def is_flat(self) -> bool:
@@ -81,7 +88,7 @@ class Slope:
         return self.per_1000 <= 2 * self.error
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.per_1000:+.4f} +- {self.error:.4f} in 1000 steps"
+        return f"{self.name}: {self.per_1000:+.4f} ± {self.error:.4f} in 1000 steps"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -97,19 +104,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--saved", type=Path, help="run nothing: this JSON file's slopes, picture")
+    parser.add_argument("--check", action="store_true", help="exit status 1 where a slope rises")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark, print its table and the slopes."""
-    rows = measure(args.model, args.steps, args.batch_size, args.backend)
-    print(table(rows, FORMATS))
-    for line in slopes(rows):
-        print(line)
-    print("; ".join(f"{key}: {value}" for key, value in environment("cpu").items()))
-    if args.output:
-        picture = save(rows, environment("cpu"), args.output, f"long-{args.model}")
-        draw_long_run([asdict(row) for row in rows], picture)
+    """Run the benchmark, print its table and the slopes.
+
+    Raises:
+        SystemExit: `--check` found memory, graphs or the ratio of sparse to dense steps rising.
+    """
+    if args.saved:
+        rows = [EpochRow(**row) for row in json.loads(args.saved.read_text())["rows"]]
+        picture = args.saved.with_suffix(".png")
+    else:
+        rows = measure(args.model, args.steps, args.batch_size, args.backend)
+        print(table(rows, FORMATS))
+        print("; ".join(f"{key}: {value}" for key, value in environment("cpu").items()))
+        if args.output:
+            picture = save(rows, environment("cpu"), args.output, f"long-{args.model}")
+    found = slopes(rows)
+    print(markdown(found))
+    if args.saved or args.output:
+        draw_long_run([asdict(row) for row in rows], found, picture)
+    # The times of each kind of step are those of the machine as well.
+    rising = [str(line) for line in found[2:] if not line.is_flat]
+    if args.check and rising:
+        sys.exit("; ".join(rising))
 
 
 def measure(model_name: str, steps: int, batch_size: int, backend: str) -> list[EpochRow]:
@@ -160,26 +182,45 @@ def measure(model_name: str, steps: int, batch_size: int, backend: str) -> list[
 
 
 def slopes(rows: Sequence[EpochRow]) -> list[Slope]:
-    """Return the slopes of step time, dense and sparse apart, of memory and of the graphs.
+    """Return the slopes of step time, dense and sparse apart, of their ratio, memory and graphs.
 
     Args:
         rows: of a run; the first `WARMUP` epochs are left out.
     """
     late = rows[WARMUP:]
-    parts = {"dense step, ms": [r for r in late if not r.drop_rate]}
-    parts["sparse step, ms"] = [r for r in late if r.drop_rate]
-    found = [
-        slope(name, [r.steps for r in part], [r.step_ms for r in part])
-        for name, part in parts.items()
+    dense, sparse = ([r for r in late if bool(r.drop_rate) == is_sparse] for is_sparse in (0, 1))
+    pairs = list(zip(sparse, dense, strict=False))
+    return [
+        slope("dense step, ms", [r.steps for r in dense], [r.step_ms for r in dense]),
+        slope("sparse step, ms", [r.steps for r in sparse], [r.step_ms for r in sparse]),
+        slope(
+            "sparse / dense", [r.steps for r, _ in pairs], [s.step_ms / d.step_ms for s, d in pairs]
+        ),
+        slope("memory, MiB", [r.steps for r in late], [r.rss_mib for r in late]),
+        slope("graphs", [r.steps for r in late], [float(r.graphs) for r in late]),
     ]
-    steps = [r.steps for r in late]
-    found.append(slope("memory, MiB", steps, [r.rss_mib for r in late]))
-    found.append(slope("graphs", steps, [float(r.graphs) for r in late]))
-    return found
+
+
+def markdown(found: Sequence[Slope]) -> str:
+    """Return slopes as a Markdown table."""
+    lines = [
+        "| | change in 1000 steps | zero within twice its error, or falling |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {s.name} | {s.per_1000:+.4f} ± {s.error:.4f} | {'yes' if s.is_flat else 'no'} |"
+        for s in found
+    ]
+    return "\n".join(lines)
 
 
 def slope(name: str, steps: Sequence[int], values: Sequence[float]) -> Slope:
     """Fit a straight line.
+
+    The standard error allows for residuals that resemble the one before them, as those of a machine
+    do that is busy for a while: n values of autocorrelation r count as n (1 - r) / (1 + r)
+    (Santer et al., Statistical significance of trends and trend differences in layer-average
+    atmospheric temperature time series, 2000).
 
     Args:
         name: of the quantity.
@@ -190,10 +231,18 @@ def slope(name: str, steps: Sequence[int], values: Sequence[float]) -> Slope:
         >>> slope("memory, MiB", [0, 1000, 2000], [5.0, 6.0, 7.0]).per_1000
         1.0
     """
-    fit, covariance = np.polyfit(np.asarray(steps) / 1000, values, 1, cov="unscaled")
-    residuals = np.asarray(values) - np.polyval(fit, np.asarray(steps) / 1000)
-    variance = float(residuals @ residuals) / max(len(values) - 2, 1)
-    return Slope(name, round(float(fit[0]), 9), float(np.sqrt(covariance[0, 0] * variance)))
+    x, y = np.asarray(steps) / 1000, np.asarray(values)
+    fit = np.polyfit(x, y, 1)
+    residuals = y - np.polyval(fit, x)
+    squares = float(residuals @ residuals)
+    # Of a constant, rounding is all that is left.
+    is_exact = squares <= len(y) * (1e-12 * float(np.abs(y).max())) ** 2
+    alike = 0.0 if is_exact else max(float(residuals[1:] @ residuals[:-1]) / squares, 0.0)
+    freedom = max(len(y) * (1 - alike) / (1 + alike) - 2, 1.0)
+    variance = 0.0 if is_exact else squares / freedom / float(((x - x.mean()) ** 2).sum())
+    first, last = ((1000 * float(at), float(np.polyval(fit, at))) for at in (x[0], x[-1]))
+    # Rounding of zero is neither rise nor fall.
+    return Slope(name, round(float(fit[0]), 9) + 0.0, float(np.sqrt(variance)), first, last)
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -7,6 +7,9 @@ dense and the module swap of the published code, eager and compiled; all in one 
     bound       T_dense / (T_dense - d * T_backward): what would be reached if the layers' backward
                 took exactly the share of its time that is kept
     efficiency  (T_dense - T_sparse) / (d * T_backward): 1.0 reaches the bound
+    speedup     T_dense / T of each round, all of whose runs are neighbours in time: the median, and
+                the 95 % confidence interval of that by the bootstrap
+    over_plain  the same of T / T of the first configuration: what a --variant costs
 
 T_backward is the time that the dense step spends, by the profiler, inside
 `aten::convolution_backward` and inside the backward products of the linear layers that take part.
@@ -14,7 +17,7 @@ T_backward is the time that the dense step spends, by the profiler, inside
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -25,7 +28,7 @@ from benchmarks.machine import environment
 from benchmarks.memory import peak_mib
 from benchmarks.picture import draw_steps
 from benchmarks.results import save, table
-from benchmarks.step_row import FORMATS, StepRow
+from benchmarks.step_row import FORMATS, FORMATS_OF_VARIANTS, StepRow
 from benchmarks.timing import alternate, synchronize
 from benchmarks.variants import make_variants
 from benchmarks.workload import Workload, add_workload_arguments, workload_of
@@ -48,6 +51,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.8])
     parser.add_argument("--peers", action="store_true", help="add eager and the module swap")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time what the process computes in place of what passes: on a CPU that others use as"
+        " well, best with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
     parser.set_defaults(run=run)
 
@@ -55,7 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table."""
     workload = workload_of(args)
-    rows = measure(workload, configs_of(args), args.drop_rates, args.rounds, args.peers)
+    if args.cpu_time and torch.device(workload.device).type != "cpu":
+        raise ValueError(f"--cpu-time is for --device cpu, got {workload.device}")
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rows = measure(workload, configs_of(args), args.drop_rates, args.rounds, args.peers, clock)
     if args.output:
         picture = save(rows, environment(args.device), args.output, f"step-{workload.slug}")
         draw_steps([asdict(row) for row in rows], picture)
@@ -67,6 +79,7 @@ def measure(
     drop_rates: Sequence[float],
     rounds: int,
     with_peers: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[StepRow]:
     """Measure every variant of a workload's step and print the table.
 
@@ -76,6 +89,7 @@ def measure(
         drop_rates: of the sparse variants; 0, the dense phase, is measured anyway.
         rounds: timed steps of each row.
         with_peers: add the peers.
+        clock: returns seconds.
 
     Returns:
         The rows, dense first.
@@ -97,11 +111,15 @@ def measure(
             variant.step()
             synchronize()
             print(f"first step, {variant.key}: {time.perf_counter() - start:.1f} s", flush=True)
-        timings = alternate({variant.key: variant.step for variant in variants}, rounds)
+        timings = alternate(
+            {variant.key: variant.step for variant in variants}, rounds, clock=clock
+        )
         names = [slot.name for slot in find_slots(model, next(iter(configs.values()))).slots]
         products = linear_products(model, names, lambda: workload.step(model, images))
-        dense_ms = timings[variants[0].key].median
-        backward = backward_time(variants[0].step, products, workload.device, dense_ms)
+        dense = timings[variants[0].key]
+        backward = backward_time(variants[0].step, products, workload.device, dense.median)
+        plain = next(iter(configs))
+        by_rate = {v.drop_rate: timings[v.key] for v in variants if v.name == plain}
         rows = []
         for variant in variants:
             variant.model.zero_grad()
@@ -111,13 +129,14 @@ def measure(
                     variant.name,
                     variant.drop_rate,
                     timings[variant.key],
-                    dense_ms,
+                    dense,
                     backward,
                     variant.saved_flops(),
                     peak_mib(variant.run, workload.device),
+                    by_rate.get(variant.drop_rate) if variant.name in configs else None,
                 )
             )
     print(f"\n{workload.title}: {backward}")
-    print(table(rows, FORMATS))
+    print(table(rows, FORMATS_OF_VARIANTS if len(configs) > 1 else FORMATS))
     print("; ".join(f"{key}: {value}" for key, value in environment(workload.device).items()))
     return rows

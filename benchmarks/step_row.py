@@ -1,12 +1,13 @@
 """A row of the step and scaling benchmarks, and the arithmetic of bound and efficiency."""
 
 from dataclasses import dataclass
+from math import nan
 
 from benchmarks.backward_time import BackwardTime
-from benchmarks.timing import Timing
+from benchmarks.timing import Ratio, Timing
 from benchmarks.workload import Workload
 
-__all__ = ["FORMATS", "StepRow", "bound", "efficiency"]
+__all__ = ["FORMATS", "FORMATS_OF_VARIANTS", "StepRow", "bound", "efficiency"]
 
 # Columns of the printed table; the model is in its heading.
 FORMATS = {
@@ -16,11 +17,15 @@ FORMATS = {
     "low_ms": ".1f",
     "high_ms": ".1f",
     "speedup": ".2f",
+    "speedup_low": ".2f",
+    "speedup_high": ".2f",
     "bound": ".2f",
     "efficiency": ".2f",
     "saved_flops": ".0%",
     "peak_mib": ".0f",
 }
+# And, where there are several configurations.
+FORMATS_OF_VARIANTS = FORMATS | {"over_plain": ".3f", "over_low": ".3f", "over_high": ".3f"}
 
 
 def bound(dense_ms: float, backward_ms: float, drop_rate: float) -> float:
@@ -59,7 +64,8 @@ class StepRow:
         variant: such as `dense`, `ssprop` or the name of a peer.
         drop_rate: fraction of channels left out.
         median_ms, low_ms, high_ms: step time and its quartiles.
-        speedup: dense median over this one.
+        speedup: dense time over this one, the median of the ratios of the rounds.
+        speedup_low, speedup_high: its 95 % confidence interval.
         backward_ms: time of the dense step in what could be saved of: all backward convolutions
             and the backward products of the linear layers that take part.
         linear_backward_ms: the latter's part of it.
@@ -67,6 +73,9 @@ class StepRow:
         efficiency: saved time over the dropped share of `backward_ms`; NaN at drop rate 0.
         saved_flops: share of the backward's floating-point operations that is not computed.
         peak_mib: most memory that the step held above what was held before it.
+        over_plain: this time over that of the first sparse configuration at the same drop rate, the
+            median of the ratios of the rounds; NaN where there is none.
+        over_low, over_high: its 95 % confidence interval.
     """
 
     model: str
@@ -78,12 +87,17 @@ class StepRow:
     low_ms: float
     high_ms: float
     speedup: float
+    speedup_low: float
+    speedup_high: float
     backward_ms: float
     linear_backward_ms: float
     bound: float
     efficiency: float
     saved_flops: float
     peak_mib: float
+    over_plain: float
+    over_low: float
+    over_high: float
 
     @staticmethod
     def of(
@@ -91,12 +105,15 @@ class StepRow:
         variant: str,
         drop_rate: float,
         timing: Timing,
-        dense_ms: float,
+        dense: Timing,
         backward: BackwardTime,
         saved_flops: float,
         peak_mib: float,
+        plain: Timing | None = None,
     ) -> "StepRow":
-        """Make a row from a timing and those of the dense step."""
+        """Make a row from a timing and those of the dense and the plainly sparse step."""
+        speedup = dense.over(timing)
+        over = Ratio(nan, nan, nan) if plain is None else timing.over(plain)
         return StepRow(
             model=workload.title,
             batch_size=workload.batch_size,
@@ -106,11 +123,16 @@ class StepRow:
             median_ms=timing.median,
             low_ms=timing.low,
             high_ms=timing.high,
-            speedup=dense_ms / timing.median,
+            speedup=speedup.median,
+            speedup_low=speedup.low,
+            speedup_high=speedup.high,
             backward_ms=backward.total_ms,
             linear_backward_ms=backward.linear_ms,
-            bound=bound(dense_ms, backward.total_ms, drop_rate),
-            efficiency=efficiency(dense_ms, timing.median, backward.total_ms, drop_rate),
+            bound=bound(dense.median, backward.total_ms, drop_rate),
+            efficiency=efficiency(dense.median, timing.median, backward.total_ms, drop_rate),
             saved_flops=saved_flops,
             peak_mib=peak_mib,
+            over_plain=over.median,
+            over_low=over.low,
+            over_high=over.high,
         )

@@ -1,13 +1,32 @@
-"""Timing: variants in turn, medians, spread."""
+"""Timing: variants in turn, medians, spread, ratios of runs that are neighbours in time."""
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Timing", "alternate", "synchronize"]
+__all__ = ["Ratio", "Timing", "alternate", "synchronize"]
+
+# Of the bootstrap: samples drawn of the rounds.
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of the times of two variants.
+
+    Attributes:
+        median: of the ratios of the rounds.
+        low, high: its 95 % confidence interval, by the percentile bootstrap over rounds (Efron and
+            Tibshirani, An Introduction to the Bootstrap, chapter 13).
+    """
+
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -17,11 +36,39 @@ class Timing:
     Attributes:
         median: of all runs.
         low, high: first and third quartile.
+        runs: all of them, one a round.
     """
 
     median: float
     low: float
     high: float
+    runs: tuple[float, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> "Timing":
+        """Return the timing of some runs, at least one."""
+        low, _, high = statistics.quantiles(runs, n=4) if len(runs) > 1 else [runs[0]] * 3
+        return cls(statistics.median(runs), low, high, tuple(runs))
+
+    def over(self, other: "Timing") -> Ratio:
+        """Return the ratio of these times to those of another variant in the same rounds.
+
+        What slows the machine down for a while slows both of a round, and leaves their ratio.
+
+        Args:
+            other: timed in turn with this one.
+
+        Example:
+            >>> Timing.of([1.1, 2.2, 3.3]).over(Timing.of([1.0, 2.0, 3.0])).median
+            1.1
+        """
+        ratios = [mine / others for mine, others in zip(self.runs, other.runs, strict=True)]
+        draw = random.Random(0)
+        medians = sorted(
+            statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES)
+        )
+        tail = _RESAMPLES // 40
+        return Ratio(statistics.median(ratios), medians[tail], medians[-1 - tail])
 
 
 def synchronize() -> None:
@@ -35,6 +82,7 @@ def alternate(
     rounds: int,
     warmup: int = 2,
     prepare: Mapping[str, Callable[[], object]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each variant once a round, in turn, so that a drift of the machine meets all of them.
 
@@ -43,6 +91,8 @@ def alternate(
         rounds: timed runs of each variant.
         warmup: untimed runs of each variant at the beginning, compilation included.
         prepare: name -> function to run before each run of that variant, untimed.
+        clock: returns seconds. `time.process_time` counts those that the process computes for, on
+            all its threads, and not those that others keep it waiting.
 
     Returns:
         Name -> timing.
@@ -54,14 +104,9 @@ def alternate(
             if prepare and name in prepare:
                 prepare[name]()
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             variants[name]()
             synchronize()
             if run >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: _summarize(values) for name, values in times.items()}
-
-
-def _summarize(values: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return Timing(statistics.median(values), low, high)
+                times[name].append((clock() - start) * 1e3)
+    return {name: Timing.of(runs) for name, runs in times.items()}

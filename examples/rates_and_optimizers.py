@@ -1,4 +1,11 @@
-"""Drop rates by depth, a controller and freeze_dropped against one rate, on digits."""
+"""Drop rates by depth, a controller and freeze_dropped against one rate, on digits.
+
+Trains a small network to one drop rate for all layers, then with what dropped channels do to the
+optimizer undone (`freeze_dropped`), with rates that fall or rise from input to output (`by_depth`)
+and with rates that a controller adapts (`KeptMass`), all at the FLOPs of the one rate, with SGD and
+with AdamW. A row a method: test accuracy over seeds, its standard deviation, test loss, and the
+share of the backward's FLOPs that was computed.
+"""
 
 import argparse
 import itertools

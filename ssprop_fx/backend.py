@@ -148,7 +148,7 @@ class SparseBackend:
             raise
         except Exception as error:
             self.error = compile_error(error)
-            raise self.error  # noqa: B904, its cause is set
+            raise self.error from self.error.__cause__
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
         if find_slots(self.model, self.config) != self.table:
@@ -164,7 +164,8 @@ class SparseBackend:
                 " True (from torch 2.15 on) or leave the region out"
             )
         layers = mark_layers(gm, example_inputs, self.model)
-        memories = mark_memories(gm, self.table) if self.config.memory else ()
+        fields = self.selection.remembers
+        memories = mark_memories(gm, self.table, fields) if fields else ()
         device = _device(example_inputs) if self.config.telemetry else None
         table = [] if device is None else [empty_table(len(self.table.slots), device)]
         batch = self._batch_maybe(gm, example_inputs, layers)

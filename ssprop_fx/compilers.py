@@ -42,7 +42,8 @@ def compile_inductor(
         try:
             return compile_fx_inner(*args, **kwargs)
         except Exception as error:
-            raise compile_error(error)  # noqa: B904, its cause is set
+            failure = compile_error(error)
+            raise failure from failure.__cause__
 
     # As patches and not as an ambient setting, because the backward compiles later.
     patches = {**options, "joint_custom_pre_pass": sparse_pass}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ssprop_passes.scores import SCORES, Score
 from ssprop_passes.selection import AXES, GRADIENTS, Selection
-from ssprop_passes.selectors import SELECTORS, Selector, sampled
+from ssprop_passes.selectors import SELECTORS, Selector, random, sampled
 from torch import nn
 
 __all__ = ["RANKS", "TARGETS", "SparsityConfig"]
@@ -47,7 +47,7 @@ class SparsityConfig:
             or frames; sequence-first layouts are not for it. The gradients of a kept sample are
             exact where layers treat each sample by itself, as layer norm does; batch norm couples
             samples, and the gradients of its statistics are those of the kept ones alone. The whole
-            model must be one graph. `block`, `memory`, rates above 0 in `rates`,
+            model must be one graph. `block`, `memory`, `score_decay`, rates above 0 in `rates`,
             `specialize=True` and `ranks="shared"` are of channels and do not go with it.
         score: what a channel is worth: `"mean_abs"`, the mean magnitude of its gradient; `"l2"`,
             the l2 norm of that; `"l2_weight"`, that norm times the norm of the channel's row of
@@ -70,6 +70,11 @@ class SparsityConfig:
             by the ratio of the two. Each backward updates it, of micro-batches too; dense steps
             leave it as it is. A gradient that `gradients` leaves dense is without it. It is state:
             see `model.ssprop.memory.state_dict()`, and keep that in your checkpoints.
+        score_decay: weight d in [0, 1) of the past in the scores that choose: these are then, of
+            each layer, the average a of those of its sparse backwards so far, `a = d * a +
+            (1 - d) * score`, micro-batches being backwards of their own; dense steps leave it as it
+            is. 0 is the score of this backward alone. Telemetry tells of the latter all the same.
+            It is state as `memory` is, and is kept and loaded with that.
         rates: name pattern -> drop rate in [0, 1), for layers whose drop rate is not the
             scheduler's, such as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`
             on names as in `model.named_modules()`, and the first that matches counts. The rate
@@ -135,6 +140,7 @@ class SparsityConfig:
     gradients: Literal["both", "weight", "input"] = "both"
     block: int = 1
     memory: float = 0.0
+    score_decay: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     gate: bool = True
     specialize: bool | Literal["auto"] = "auto"
@@ -154,6 +160,7 @@ class SparsityConfig:
             gradients=self.gradients,
             block=self.block,
             memory=float(self.memory),
+            score_decay=float(self.score_decay),
         )
 
     def __post_init__(self) -> None:
@@ -176,14 +183,17 @@ class SparsityConfig:
         _check_positive_int("block", self.block)
         if self.ranks not in RANKS:
             raise ValueError(f"ranks must be one of {RANKS}, got {self.ranks!r}")
-        if isinstance(self.memory, bool) or not isinstance(self.memory, (int, float)):
-            raise TypeError(f"memory must be a number, got {self.memory!r}")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory must be in [0, 1), got {self.memory!r}")
+        _check_share("memory", self.memory)
+        _check_share("score_decay", self.score_decay)
         if self.memory and self.selection.select is sampled:
             raise ValueError(
                 'memory must be 0 with select="sampled", which is unbiased already: what it leaves'
                 f" out adds up to nothing, and to add it again is noise; got {self.memory!r}"
+            )
+        if self.score_decay and self.selection.select is random:
+            raise ValueError(
+                'score_decay must be 0 with select="random", which does not look at scores; got'
+                f" {self.score_decay!r}"
             )
         _check_rates(self.rates)
         self._check_axis()
@@ -202,11 +212,11 @@ class SparsityConfig:
             raise ValueError(f"score must be one score or a pair, got {self.score!r}")
         for score in pair:
             _check_name_or_function("score", score, tuple(SCORES))
-        once = self.gradients != "both" or self.memory or self.axis != "channel" or self.telemetry
-        if len(pair) == 2 and once:
+        once = self.gradients != "both" or self.memory or self.score_decay or self.telemetry
+        if len(pair) == 2 and (once or self.axis != "channel"):
             raise ValueError(
                 "score must be a single one where a layer chooses once: with gradients other than"
-                ' "both", with memory, with telemetry and with axis="sample";'
+                ' "both", with memory, with score_decay, with telemetry and with axis="sample";'
                 f" got {self.score!r}"
             )
 
@@ -218,6 +228,7 @@ class SparsityConfig:
         for name, right, is_right in (
             ("block", "1", self.block == 1),
             ("memory", "0", not self.memory),
+            ("score_decay", "0", not self.score_decay),
             ("specialize", 'False or "auto"', self.specialize is not True),
             ("ranks", '"own"', self.ranks == "own"),
             ("rates", "all 0", not any(self.rates.values())),
@@ -248,10 +259,14 @@ def _check_rates(rates: object) -> None:
     for pattern, rate in rates.items():
         if not isinstance(pattern, str):
             raise TypeError(f"rates must have name patterns as keys, got {pattern!r}")
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-            raise TypeError(f"rates[{pattern!r}] must be a number, got {rate!r}")
-        if not 0 <= rate < 1:
-            raise ValueError(f"rates[{pattern!r}] must be in [0, 1), got {rate!r}")
+        _check_share(f"rates[{pattern!r}]", rate)
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def _check_positive_int(name: str, value: object, alternative: str = "") -> None:

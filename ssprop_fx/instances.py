@@ -17,6 +17,7 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.sites import Site
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.memory import Memory, MemoryInput
 from ssprop_fx.records import CompiledGraph
@@ -87,7 +88,9 @@ class Instance:
     def find_table(self, device: torch.device) -> Tensor:
         """Return the table, to be written by a backward on a device."""
         if self.table is None or self.table.device != device:
-            self.table = empty_table(self._slot_count, device)
+            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            with _disable_current_modes():
+                self.table = empty_table(self._slot_count, device)
         # An alias with a version counter of its own, as a memory.
         return self.table.data
 
@@ -101,14 +104,14 @@ class Instance:
             seen[slot] = channels
         return seen
 
-    def agrees(self, keep_counts: Tensor, constants: Sequence[int]) -> bool:
+    def agrees(self, keep_counts: Tensor, constants: Tensor) -> bool:
         """Say whether constants are the keep counts of the slots that the graph reads.
 
         Args:
             keep_counts: as the graph is to see them, int64 [slots].
-            constants: what it was compiled with, one a slot.
+            constants: what it was compiled with, int64 [slots].
         """
-        return torch.equal(keep_counts[self._read], torch.tensor(constants)[self._read])
+        return torch.equal(keep_counts[self._read], constants[self._read])
 
 
 class Instances:
@@ -221,7 +224,7 @@ class SparseGraph:
         self.keep_counts = keep_counts
         self.memories = memories
         self.memory = memory
-        self.constants = constants
+        self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
         self.telemetry = telemetry
         self.batch = batch
 

@@ -1,7 +1,7 @@
-"""Memory: the state of memorized sparse back-propagation, one tensor a call of a layer."""
+"""Memory: what sparse backwards remember, a tensor or two a call of a layer."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,8 @@ class MemoryInput:
     Attributes:
         layer: name of the layer that the graph was compiled for.
         call: number of the layer's call in the graph, from 0.
-        shape: [C] for a linear layer, [C, *out_space] for a convolution.
+        field: that of `Remembered`.
+        shape: [C] for a linear layer and for scores, [C, *out_space] for a convolution.
         strides: of the same length; channels lie last where they do in the layer's output.
         dtype: that of the gradient, at least float32.
         device: that of the gradient.
@@ -38,6 +39,7 @@ class MemoryInput:
 
     layer: str
     call: int
+    field: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -50,15 +52,18 @@ class MemoryInput:
 
 
 class Memory:
-    """What the sparse backwards of a model have left out so far, by layer.
+    """What the sparse backwards of a model remember, by layer.
 
-    A tensor is made when a graph that needs it is first called, follows its layer's device and
-    dtype at the next call, and is zero at first and where its shape has changed: a convolution's
-    is bound to the resolution, none to the batch size. A layer that one graph calls several times
-    has a tensor for each call. Dense steps leave all as they are.
+    That is what they have left out so far (`SparsityConfig.memory`), the average of their scores
+    (`SparsityConfig.score_decay`), or both. A tensor is made when a graph that needs it is first
+    called, follows its layer's device and dtype at the next call, and is zero at first and where
+    its shape has changed: what a convolution has left out is bound to the resolution, nothing to
+    the batch size. A layer that one graph calls several times has a tensor for each call. Dense
+    steps leave all as they are.
 
     Args:
         layers: names of the layers that may have one.
+        fields: those of `Remembered` that they have.
 
     Example:
         >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
@@ -71,8 +76,8 @@ class Memory:
         {'0': torch.Size([64])}
     """
 
-    def __init__(self, layers: Iterable[str] = ()) -> None:
-        self._layers = frozenset(layers)
+    def __init__(self, layers: Iterable[str] = (), fields: Sequence[str] = ("left_out",)) -> None:
+        self._names = {_name(layer, field) for layer in layers for field in fields}
         self._tensors: dict[str, Tensor] = {}
 
     def find(self, wanted: MemoryInput, layer: str) -> Tensor:
@@ -82,7 +87,8 @@ class Memory:
             wanted: the memory as the graph takes it.
             layer: name of the layer that the graph is called for.
         """
-        key = layer if wanted.call == 0 else f"{layer}@{wanted.call}"
+        name = _name(layer, wanted.field)
+        key = name if wanted.call == 0 else f"{name}@{wanted.call}"
         held = self._tensors.get(key)
         if held is None or not _fits(held, wanted):
             # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
@@ -98,7 +104,8 @@ class Memory:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors themselves, by name of the layer.
 
-        Calls of a layer but the first are numbered, as in `"head@1"`.
+        Averages of scores are under `"head:scores"`. Calls of a layer but the first are numbered,
+        as in `"head@1"` and `"head:scores@1"`.
         """
         return dict(self._tensors)
 
@@ -111,7 +118,7 @@ class Memory:
         Raises:
             ValueError: the model has no memory for one of the names.
         """
-        unknown = [key for key in state_dict if not self._layers & {key, key.rsplit("@", 1)[0]}]
+        unknown = [key for key in state_dict if not self._names & {key, key.rsplit("@", 1)[0]}]
         if unknown:
             raise ValueError(
                 f"state_dict must come from the memory of the same model and SparsityConfig:"
@@ -124,16 +131,17 @@ class Memory:
         self._tensors = {}
 
 
-def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
+def mark_memories(gm: fx.GraphModule, table: SlotTable, fields: Sequence[str]) -> list[MemoryInput]:
     """Number the calls of layers with a slot, and write the numbers into their metadata.
 
     Args:
         gm: the graph that Dynamo captured, marked by `mark_layers`; subgraphs are marked as well.
         table: the model's slots.
+        fields: those of `Remembered` that each call has.
 
     Returns:
-        The memory of each call. Sizes that Dynamo takes for dynamic are fixed, with a guard, but
-        for those of the batch.
+        The memories, those of each call one after another. Sizes of theirs that Dynamo takes for
+        dynamic are fixed, with a guard.
     """
     slots = {slot.name for slot in table.slots}
     calls: Counter[str] = Counter()
@@ -148,20 +156,22 @@ def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
                 or not isinstance(output, Tensor)
             ):
                 continue
-            node.meta["custom"][MEMORY_KEY] = len(memories)
-            memories.append(_memory_of(output, node.target, name, calls[name]))
+            node.meta["custom"][MEMORY_KEY] = calls.total()
+            memories += [_memory_of(output, node.target, name, calls[name], f) for f in fields]
             calls[name] += 1
     return memories
 
 
-def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryInput:
-    """Return the memory of a call, given the fake value of its output."""
+def _memory_of(output: Tensor, call: object, layer: str, number: int, field: str) -> MemoryInput:
+    """Return a memory of a call, given the fake value of its output."""
     if call is functional.linear:
         dims = [-1]
     else:
         # A single sample may come without a batch dimension.
         spatial = next(n for n in (1, 2, 3) if f"{n}d" in getattr(call, "__name__", ""))
         dims = list(range(-1 - spatial, 0))
+    if field == "scores":
+        dims = dims[:1]
     shape = tuple(int(output.shape[dim]) for dim in dims)
     order = [*range(1, len(shape)), 0] if is_channels_last(output) else range(len(shape))
     strides, step = [1] * len(shape), 1
@@ -169,7 +179,12 @@ def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryI
         strides[dim] = step
         step *= shape[dim]
     dtype = torch.promote_types(output.dtype, torch.float32)
-    return MemoryInput(layer, number, shape, tuple(strides), dtype, output.device)
+    return MemoryInput(layer, number, field, shape, tuple(strides), dtype, output.device)
+
+
+def _name(layer: str, field: str) -> str:
+    """Return what a layer's memory of its first call is called."""
+    return layer if field == "left_out" else f"{layer}:{field}"
 
 
 def _fits(tensor: Tensor, wanted: MemoryInput) -> bool:

@@ -116,7 +116,7 @@ def ssprop(
         # For some exceptions Dynamo would run the graph eagerly, and so dense.
         failure = error if is_settings else compile_error(error)
         if not torch._dynamo.config.suppress_errors:
-            raise failure  # noqa: B904, its cause is set
+            raise failure from failure.__cause__
         suppressed = failure
 
     def fail(*_args: Any) -> Any:

@@ -35,7 +35,7 @@ class SparseVariant:
         options: Inductor configuration patches; empty for AOT eager.
         keep_counts: the part of the runtime sparsity tensor to use, where the model is the copy
             of another; by default a new part is registered with the scheduler.
-        memory: what the sparse backwards have left out so far; by default nothing.
+        memory: what the sparse backwards remember; by default nothing.
 
     Attributes:
         backend: what compiles, and has compiled, the sparse graphs; of several the last one used.
@@ -69,7 +69,7 @@ class SparseVariant:
             config.block,
             [slot.name for slot in slots],
         )
-        self.memory = memory or Memory([slot.name for slot in slots] if config.memory else ())
+        self.memory = memory or Memory([s.name for s in slots], config.selection.remembers)
         self.backend = SparseBackend(
             model, config, self.table, self.part, self.memory, kind, options
         )

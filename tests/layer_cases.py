@@ -1,6 +1,6 @@
 """Random single layers, what the packages make of their backward, and what an oracle does.
 
-`python tests/layer_cases.py 10000` runs that many cases against the oracle.
+`python tests/layer_cases.py 10000` runs that many cases against the oracle; each run draws others.
 """
 
 import sys
@@ -213,12 +213,18 @@ LINEAR_CASES = st.builds(
 CASES = st.one_of(conv_cases(), conv_cases(), LINEAR_CASES)
 
 
+# Hypothesis remembers every case that it has tried: more of them at once want too much memory.
+AT_ONCE = 10_000
+
+
 def run(count: int) -> None:
     """Check `count` random cases."""
     quiet = list(HealthCheck)
-    settings(max_examples=count, deadline=None, suppress_health_check=quiet, database=None)(
-        given(CASES)(check)
-    )()
+    for first in range(0, count, AT_ONCE):
+        part = min(AT_ONCE, count - first)
+        settings(max_examples=part, deadline=None, suppress_health_check=quiet, database=None)(
+            given(CASES)(check)
+        )()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memorized sparse back-propagation, step by step and eagerly: shares no code with the packages."""
+"""Backwards that remember, step by step and eagerly: shares no code with the packages."""
 
 import copy
 
@@ -9,7 +9,10 @@ from torch.func import functional_call
 
 
 class ReferenceLayer(nn.Module):
-    """A layer whose backward is that of arXiv 1905.10194, with memories of batch means."""
+    """A layer whose backward is that of arXiv 1905.10194, with memories of batch means.
+
+    Chosen from are averages of mean magnitudes, which decay by `decay` a backward.
+    """
 
     def __init__(
         self,
@@ -19,6 +22,7 @@ class ReferenceLayer(nn.Module):
         gradients: str = "both",
         block: int = 1,
         weight: float = 1.0,
+        decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -27,7 +31,9 @@ class ReferenceLayer(nn.Module):
         self.gradients = gradients
         self.block = block
         self.kept_weight = weight
+        self.decay = decay
         self.memories: dict[int, Tensor] = {}
+        self.averages: dict[int, Tensor] = {}
         self.call = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,8 +56,11 @@ class ReferenceLayer(nn.Module):
         if isinstance(self.layer, nn.Linear):
             grad = grad.reshape(-1, shape[-1])
         memory = self.memories.get(call, torch.zeros_like(grad[0]))
-        g = grad + self.eta * memory
+        # Without eta, of any shape.
+        g = grad + self.eta * memory if self.eta else grad
         scores = g.abs().transpose(0, 1).flatten(1).mean(1)
+        before = self.averages.get(call, torch.zeros_like(scores))
+        self.averages[call] = scores = self.decay * before + (1 - self.decay) * scores
         factors = torch.zeros_like(scores)
         groups = selection_groups(self.layer)
         units = scores.view(groups, -1, self.block).sum(-1)
@@ -80,11 +89,14 @@ def reference(model: nn.Module, **options: object) -> nn.Module:
     return model
 
 
-def memories(model: nn.Module) -> dict[str, Tensor]:
-    """Return the memories of a reference model, by the names that the package gives them."""
-    return {
-        f"{name}@{call}" if call else name: memory
-        for name, module in model.named_modules()
-        if isinstance(module, ReferenceLayer)
-        for call, memory in module.memories.items()
-    }
+def memories(model: nn.Module, fields: tuple[str, ...] = ("left_out",)) -> dict[str, Tensor]:
+    """Return what a reference model remembers, by the names that the package gives it."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ReferenceLayer)}
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        of_fields = {"left_out": ("", layer.memories), "scores": (":scores", layer.averages)}
+        for field in fields:
+            suffix, by_call = of_fields[field]
+            for call, tensor in by_call.items():
+                found[f"{name}{suffix}@{call}" if call else f"{name}{suffix}"] = tensor
+    return found

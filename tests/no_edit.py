@@ -1,6 +1,7 @@
 """What the tests of the no-edit backend share."""
 
 import torch
+from blocks import Block
 from torch import Tensor, nn
 
 from ssprop_fx.plugin import ssprop
@@ -32,24 +33,12 @@ def kept_rows(weight: Tensor) -> int:
     return int((weight.grad.flatten(1).abs().sum(1) > 0).sum())
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(32, 32)
-        self.second = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        torch._dynamo.graph_break()
-        return self.second(x).tanh()
-
-
 class Blocks(nn.Module):
     """Dynamo runs its loop and its head eagerly, and one compiled block for all of them."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.blocks = nn.ModuleList([Block(32) for _ in range(3)])
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:

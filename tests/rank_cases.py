@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +21,7 @@ from ssprop_fx.backend import SparseBackend
 from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
 
 BATCH, STEPS = 8, 3
+TOLD = ("module.features.layers.0", "module.head.layers.0")
 
 
 class Part(nn.Module):
@@ -102,6 +104,10 @@ def ddp_first(rank, world, **config):
     network = compiled(ddp, **{"ranks": "shared", **config})
     found = gradients(model, network, rank, world)
     assert len(network.ssprop.graphs) > 1
+    if config.get("telemetry"):
+        # A layer in each of the graphs.
+        told = network.ssprop.scheduler.telemetry()
+        assert all(0 < told[name].kept_mass < 1 for name in TOLD), told
     return found
 
 
@@ -128,16 +134,25 @@ def fully_sharded(rank, world, compile_first=False):
     return [{name: grad.full_tensor() for name, grad in step.items()} for step in found]
 
 
-def kept_rows(rank, world, ranks="shared"):
-    """Gradients by the hook and by the plain all-reduce, and the share of bytes of a step each."""
+def kept_rows(rank, world, ranks="shared", rounded=False):
+    """Gradients by the hook and by the plain all-reduce, and the share of bytes of a step each.
+
+    Of rounded gradients sums are exact, in whatever order they are taken.
+    """
+
+    def hook(state, bucket):
+        if rounded:
+            bucket.buffer().mul_(2**20).round_().div_(2**20)
+        return kept_rows_hook(state, bucket) if with_hook else allreduce_hook(None, bucket)
+
     found, shares = [], []
     for with_hook in (True, False):
         state = KeptRows()
         model = net().to(memory_format=torch.channels_last)
         network = compiled(model, warmup(constant(0.6), 1), ranks=ranks)
         ddp = DistributedDataParallel(network, bucket_cap_mb=0.02)
-        if with_hook:
-            ddp.register_comm_hook(state, kept_rows_hook)
+        if with_hook or rounded:
+            ddp.register_comm_hook(state, hook)
         found.append([])
         for images, labels in batches(rank, world):
             model.zero_grad()
@@ -168,7 +183,7 @@ def disagreeing(rank, world):
 
 
 OPTIONS = {
-    "memory": {"memory": 0.5, "block": 4},
+    "memory": {"memory": 0.5, "score_decay": 0.5, "block": 4},
     "l2": {"score": "l2_weight"},
     "weight": {"gradients": "weight"},
     "inductor": {"backend": "inductor"},
@@ -182,10 +197,12 @@ CASES = {
     "disagreeing": disagreeing,
     "kept rows": kept_rows,
     "kept rows, own": partial(kept_rows, ranks="own"),
+    "kept rows, rounded": partial(kept_rows, rounded=True),
     "random": partial(compile_first, select="random"),
     "sampled": partial(compile_first, select="sampled", backend="inductor"),
     **{name: partial(compile_first, **config) for name, config in OPTIONS.items()},
     "ddp first, memory": partial(ddp_first, **OPTIONS["memory"]),
+    "ddp first, telemetry": partial(ddp_first, telemetry=True),
 }
 
 

@@ -1,6 +1,7 @@
 """What the figures of the benchmarks mean: arithmetic, attribution of time, memory, timing."""
 
 import math
+import random
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -30,8 +31,15 @@ def test_bound_and_efficiency() -> None:
     assert math.isnan(efficiency(100, 100, 60, 0))
     workload = Workload(model="m", batch_size=2, img_size=8)
     backward = BackwardTime(conv_ms=40, linear_ms=20)
-    row = StepRow.of(workload, "ssprop", 0.5, Timing(85, 84, 86), 100, backward, 0.4, 1.0)
+    timings = [Timing.of([ms]) for ms in (85, 100, 80)]
+    row = StepRow.of(
+        workload, "ssprop", 0.5, timings[0], timings[1], backward, 0.4, 1.0, timings[2]
+    )
     assert (row.speedup, row.bound, row.efficiency) == (100 / 85, 100 / 70, 0.5)
+    assert (row.over_plain, row.over_low, row.over_high) == (85 / 80,) * 3
+    row = StepRow.of(workload, "dense", 0.0, timings[1], timings[1], backward, 0.0, 1.0)
+    assert row.speedup_low == row.speedup == row.speedup_high == 1
+    assert math.isnan(row.over_plain)
     assert (row.backward_ms, row.linear_backward_ms) == (60, 20)
 
 
@@ -130,6 +138,20 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
     layer.weight.grad = x.grad = None
     # The output, its gradient where a kernel wants it whole, and the two gradients.
     assert 3 <= peak_mib(step, "cpu") <= 4.1
+
+
+def test_a_percent_is_seen_where_the_machine_drifts() -> None:
+    generator = random.Random(1)
+    machine = [100 * generator.choice([1, 1, 1.5, 3]) for _ in range(200)]
+    once, again, slower = (
+        Timing.of([ms * factor * generator.gauss(1, 0.01) for ms in machine])
+        for factor in (1, 1, 1.01)
+    )
+    ratio = slower.over(once)
+    assert 1 < ratio.low < ratio.median < ratio.high < 1.02
+    same = again.over(once)
+    assert 0.995 < same.low < 1 < same.high < 1.005
+    assert slower.over(once) == ratio, "the bootstrap has a seed"
 
 
 def test_variants_take_turns() -> None:

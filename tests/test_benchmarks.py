@@ -5,6 +5,7 @@ import csv
 import doctest
 import importlib
 import json
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -68,6 +69,11 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
     assert all(row["peak_mib"] > 0 for row in rows)
     assert rows[0]["speedup"] == 1
+    assert all(row["speedup_low"] <= row["speedup"] <= row["speedup_high"] for row in rows)
+    over = [row["over_plain"] for row in rows]
+    assert over[1] == over[2] == 1
+    assert over[3] > 0
+    assert all(math.isnan(over[i]) for i in (0, 4, 5, 6))
     assert 0 < rows[0]["linear_backward_ms"] < rows[0]["backward_ms"] < rows[0]["median_ms"]
     saved = [row["saved_flops"] for row in rows]
     assert saved[0] == saved[1] == saved[4] == 0
@@ -79,9 +85,10 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(workload: Workload, configs: dict, rates: list[float], rounds: int) -> list:
-        timing, backward = Timing(8, 7, 9), BackwardTime(conv_ms=4)
+        timing, dense = Timing.of([8, 9]), Timing.of([10, 11])
+        backward = BackwardTime(conv_ms=4)
         variants = [("dense", 0.0), *(("ssprop", rate) for rate in rates)]
-        return [StepRow.of(workload, *v, timing, 10, backward, 0.0, 1.0) for v in variants]
+        return [StepRow.of(workload, *v, timing, dense, backward, 0.0, 1.0) for v in variants]
 
     monkeypatch.setattr(scaling, "measure", measure)
     more = ["--drop-rates", "0", "0.5", "--batch-sizes", "3", "--img-sizes", "32", "64"]
@@ -103,9 +110,11 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_measures_each_point() -> None:
-    args = parse(["scaling", *MODEL, *TINY, "--drop-rates", "0", "0.5", "--batch-sizes", "3"])
+def test_scaling_measures_each_point(tmp_path: Path) -> None:
+    more = ["--drop-rates", "0", "0.5", "--batch-sizes", "3", "--output", str(tmp_path)]
+    args = parse(["scaling", *MODEL, *TINY, *more])
     args.run(args)
+    assert all(row["median_ms"] > 0 for row in rows_of(tmp_path, StepRow))
 
 
 def test_layer(tmp_path: Path) -> None:

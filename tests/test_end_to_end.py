@@ -1,6 +1,7 @@
 """ssprop_compile from the outside: what compiles, what runs, what the gradients are."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -108,6 +109,34 @@ def test_layers_keep_their_slots_through_graph_breaks_and_repeated_calls() -> No
     assert relative_error(gradients(model, x), expected) < 1e-10
     names = sorted(site.name for site in report(compiled).sparse_sites)
     assert names == ["blocks.0", "blocks.1", "stem", "twice", "twice"]
+
+
+class Thrice(nn.Module):
+    """A layer called several times in one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(self.conv(x).tanh()).tanh())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 2])
+def test_calls_in_one_graph_share_the_keep_count_they_read(block: int) -> None:
+    model = Thrice().double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64).requires_grad_()
+    found = []
+    for backend in ("aot_eager", "inductor"):
+        config = dataclasses.replace(EXACT, block=block)
+        scheduler = SparsityScheduler(constant(0.5))
+        compiled = ssprop_compile(copy.deepcopy(model), scheduler, config=config, backend=backend)
+        loss(compiled(x)).backward()
+        found.append(gradients(compiled, x))
+        x.grad = None
+        assert len(report(compiled).sparse_sites) == 3
+    assert relative_error(*found) < 1e-10
 
 
 class StandardizedConv(nn.Conv2d):

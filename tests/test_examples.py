@@ -39,6 +39,20 @@ def test_msbp_mlp_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> N
     assert all(float(row.split()[-3]) > 20 for row in rows)
 
 
+def test_rates_and_optimizers_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--seeds 1 --epochs 2 --optimizers sgd"
+    header, *rows = run("rates_and_optimizers", flags, capsys)
+    assert header.split() == ["optimizer", "method", "top-1", "%", "sd", "loss", "backward"]
+    methods = [row[11:29].strip() for row in rows]
+    assert methods[:3] == ["dense", "one rate", "one rate, frozen"]
+    assert methods[3:] == ["by depth", "by depth, reversed", "kept mass"]
+    shares = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert shares[0] == 100
+    assert all(20 < share < 40 for share in shares[1:])
+    # Chance is 10 %.
+    assert all(float(row[29:].split()[0]) > 40 for row in rows)
+
+
 def test_timm_loop(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run("timm_loop", "--model test_resnet --epochs 4", capsys)
     accuracies = numbers(r"accuracy (\S+) %", lines)

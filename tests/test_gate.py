@@ -9,6 +9,7 @@ import pytest
 import ssprop_passes.gate
 import torch
 from ssprop_passes.errors import NoEffectWarning
+from ssprop_passes.gate import Gate
 from ssprop_passes.sites import Site, Times
 from torch import Tensor, nn
 
@@ -59,6 +60,40 @@ def compile_two_layers(schedule: object, **config: object) -> tuple[SsPropModule
     scheduler = SparsityScheduler(schedule)
     made = SparsityConfig(channel_multiple=1, min_channels=1, **config)
     return ssprop_compile(model, scheduler, config=made), torch.randn(2, 3, 8, 8)
+
+
+def test_processes_that_measure_at_the_same_time_decide_alike(
+    fresh_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Any of them may find in the compile cache what another has left there."""
+    kept: dict[int, Times] = {}
+
+    def measure(match: object, k: int, selection: object, batch: object) -> Times:
+        if match.channels in kept:
+            return kept[match.channels]
+        kept[match.channels] = Times(dense=1.0, sparse=0.5, kept=k)
+        # Another process, which is done first.
+        Gate({0: k}).times(match, 0, selection, batch)
+        return Times(dense=1.0, sparse=1.5, kept=k)
+
+    monkeypatch.setattr(ssprop_passes.gate, "measure", measure)
+    model, x = compile_two_layers(constant(0.5))
+    model(x).sum().backward()
+    assert len(report(model).sparse_sites) == len(kept) == 2
+    assert len(list((tmp_path / "ssprop-gate").iterdir())) == 2
+
+
+def test_times_that_cannot_be_read_are_measured_again(
+    fresh_cache: None, measured: list[int], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        model, x = compile_two_layers(constant(0.75))
+        model(x).sum().backward()
+        for path in (tmp_path / "ssprop-gate").iterdir():
+            path.write_text("{")
+    assert sorted(measured) == [32, 32, 64, 64]
+    assert len(report(model).sparse_sites) == 1
 
 
 def kept_rows(model: SsPropModule) -> list[int]:

@@ -6,23 +6,12 @@ import weakref
 
 import pytest
 import torch
+from blocks import Block
 from oracle import gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(32, 32)
-        self.second = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        torch._dynamo.graph_break()
-        return self.second(x).tanh()
 
 
 def loss(output: Tensor) -> Tensor:
@@ -33,7 +22,7 @@ def compare(dense_layer: str) -> tuple[float, dict[str, str]]:
     """Return the error of four blocks, one layer dense, and why each site is dense."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = nn.Sequential(*[Block() for _ in range(4)]).double()
+    model = nn.Sequential(*[Block(32) for _ in range(4)]).double()
     x = torch.randn(4, 32, dtype=torch.float64)
 
     def takes_part(_module: nn.Module, name: str) -> bool:
@@ -69,7 +58,7 @@ def test_blocks_that_run_the_code_of_a_dense_one_are_named() -> None:
 def test_a_block_of_other_rates_follows_the_scheduler() -> None:
     """Keep counts are read at each call, not when a block is first met."""
     torch._dynamo.reset()
-    model = nn.Sequential(*[Block() for _ in range(3)])
+    model = nn.Sequential(*[Block(32) for _ in range(3)])
     scheduler = SparsityScheduler(lambda step: (0.25, 0.75)[step])
     config = SparsityConfig(channel_multiple=1)
     compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from blocks import Block
 from memory_reference import memories, reference
 from oracle import gradients, relative_error
 from torch import Tensor, nn
@@ -208,20 +209,8 @@ def test_a_checkpoint_in_the_middle_goes_on_bit_for_bit() -> None:
         assert all(torch.equal(end[name], tensor) for name, tensor in memory.state_dict().items())
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(16, 16)
-        self.second = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        torch._dynamo.graph_break()
-        return self.second(x).tanh()
-
-
 def test_blocks_behind_a_graph_break_have_memories_of_their_own() -> None:
-    model = nn.Sequential(*[Block() for _ in range(3)]).double()
+    model = nn.Sequential(*[Block(16) for _ in range(3)]).double()
     expected = reference(model, eta=ETA, drop_rate=DROP_RATE)
     compiled = compile_model(model)
     batches = make_batches((16,), 4)

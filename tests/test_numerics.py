@@ -109,6 +109,15 @@ def test_scores_in_half_precision_neither_overflow_nor_vanish(
     assert scores[5] > 0
 
 
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(1e18, "finite"), (2e19, "infinite"), (1e-22, "finite"), (1e-23, "zero")],
+)
+def test_range_of_l2_in_float32(scale: float, expected: str) -> None:
+    score = SCORES["l2"](torch.full((2, 1, 4, 4), scale), torch.ones(1, 1))
+    assert {0.0: "zero", float("inf"): "infinite"}.get(score.item(), "finite") == expected
+
+
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-42])
 @pytest.mark.parametrize("name", LAYERS)
 def test_huge_and_denormal_gradients_are_ranked(name: str, scale: float) -> None:

@@ -223,6 +223,7 @@ def test_uuid_changes_with_what_changes_the_rewrite() -> None:
         uuid(selection=Selection(gradients="weight")),
         uuid(selection=Selection(block=2)),
         uuid(selection=Selection(memory=0.5)),
+        uuid(selection=Selection(score_decay=0.5)),
         uuid(selection=Selection(ranks=Ranks("0", 2))),
         uuid(selection=Selection(ranks=Ranks("0", 4))),
         uuid(selection=Selection(ranks=Ranks("1", 2))),
@@ -231,7 +232,7 @@ def test_uuid_changes_with_what_changes_the_rewrite() -> None:
         uuid(selection=Selection(select=lambda scores, k: scores.argsort()[-k:])),
     ]
     assert all(others)
-    assert len({uuid(), *others}) == 15
+    assert len({uuid(), *others}) == 16
     stateful = [1]
     assert uuid(selection=Selection(select=stateful.pop)) is None, "unknown turns the caches off"
 

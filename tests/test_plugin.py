@@ -9,8 +9,9 @@ import weakref
 
 import pytest
 import torch
+from blocks import Block
 from graphs import small_net
-from no_edit import EXACT, Block, Blocks, compiled, everywhere, kept_rows, loss, variant
+from no_edit import EXACT, Blocks, compiled, everywhere, kept_rows, loss, variant
 from oracle import gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def test_nothing_keeps_the_model_alive() -> None:
 
 @pytest.mark.parametrize("how", ["in place", "forward", "of a layer"])
 def test_other_ways_to_compile_a_model(how: str) -> None:
-    model = nn.Linear(8, 16) if how == "of a layer" else Block()
+    model = nn.Linear(8, 16) if how == "of a layer" else Block(32)
     x = torch.randn(4, 8 if how == "of a layer" else 32)
     options = {**EXACT, "schedule": "constant:rate=0.5"}
     if how == "in place":

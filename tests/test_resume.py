@@ -61,7 +61,15 @@ VARIANTS = {
         *("--model", "test_vit", "--amp", "--warmup-epochs", "1", "--schedule"),
         "cosine:start=0,end=0.8,steps=2ep",
     ],
-    "memory": [*TWO_PHASES, "--memory", "0.9", "--schedule", "constant:rate=0.8"],
+    "memory": [
+        *TWO_PHASES,
+        "--memory",
+        "0.9",
+        "--score-decay",
+        "0.8",
+        "--schedule",
+        "constant:rate=0.8",
+    ],
     "inductor": [*TWO_PHASES, "--compile-backend", "inductor", "--model-kwargs", "drop_rate=0.1"],
 }
 

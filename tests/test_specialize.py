@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from blocks import Block
 from oracle import gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import SsPropCompileError
 from test_kinds import EXACT, LAYERS, everywhere, loss
-from torch import Tensor, nn
+from torch import nn
 
 from ssprop_fx import (
     SparsityConfig,
@@ -128,21 +129,9 @@ def test_phases_compile_once_and_other_keep_counts_are_read_at_run_time() -> Non
     assert constants.sparse_runs == 2
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(12, 12)
-        self.second = nn.Linear(12, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        torch._dynamo.graph_break()
-        return self.second(x).tanh()
-
-
 @pytest.mark.parametrize("rates", [{}, {"2.first": 0.75}])
 def test_layers_that_share_a_graph_have_one_keep_count_or_read_it(rates: dict) -> None:
-    model = nn.Sequential(*(Block() for _ in range(4))).double()
+    model = nn.Sequential(*(Block(12) for _ in range(4))).double()
     x = torch.randn(4, 12, dtype=torch.float64)
     scheduler = SparsityScheduler(constant(0.5))
     config = exact(rates=rates)
@@ -156,7 +145,7 @@ def test_layers_that_share_a_graph_have_one_keep_count_or_read_it(rates: dict) -
 
 
 def test_a_constant_of_another_layer_is_refused() -> None:
-    model = nn.Sequential(*(Block() for _ in range(4)))
+    model = nn.Sequential(*(Block(12) for _ in range(4)))
     config = exact(rates={"2.first": 0.75}, specialize=True)
     scheduler = SparsityScheduler(constant(0.5))
     compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")

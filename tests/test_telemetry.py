@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from blocks import Block
 from ssprop_passes.selectors import SELECTORS
 from torch import Tensor, nn
 
@@ -135,20 +136,8 @@ def test_half_precision_gradients_are_summed_in_float32() -> None:
     assert all(0.5 < site.kept_mass < 1 for site in scheduler.telemetry().values())
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(16, 16)
-        self.second = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        torch._dynamo.graph_break()
-        return self.second(x).tanh()
-
-
 def test_blocks_behind_a_graph_break_tell_of_themselves() -> None:
-    model = nn.Sequential(*[Block() for _ in range(3)])
+    model = nn.Sequential(*[Block(16) for _ in range(3)])
     compiled, scheduler = compile_model(model)
     x = torch.randn(5, 16)
     loss(compiled(x)).backward()

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.operators import conv_backward_flops, reduced_conv_backward
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
 from ssprop_passes.samples import Samples
@@ -62,8 +63,8 @@ def sparse_conv_backward(
     k: int,
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
-    memory: Tensor | None = None,
+    selection: Selection = Selection(),
+    memory: Remembered = NOTHING,
 ) -> Gradients:
     """Return the gradients of a convolution from the kept channels of `grad_output`.
 
@@ -79,7 +80,7 @@ def sparse_conv_backward(
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which channels are kept; those with the largest mean magnitude by default.
-        memory: what earlier steps left out, [C, *out_space]; updated in place.
+        memory: what earlier steps left behind; updated in place.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
@@ -247,7 +248,7 @@ class ConvMatch(SiteMatch):
         return cast(Gradients, tuple(self.node.meta["val"]))
 
     def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
     ) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
         grad_output, input_, weight = tensors

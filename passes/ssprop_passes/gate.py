@@ -52,15 +52,7 @@ class Gate:
         """Return the times of a site, from disk if it was measured before."""
         k = self.keep_counts[slot]
         path = Path(cache_dir()) / "ssprop-gate" / f"{_key(match, k, selection, batch)}.json"
-        try:
-            return Times(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            times = measure(match, k, selection, batch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(asdict(times), file)
-        os.replace(file.name, path)
-        return times
+        return _load_maybe(path) or _save_first(measure(match, k, selection, batch), path)
 
     def identity(self) -> str:
         """Return what the decisions depend on, besides the machine."""
@@ -93,7 +85,7 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
     def known_scores(_grad_output: Tensor, _weight: Tensor) -> Tensor:
         return scores
 
-    selection = replace(selection, score=known_scores, memory=0.0)
+    selection = replace(selection, score=known_scores)
     if selection.input_score is not None:
         selection = replace(selection, input_score=known_scores)
     device = match.inputs[0].meta["val"].device
@@ -123,6 +115,35 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
                 lambda: match.backward_of_samples(samples, selection, *tensors), device
             )
     return Times(dense, sparse, k if batch else k * match.groups)
+
+
+def _load_maybe(path: Path) -> Times | None:
+    try:
+        return Times(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _save_first(times: Times, path: Path) -> Times:
+    """Write times to the disk, whole or not at all, and return those that are there then.
+
+    Of processes that have measured at the same time the first one's hold: all must decide alike,
+    as any of them will find what another compiled.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(asdict(times), file)
+    try:
+        os.link(file.name, path)
+    except OSError:
+        known = _load_maybe(path)
+        if known is None:
+            # What is there cannot be read, or the file system has no links.
+            os.replace(file.name, path)
+            return times
+        times = known
+    os.unlink(file.name)
+    return times
 
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:

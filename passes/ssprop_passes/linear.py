@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
 from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection, scatter_rows, sum_channels
@@ -40,8 +41,8 @@ def sparse_linear_backward(
     weight: Tensor,
     k: int,
     output_mask: Sequence[bool],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
-    memory: Tensor | None = None,
+    selection: Selection = Selection(),
+    memory: Remembered = NOTHING,
 ) -> Gradients:
     """Return the gradients of a linear layer from the k kept features of `grad_output`.
 
@@ -55,7 +56,7 @@ def sparse_linear_backward(
         k: keep count, in [1, C]; may be a SymInt.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which features are kept; those with the largest mean magnitude by default.
-        memory: what earlier steps left out, [C]; updated in place.
+        memory: what earlier steps left behind; updated in place.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
@@ -185,7 +186,7 @@ class LinearMatch(SiteMatch):
         return cast(Gradients, tuple(None if n is None else n.meta["val"] for n in nodes))
 
     def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
     ) -> Gradients:
         """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
         grad_output, input_, transposed_weight = tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssprop_passes.identity import identity_maybe
-from ssprop_passes.memory import left_out, recall
+from ssprop_passes.memory import NOTHING, Remembered, average, left_out, recall
 from ssprop_passes.ranks import Ranks
 from ssprop_passes.scores import Score, mean_abs, power_over_ranks
 from ssprop_passes.selectors import Selector, topk
@@ -54,12 +54,13 @@ class Selection:
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
             `ssprop_passes.memory`.
+        score_decay: weight in [0, 1) of the scores of earlier steps; see `ssprop_passes.memory`.
         ranks: the processes that keep the same channels; see `ssprop_passes.ranks`. None where
             each keeps its own.
         observer: is told of each choice: grad_output, scores, indices and weights. It must not
             change what is computed, and is no part of the identity.
         input_score: that of channels for the gradient of the input, where it is another than
-            for those of weight and bias; needs `gradients="both"` and no memory.
+            for those of weight and bias; needs `gradients="both"` and nothing remembered.
         axis: `"channel"`, or `"sample"`: see `ssprop_passes.samples`.
     """
 
@@ -72,6 +73,13 @@ class Selection:
     observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
     input_score: Score | None = None
     axis: str = "channel"
+    score_decay: float = 0.0
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """The fields of `Remembered` that each call of a layer has."""
+        coefficients = {"left_out": self.memory, "scores": self.score_decay}
+        return tuple(name for name, coefficient in coefficients.items() if coefficient)
 
     @property
     def parts(self) -> tuple["Selection", ...]:
@@ -92,19 +100,20 @@ class Selection:
         weight: Tensor,
         k: int,
         groups: int = 1,
-        memory: Tensor | None = None,
+        memory: Remembered = NOTHING,
     ) -> tuple[Tensor, Tensor]:
         """Return the kept channels of `grad_output`, weighted if the selector weights them.
 
-        With a memory they are chosen from, and are those of, `grad_output` and the memory together.
+        With a memory they are chosen from, and are those of, `grad_output` and what was left out
+        before together, by scores of several steps.
 
         Args:
             grad_output: [N, C, *space].
             weight: [C, ...].
             k: keep count of each group, in [1, C / groups]; a multiple of `block`.
             groups: number of groups, whose channels follow one another.
-            memory: batch mean of what earlier steps left out, [C, *space]; that of this step takes
-                its place, in the same tensor.
+            memory: what earlier steps left behind; what this one does takes its place, in the same
+                tensors.
 
         Returns:
             The channels, [N, groups * k, *space], and their indices, int64 [groups * k], grouped.
@@ -112,18 +121,25 @@ class Selection:
         Raises:
             ValueError: a score or selector of the user's returns what is none.
         """
-        if memory is not None:
-            grad_output = recall(grad_output, memory, self.memory)
+        if memory.left_out is not None:
+            grad_output = recall(grad_output, memory.left_out, self.memory)
         scores = self.score(grad_output, weight)
         self.check_scores(scores, grad_output.shape[1])
         if self.ranks is not None:
             scores = self.ranks.mean(scores, power_over_ranks(self.score))
-        indices, weights = self.choose(scores, k, groups)
+        mean_scores = scores
+        if memory.scores is not None:
+            mean_scores = average(memory.scores, scores, self.score_decay)
+        indices, weights = self.choose(mean_scores, k, groups)
         if self.observer is not None:
             self.observer(grad_output, scores, indices, weights)
-        if memory is not None:
-            left = left_out(grad_output, indices, weights, memory.dtype)
-            memory.copy_(left if self.ranks is None else self.ranks.mean(left))
+        if memory.scores is not None:
+            # What is not finite is chosen, for a `GradScaler` to find, and not remembered.
+            is_finite = mean_scores.isfinite()
+            memory.scores.copy_(torch.where(is_finite, mean_scores, memory.scores))
+        if memory.left_out is not None:
+            left = left_out(grad_output, indices, weights, memory.left_out.dtype)
+            memory.left_out.copy_(left if self.ranks is None else self.ranks.mean(left))
         kept = gather_channels(grad_output, indices)
         return kept if weights is None else scale_channels(kept, weights), indices
 
@@ -188,7 +204,8 @@ class Selection:
         select = identity_maybe(self.select)
         if select is None or None in scores:
             return None
-        how = self.gradients, self.block, self.memory, self.axis, self.ranks
+        memory = self.memory, self.score_decay
+        how = self.gradients, self.block, memory, self.axis, self.ranks
         return repr((scores, select, how))
 
 

@@ -38,9 +38,9 @@ def topk(scores: Tensor, k: int) -> Tensor:
         k: how many to choose.
 
     Returns:
-        Indices, [..., k].
+        Indices, [..., k], ascending, so that gathers walk through memory in order.
     """
-    return torch.topk(scores, k, sorted=False).indices
+    return torch.topk(scores, k, sorted=False).indices.sort(-1).values
 
 
 def random(scores: Tensor, k: int) -> Tensor:

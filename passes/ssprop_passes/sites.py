@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection
 
@@ -171,7 +172,7 @@ class SiteMatch(ABC):
 
     @abstractmethod
     def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
     ) -> Gradients:
         """Return the sparse gradients, None for the others: plain torch, which the pass traces.
 
@@ -179,11 +180,11 @@ class SiteMatch(ABC):
             k: keep count of each group; may be a SymInt.
             selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
-            memory: what earlier steps left out, updated in place; see `ssprop_passes.memory`.
+            memory: what earlier steps left behind, updated in place; see `ssprop_passes.memory`.
         """
 
     def backward_of_parts(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
     ) -> Gradients:
         """Return what `backward` does, each gradient of the channels with its own score."""
         parts = [part for part in selection.parts if any(part.sparse(self.wanted))]

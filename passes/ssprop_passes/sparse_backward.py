@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
-from ssprop_passes.memory import MEMORY_KEY
+from ssprop_passes.memory import MEMORY_KEY, Remembered
 from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
 from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, dims_order, with_order
@@ -53,8 +53,9 @@ class SparseBackwardPass(GraphPass):
         decompositions: returns the decomposition table of the compiler that the graph is for.
         selection: how channels are chosen, and for which gradients.
         gate: says which sites are worth making sparse; None to make all.
-        memories: layers that the graph's memories are of, one an entry; the memories are inputs
-            of the graph, its last but for the runtime sparsity tensor.
+        memories: layers that the graph's memories are of, one an entry, as many for each call as
+            `selection.remembers`; the memories are inputs of the graph, its last but for the
+            runtime sparsity tensor.
         telemetry: whether the sites tell of themselves; their table is an input of the graph,
             right before the memories.
         previous: pass or passes to run first.
@@ -74,7 +75,7 @@ class SparseBackwardPass(GraphPass):
         layers: tuple[str, ...],
         slot_count: int,
         decompositions: Callable[[], dict[Any, Callable[..., Any]]],
-        selection: Selection = Selection(),  # noqa: B008, it is frozen
+        selection: Selection = Selection(),
         gate: Gate | None = None,
         memories: Sequence[str] = (),
         telemetry: bool = False,
@@ -118,6 +119,7 @@ class SparseBackwardPass(GraphPass):
         first = len(inputs) - len(self.memories)
         memories = inputs[first:]
         rows: dict[int, fx.Node] = {}
+        counts: dict[int, fx.Node] = {}
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
             if not site.reason:
@@ -129,8 +131,12 @@ class SparseBackwardPass(GraphPass):
                     assert keep_counts is not None, "samples have no constant keep counts"
                     self.samples.rewrite(graph, match, keep_counts, site.slot)
                 elif not site.reason:
-                    memory = memories[_memory_maybe(match)] if memories else None
-                    row = self._rewrite(graph, match, keep_counts, site.slot, memory)
+                    size = len(self.selection.remembers)
+                    begin = (_memory_maybe(match) or 0) * size
+                    memory = memories[begin : begin + size]
+                    if keep_counts is not None and site.slot not in counts:
+                        counts[site.slot] = self._read(graph, match, keep_counts, site.slot)
+                    row = self._rewrite(graph, match, counts.get(site.slot), site.slot, memory)
                     if row is not None:
                         # Of a layer that is called several times, the last call in the backward.
                         rows[site.slot] = row
@@ -140,7 +146,7 @@ class SparseBackwardPass(GraphPass):
 
     def _judge(self, match: SiteMatch, site: Site) -> Site:
         """Return a site with what is yet to be said of it, by the gate above all."""
-        if self.selection.memory and _memory_maybe(match) is None:
+        if self.selection.remembers and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
         if self.samples:
@@ -155,35 +161,45 @@ class SparseBackwardPass(GraphPass):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 
+    def _read(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> fx.Node:
+        """Read a slot's keep count, in blocks, before the first site of the slot.
+
+        Once for all of them: torch would merge two reads, and know nothing of the second's symbol.
+        """
+        limit, block = match.channels // match.groups, self.selection.block
+
+        def read(keep_counts: Tensor) -> tuple[int]:
+            return (read_keep_count(keep_counts, slot, limit, block),)
+
+        (count,) = self._splice(graph, match.node, read, [keep_counts])
+        assert count is not None
+        return count
+
     def _rewrite(
         self,
         graph: fx.Graph,
         match: SiteMatch,
-        keep_counts: fx.Node | None,
+        count: fx.Node | None,
         slot: int,
-        memory: fx.Node | None,
+        memory: Sequence[fx.Node],
     ) -> fx.Node | None:
         """Put a site's sparse backward in its place; return the row that it tells, if it does."""
-        limit = match.channels // match.groups
         operands = len(match.inputs)
-        state = [node for node in (memory, keep_counts) if node is not None]
-        inputs = [*match.inputs, *state]
+        inputs = [*match.inputs, *memory, *([] if count is None else [count])]
         orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
-        def replacement(*tensors: Tensor) -> Any:
-            if self.constants is None:
-                k = read_keep_count(tensors[-1], slot, limit, self.selection.block)
-            else:
+        def replacement(*tensors: Any) -> Any:
+            if self.constants is not None:
                 k = self.constants[slot]
+            else:
+                k = tensors[-1] if self.selection.block == 1 else tensors[-1] * self.selection.block
             rows: list[Tensor] = []
             selection = self.selection
             if self.telemetry:
                 selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
+            remembered = zip(selection.remembers, tensors[operands:], strict=False)
             gradients = match.backward_of_parts(
-                k,
-                selection,
-                *tensors[:operands],
-                memory=None if memory is None else tensors[operands],
+                k, selection, *tensors[:operands], memory=Remembered(**dict(remembered))
             )
             # What follows in the graph may be views that only the dense gradient's layout allows.
             laid_out = [
@@ -219,7 +235,7 @@ class SparseBackwardPass(GraphPass):
 
 
 def _memory_maybe(match: SiteMatch) -> Any:
-    """Return the number of a site's memory among those of the graph, None if it has none."""
+    """Return the number of a site's call among those that have memories, None if it has none."""
     return (match.node.meta.get("custom") or {}).get(MEMORY_KEY)
 
 
@@ -227,7 +243,7 @@ def find_sites(
     graph: fx.Graph,
     slots: Mapping[str, Slot],
     excluded: Mapping[str, str],
-    selection: Selection = Selection(),  # noqa: B008, it is frozen
+    selection: Selection = Selection(),
 ) -> tuple[list[tuple[fx.Node, Site]], int]:
     """Find the sites of a joint graph, and leave the graph as it is.
 
@@ -271,7 +287,9 @@ def find_match_maybe(node: fx.Node) -> SiteMatch | None:
 
 
 def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> int:
-    """Return a slot's keep count, an unbacked SymInt while this is traced.
+    """Return a slot's keep count in blocks, an unbacked SymInt while this is traced.
+
+    In blocks, so that the count of channels is known to be a multiple of their size.
 
     Args:
         keep_counts: the runtime sparsity tensor.
@@ -279,12 +297,11 @@ def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> i
         limit: the largest keep count.
         block: keep counts are multiples of this.
     """
-    # Counted in blocks, so that k is known to be a multiple of their size.
-    count = keep_counts[slot] if block == 1 else keep_counts[slot] // block
-    k = cast(int, count.item())
-    torch._check(k >= min(MIN_KEEP_COUNT, limit // block))
-    torch._check(k <= limit // block)
-    return k if block == 1 else k * block
+    blocks = keep_counts[slot] if block == 1 else keep_counts[slot] // block
+    count = cast(int, blocks.item())
+    torch._check(count >= min(MIN_KEEP_COUNT, limit // block))
+    torch._check(count <= limit // block)
+    return count
 
 
 def find_inputs(graph: fx.Graph) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssprop_fx.config import TARGETS, SparsityConfig
 from ssprop_fx.inspection import Inspection, inspect_sites
-from ssprop_fx.training.errors import CommandError, unknown_name
+from ssprop_fx.training.errors import CommandError, needs_train_extra, unknown_name
 
 __all__ = ["add_parser", "run"]
 
@@ -175,13 +175,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create_model(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int]]:
-    try:
-        # Imported here, so that other commands and --help work without the extra.
+    with needs_train_extra():
         import timm
-    except ModuleNotFoundError as error:
-        raise CommandError(
-            f"the package {error.name} is missing: pip install ssprop-fx[train]"
-        ) from error
     if not timm.is_model(args.model):
         raise unknown_name("MODEL", args.model, timm.list_models())
     pretrained_config = timm.get_pretrained_cfg(args.model)

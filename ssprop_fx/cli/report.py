@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.errors import CommandError, needs_train_extra
 
 __all__ = ["add_parser", "run"]
 
@@ -57,17 +57,11 @@ def run(args: argparse.Namespace) -> int:
         CommandError: a folder is no run's, the report cannot be written, or a package of the
             extra `train` is missing.
     """
-    try:
+    with needs_train_extra():
         from ssprop_fx.training.comparison import compare_runs
         from ssprop_fx.training.comparison_page import format_page, format_text
         from ssprop_fx.training.comparison_plot import draw_comparison
         from ssprop_fx.training.files import replace_file
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ssprop"):
-            raise
-        raise CommandError(
-            f"the package {error.name} is missing: pip install ssprop-fx[train]"
-        ) from error
     comparison = compare_runs(args.runs, args.baseline)
     picture = draw_comparison(comparison)
     page = format_page(comparison, picture)

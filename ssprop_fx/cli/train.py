@@ -9,7 +9,7 @@ from typing import Any
 from ssprop_fx.cli.train_flags import add_flags
 from ssprop_fx.schedule_spec import EXAMPLES
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.errors import needs_train_extra
 
 __all__ = ["add_parser", "run"]
 
@@ -74,17 +74,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     Raises:
         CommandError: a flag is wrong, or a package of the extra `train` is missing.
     """
-    try:
-        # Imported here, so that other commands and --help work without the extra.
+    with needs_train_extra():
         from ssprop_fx.training.checkpoint import find_checkpoint, load_checkpoint
         from ssprop_fx.training.config_file import read_arguments
         from ssprop_fx.training.run import train
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ssprop"):
-            raise
-        raise CommandError(
-            f"the package {error.name} is missing: pip install ssprop-fx[train]"
-        ) from error
 
     given = vars(args)
     if "config" in given:

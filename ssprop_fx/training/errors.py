@@ -1,9 +1,10 @@
 """CommandError: what the user did wrong, in one line."""
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-__all__ = ["CommandError", "unknown_name"]
+__all__ = ["CommandError", "needs_train_extra", "unknown_name"]
 
 
 class CommandError(Exception):
@@ -30,3 +31,20 @@ def unknown_name(flag: str, name: str, known: Sequence[str]) -> CommandError:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "timm knows none like it"
     return CommandError(f"{flag} {name}: unknown; {hint}")
+
+
+@contextlib.contextmanager
+def needs_train_extra() -> Iterator[None]:
+    """Import packages of the extra `train` inside, where a command needs them and others do not.
+
+    Raises:
+        CommandError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ssprop"):
+            raise
+        raise CommandError(
+            f"the package {error.name} is missing: pip install ssprop-fx[train]"
+        ) from error

@@ -186,6 +186,7 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         block=config.block,
         gate=config.gate,
         memory=config.memory,
+        score_decay=config.score_decay,
         ranks=config.ranks,  # type: ignore[arg-type]
         telemetry=config.telemetry,
     )

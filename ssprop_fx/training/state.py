@@ -23,7 +23,8 @@ class TrainState:
         scheduler: the sparsity scheduler.
         scaler: timm's gradient scaler, for float16 only.
         ema: timm's moving average of the weights, or None.
-        memory: what this process's sparse backwards have left out; empty without `--memory`.
+        memory: what this process's sparse backwards remember: nothing without `--memory` and
+            `--score-decay`.
         epoch: the epoch that is in progress, from 0.
         step: steps done since the run began.
         seconds: seconds spent on training in this epoch.
