@@ -2,10 +2,11 @@
 
 from typing import Any
 
-__all__ = ["STEPS", "WEIGHT", "core_rows", "early", "late"]
+__all__ = ["SAMPLES", "STEPS", "WEIGHT", "core_rows", "early", "late"]
 
 STEPS = {"schedule": "bar:rate=0.8,period=2"}
 WEIGHT = {"schedule": "constant:rate=0.8", "gradients": "weight"}
+SAMPLES = {"schedule": "constant:rate=0.5", "axis": "sample"}
 
 
 def early(epochs: float) -> dict[str, Any]:
@@ -39,6 +40,8 @@ def core_rows(
         "weight-0.5": {"schedule": "constant:rate=0.5", "gradients": "weight"},
         "narrow": narrow,
         "steps-0.8-random": {**STEPS, "select": "random"},
+        "samples-0.3": {**SAMPLES, "schedule": "constant:rate=0.3"},
+        "samples-0.5": SAMPLES,
         "dropout": dropout,
         "dropout-steps-0.8": {**dropout, **STEPS},
     }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.study.data import CLASSES
-from benchmarks.study.rows import STEPS, WEIGHT, core_rows, early, late
+from benchmarks.study.rows import SAMPLES, STEPS, WEIGHT, core_rows, early, late
 from benchmarks.study.task import Task
 
 __all__ = ["SMALL"]
@@ -41,6 +41,7 @@ _SHORT = Task(
     per_class=240,
     settings={
         **core_rows(5, (4, 3, 2), _NARROW, _DROPOUT),
+        "samples-0.5-random": {**SAMPLES, "select": "random"},
         "steps-0.5": {"schedule": "bar:rate=0.5,period=2"},
         "steps-0.8-l2_weight": {**STEPS, "score": "l2_weight"},
         "first-layers-0.8": {
@@ -115,6 +116,26 @@ _FINE_TUNING = Task(
         "constant-0.8": {"schedule": "constant:rate=0.8"},
         "first-layers-0.8": _SHORT.settings["first-layers-0.8"],
         "late-0.8": late(4),
+        "samples-0.5-sampled": {**SAMPLES, "select": "sampled", "score": "l2"},
+        "samples-0.5-random": {**SAMPLES, "select": "random"},
+        "samples-0.8": {**SAMPLES, "schedule": "constant:rate=0.8"},
+        "samples-late-0.8": {**late(4), "axis": "sample"},
+    },
+)
+_FINE_TUNING_FASTER = Task(
+    name="fine-tuning-faster",
+    about="The same with twice the learning rate, 0.04 in place of 0.02.",
+    flags={**_FINE_TUNING.flags, "lr": 0.04},
+    classes=_FINE_TUNING.classes,
+    per_class=_FINE_TUNING.per_class,
+    start=_FINE_TUNING.start,
+    settings={
+        name: _FINE_TUNING.settings[name]
+        for name in (
+            *("dense", "dense-6ep", "dense-4ep", "dense-2ep"),
+            *("samples-0.3", "samples-0.5", "samples-0.5-random", "samples-late-0.8"),
+            *("steps-0.8", "late-0.8", "weight-0.5", "dropout"),
+        )
     },
 )
 _FROM_SCRATCH = Task(
@@ -135,4 +156,4 @@ _DIGITS = Task(
     settings=core_rows(6, (5, 4, 3), _NARROW, _DROPOUT),
 )
 
-SMALL = (_START, _FINE_TUNING, _SHORT, _LONG, _OVERFIT, _FROM_SCRATCH, _DIGITS)
+SMALL = (_START, _FINE_TUNING, _FINE_TUNING_FASTER, _SHORT, _LONG, _OVERFIT, _FROM_SCRATCH, _DIGITS)
