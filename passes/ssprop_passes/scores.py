@@ -20,7 +20,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["SCORES", "Score", "l2", "l2_weight", "mean_abs", "power_over_ranks"]
+__all__ = [
+    "SCORES",
+    "Score",
+    "l2",
+    "l2_weight",
+    "mean_abs",
+    "power_over_ranks",
+    "sum_by_channel",
+]
 
 # Rows of one part: 64 KiB of 256 float32 channels.
 _ROWS = 64
@@ -39,7 +47,7 @@ def mean_abs(grad_output: Tensor, weight: Tensor) -> Tensor:
         Scores, [C], at least float32.
     """
     # In half precision the mean of few large values among many would vanish.
-    total = _sum_over_rows(grad_output.abs(), _wide(grad_output))
+    total = sum_by_channel(grad_output.abs(), _wide(grad_output))
     return total / (grad_output.numel() // grad_output.shape[1])
 
 
@@ -58,7 +66,7 @@ def l2(grad_output: Tensor, weight: Tensor) -> Tensor:
     """
     # A half-precision norm of many values would overflow.
     squares = grad_output.to(_wide(grad_output)).square()
-    return _sum_over_rows(squares, squares.dtype).sqrt()
+    return sum_by_channel(squares, squares.dtype).sqrt()
 
 
 def l2_weight(grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -91,11 +99,18 @@ def power_over_ranks(score: Score) -> int:
     return 2 if score in (l2, l2_weight) else 1
 
 
-def _sum_over_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_by_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum over all dimensions but 1, in two steps on a CPU.
 
     In one step Inductor's loop over channels is the outer one, and walks through all of the tensor
     for every 16 of them. The sums of a part of the rows read that part as it lies in memory.
+
+    Args:
+        x: [N, C, *space].
+        dtype: of the sums.
+
+    Returns:
+        Sums, [C].
     """
     if x.device.type == "cpu" and x.ndim > 2:
         return x.sum(list(range(2, x.ndim)), dtype=dtype).sum(0)

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ssprop_passes.scores import sum_by_channel
+
 __all__ = ["FIELDS", "observe", "write_rows"]
 
 FIELDS = ("kept_mass", "error", "grad_norm")
@@ -37,8 +39,7 @@ def observe(grad_output: Tensor, scores: Tensor, indices: Tensor, weights: Tenso
         throughout, nothing is lost.
     """
     # A half-precision sum of squares would overflow.
-    over = [d for d in range(grad_output.ndim) if d != 1]
-    squares = grad_output.to(torch.float32).square().sum(over)
+    squares = sum_by_channel(grad_output.to(torch.float32).square(), torch.float32)
     scores = scores.to(torch.float32)
     if weights is None:
         left = squares.index_fill(0, indices, 0.0)
