@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from blocks import Block
-from memory_reference import memories, reference
+from memory_reference import loss, memories, reference, train
 from oracle import gradients, relative_error
 from torch import Tensor, nn
 
@@ -38,10 +38,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def loss(output: Tensor) -> Tensor:
-    return (output - 0.3).square().mean() + output.sin().mean()
-
-
 def compile_model(
     model: nn.Module, backend: str = "aot_eager", drop_rate: float = DROP_RATE, **options: object
 ) -> SsPropModule:
@@ -50,14 +46,6 @@ def compile_model(
     return ssprop_compile(
         model, SparsityScheduler(constant(drop_rate)), config=config, backend=backend
     )
-
-
-def train(model: nn.Module, batches: list[Tensor]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    for x in batches:
-        optimizer.zero_grad()
-        loss(model(x)).backward()
-        optimizer.step()
 
 
 def make_batches(shape: tuple[int, ...], steps: int, size: int = 4) -> list[Tensor]:

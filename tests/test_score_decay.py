@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from memory_reference import memories, reference
+from memory_reference import loss, memories, reference, train
 from oracle import inclusion_probabilities, relative_error
 from torch import Tensor, nn
 
@@ -58,18 +58,6 @@ def compile_model(model: nn.Module, backend: str = "aot_eager", **options: objec
 
 def make_reference(model: nn.Module, **options: object) -> nn.Module:
     return reference(model, **{"eta": 0.0, "drop_rate": DROP_RATE, "decay": DECAY, **options})
-
-
-def loss(output: Tensor) -> Tensor:
-    return (output - 0.3).square().mean() + output.sin().mean()
-
-
-def train(model: nn.Module, batches: list[Tensor]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    for x in batches:
-        optimizer.zero_grad()
-        loss(model(x)).backward()
-        optimizer.step()
 
 
 def make_batches(steps: int, resolution: int = 4) -> list[Tensor]:
