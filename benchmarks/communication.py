@@ -7,7 +7,7 @@ on this machine, send what that one would have sent.
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ def _communicate(job: Job, kept: Kept | None) -> Communication:
         rows = {name: _held(p.grad) for name, p in model.named_parameters()}
         kept = Kept(rows, tuple(site.channels for site in report(network).sparse_sites))
     scores = [torch.zeros(channels) for channels in kept.channels]
+    sizes = [torch.zeros(size // 4) for size in SIZES]
 
     def shortest(field: str) -> float:
         steps = hook.steps[2:]
@@ -165,8 +166,8 @@ def _communicate(job: Job, kept: Kept | None) -> Communication:
         gradients_ms=shortest("gradients_ms"),
         kept_ms=shortest("kept_ms"),
         packing_ms=shortest("packing_ms"),
-        scores_ms=sum(_shortest_ms(job.rounds, score) for score in scores),
-        sizes_ms={size: _shortest_ms(job.rounds, torch.zeros(size // 4)) for size in SIZES},
+        scores_ms=sum(_shortest_ms(job.rounds, scores)),
+        sizes_ms=dict(zip(SIZES, _shortest_ms(job.rounds, sizes), strict=True)),
         what=kept,
     )
 
@@ -228,10 +229,17 @@ def _held(gradient: Tensor) -> Tensor:
     return gradient.flatten(1).any(1) if is_table else torch.ones(len(gradient), dtype=torch.bool)
 
 
-def _shortest_ms(rounds: int, tensor: Tensor) -> float:
-    """Return the shortest time of an all-reduce."""
-    distributed.all_reduce(tensor)
-    return min(_timed_ms(lambda: distributed.all_reduce(tensor))[0] for _ in range(rounds))
+def _shortest_ms(rounds: int, tensors: Sequence[Tensor]) -> list[float]:
+    """Return the shortest time of each tensor's all-reduce.
+
+    All of them in each round: a machine that is busy for a while is so for all, and for few rounds.
+    """
+
+    def all_reduce_ms(tensor: Tensor) -> float:
+        return _timed_ms(lambda: distributed.all_reduce(tensor))[0]
+
+    times = [[all_reduce_ms(tensor) for tensor in tensors] for _ in range(1 + rounds)]
+    return [min(of_one) for of_one in zip(*times[1:], strict=True)]
 
 
 def _timed_ms(function: Callable[[], Any]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """The model of communication against gloo processes on this machine."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,11 +35,24 @@ class CheckRow:
 
 
 def fit(found: Communication, ranks: int) -> Network:
-    """Return the network that single all-reduces of this many ranks fit best, by ratios."""
+    """Return the network that single all-reduces of this many ranks fit best, by ratios.
+
+    It has the least sum of log(time / model)^2, so that twice too slow counts as much as twice too
+    fast, and a small all-reduce as much as a large one.
+    """
     sizes, times = np.array(list(found.sizes_ms.items())).T
-    slope, ms = np.polyfit(sizes, times, 1, w=1 / times)
+    # Milliseconds of a message, and of a byte: ms (1 + per_byte / ms * size) = time. The best ms of
+    # a quotient is a geometric mean, so that only the quotient is to be searched for.
+    low, high = -math.log(sizes.max()) - 20, -math.log(sizes.min()) + 20
+    for _ in range(5):
+        quotients = np.exp(np.linspace(low, high, 1001))
+        logs = np.log(times) - np.log1p(np.outer(quotients, sizes))
+        best = int(logs.var(1).argmin())
+        low, high = np.log(quotients[max(best - 1, 0)]), np.log(quotients[min(best + 1, 1000)])
+    ms = math.exp(logs[best].mean())
     messages = 2 * (ranks - 1)
-    return Network(ranks, messages / ranks * 8 / (slope * 1e6), ms * 1e3 / messages)
+    per_byte = quotients[best] * ms
+    return Network(ranks, messages / ranks * 8 / (per_byte * 1e6), ms * 1e3 / messages)
 
 
 def check(found: Mapping[int, Communication], alone: Communication) -> list[CheckRow]:

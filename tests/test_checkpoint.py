@@ -89,6 +89,25 @@ def test_a_file_has_the_permissions_of_an_ordinary_one(tmp_path):
     assert modes[0] == modes[1]
 
 
+class Code:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
+    torch.save({"format": 3, "state_dict": Code(tmp_path / "ran")}, tmp_path / "last.pt")
+    with pytest.raises(CommandError, match="not a checkpoint, or a damaged one"):
+        load_checkpoint(tmp_path / "last.pt")
+    assert os.listdir(tmp_path) == ["last.pt"]
+    torch.load(tmp_path / "last.pt", weights_only=False)
+    assert (tmp_path / "ran").is_dir(), "it would run"
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CommandError, match="no such file"):
         load_checkpoint(tmp_path / "last.pt")

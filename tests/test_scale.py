@@ -101,6 +101,28 @@ def test_a_network_is_found_again_from_its_times() -> None:
     assert model == pytest.approx([ms, 2 * ms + 2, ms])
 
 
+def test_a_fit_is_off_by_as_much_below_as_above() -> None:
+    network = Network(2, gbits=8.0, latency_us=100.0)
+    sizes = [4**power for power in range(6, 14)]
+    times = {size: network.all_reduce_ms(Part(size, 1)) for size in sizes}
+    times[sizes[3]] *= 10
+    times[sizes[6]] *= 10
+    parts = {name: Part(1, 1) for name in ("gradients", "rows", "kept", "scores")}
+    other = dict.fromkeys(("gradients_ms", "kept_ms", "packing_ms", "scores_ms"), 1.0)
+    found = Communication(**parts, **other, sizes_ms=times, what=Kept({}, ()))
+    ratios = [row.ratio for row in check({2: found}, found)[: len(sizes)]]
+    assert math.prod(ratios) == pytest.approx(1)
+    fitted = fit(found, 2)
+
+    def error(network: Network) -> float:
+        model = [network.all_reduce_ms(Part(size, 1)) for size in sizes]
+        return sum(math.log(t / m) ** 2 for t, m in zip(times.values(), model, strict=True))
+
+    for factor in (0.99, 1.01):
+        assert error(replace(fitted, gbits=fitted.gbits * factor)) > error(fitted)
+        assert error(replace(fitted, latency_us=fitted.latency_us * factor)) > error(fitted)
+
+
 ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 
