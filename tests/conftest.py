@@ -23,6 +23,15 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def freed_memory_goes_back() -> Iterator[None]:
+    """Runs and benchmarks keep freed memory, for ever: thousands of tests would hold gigabytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("ssprop_fx.training.run", "benchmarks.machine"):
+            patch.setattr(f"{module}.keep_freed_memory", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_edit_backend_in_use() -> Iterator[None]:
     """Once a test has imported the no-edit backend, the others do not hear that they never call it.
 
