@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.picture import draw_steps, sparse_rows
-from benchmarks.variants import DENSE, PEERS
+from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
 __all__ = ["add_parser", "markdown"]
 
@@ -72,4 +72,4 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
 
 def _is_shown(row: dict[str, Any], drop_rate: float) -> bool:
     """Say whether a row is of the drop rate, or of dense training, which has none."""
-    return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, PEERS[0])
+    return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, *DENSE_PEERS)

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 _SPARSE, _BOUND, _DENSE = "#d08770", "#2e7d6b", "#4c566a"
-_PEERS = dict(zip(PEERS, ("#d8dee9", "#b8c2d4", "#8fa1bf"), strict=True))
+_PEERS = dict(zip(PEERS, ("#d8dee9", "#c9d3c0", "#b8c2d4", "#8fa1bf"), strict=True))
 _PARTS = {
     "reduced_ms": ("reduced operation", "#d08770"),
     "score_ms": ("score", "#a3be8c"),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from ssprop_passes.sums import TwoStepSums
 from torch import Tensor, nn
 
 from benchmarks.peers import TopKConv2d, swap_convs
@@ -18,11 +19,13 @@ from ssprop_fx import (
     ssprop_compile,
 )
 
-__all__ = ["DENSE", "PEERS", "Variant", "make_variants"]
+__all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants"]
 
 DENSE = "dense"
-# Rows that stand for something else than this package: dense eager, and the module swap.
-PEERS = ("eager", "module swap eager", "module swap compiled")
+# Rows to compare with: dense eager, the module swap, and dense torch.compile with the pass on sums,
+# which tells what of a sparse step's gain is that of the pass.
+DENSE_PEERS = ("eager", "dense two-step sums")
+PEERS = (*DENSE_PEERS, "module swap eager", "module swap compiled")
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,11 @@ def _peers(
     rates: Sequence[float],
     sparse_report: Callable[[], Report],
 ) -> Iterator[Variant]:
-    eager, swap_eager, swap_compiled = PEERS
+    eager, with_sums, swap_eager, swap_compiled = PEERS
     yield Variant(eager, 0.0, model, lambda: workload.step(model, images))
+    if workload.backend == "inductor":
+        summed = torch.compile(model, options={"joint_custom_pre_pass": TwoStepSums()})
+        yield Variant(with_sums, 0.0, model, lambda: workload.step(summed, images))
     for rate in rates:
         swapped = swap_convs(model, rate)
         compiled = torch.compile(swapped, backend=workload.backend)

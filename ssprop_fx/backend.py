@@ -15,6 +15,7 @@ from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.ranks import Ranks, find_ranks_maybe
 from ssprop_passes.selection import Selection
 from ssprop_passes.sparse_backward import SparseBackwardPass
+from ssprop_passes.sums import TwoStepSums
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
@@ -282,9 +283,13 @@ class SparseBackend:
             previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
             constants=self.constants,
         )
-        compile_graph = compile_inductor if is_inductor else compile_aot_eager
         # Both compilers take ownership of the graph, and it may be needed a second time.
-        return compile_graph(copy_graph(gm), inputs, sparse_pass, options), sparse_pass
+        gm = copy_graph(gm)
+        if not is_inductor:
+            return compile_aot_eager(gm, inputs, sparse_pass, options), sparse_pass
+        # After it, so that sums which the sparse backward replaces are still found.
+        passes = TwoStepSums(previous=sparse_pass)
+        return compile_inductor(gm, inputs, passes, options), sparse_pass
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

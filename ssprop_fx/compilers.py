@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.sparse_backward import SparseBackwardPass
+from ssprop_passes.graph_pass import GraphPass
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -30,10 +30,10 @@ def compile_error(error: Exception) -> SsPropCompileError:
 def compile_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    sparse_pass: SparseBackwardPass,
+    passes: GraphPass,
     options: dict[str, Any],
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor, the pass in its joint-graph hook."""
+    """Compile a graph with Inductor, the passes in its joint-graph hook."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     @functools.wraps(compile_fx_inner)
@@ -46,7 +46,7 @@ def compile_inductor(
             raise failure from failure.__cause__
 
     # As patches and not as an ambient setting, because the backward compiles later.
-    patches = {**options, "joint_custom_pre_pass": sparse_pass}
+    patches = {**options, "joint_custom_pre_pass": passes}
     compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
     return cast(Callable[..., Any], compiled)
 

@@ -140,6 +140,27 @@ def test_every_kind_of_layer_and_selection_has_a_memory(options: dict, as_refere
     assert {site.reason for site in report(compiled).sites} == {""}
 
 
+def test_random_selection_remembers_what_it_leaves_out() -> None:
+    layer = nn.Linear(7, 12).double()
+    compiled = compile_model(layer, drop_rate=0.5, select="random")
+    memory = torch.zeros(12, dtype=torch.float64)
+    drawn = set()
+    for x in make_batches((7,), 5):
+        upstream = torch.randn(4, 12, dtype=torch.float64)
+        layer.zero_grad()
+        compiled(x).backward(upstream)
+        wanted = upstream + ETA * memory
+        was_drawn = layer.weight.grad.count_nonzero(1) > 0
+        kept = wanted * was_drawn
+        torch.testing.assert_close(layer.weight.grad, kept.T @ x)
+        torch.testing.assert_close(layer.bias.grad, kept.sum(0))
+        assert was_drawn.sum() == 6
+        memory = (wanted - kept).mean(0)
+        torch.testing.assert_close(*compiled.ssprop.memory.state_dict().values(), memory)
+        drawn.add(tuple(was_drawn.tolist()))
+    assert len(drawn) > 1
+
+
 def test_no_memory_is_plain_selection_bit_for_bit() -> None:
     model = conv_net()
     x = torch.randn(4, 3, 8, 8)

@@ -1,0 +1,106 @@
+"""Sums in two steps: which are split, and that the gradients stay."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from ssprop_passes.sums import TwoStepSums
+from torch import Tensor, fx, nn
+
+from ssprop_fx.compilers import compile_aot_eager
+
+
+class Scale(nn.Module):
+    """Channels times a scale, whose gradient is a sum over all dimensions but theirs."""
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-1, 2, channels))
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [-1 if d == self.dim % x.ndim else 1 for d in range(x.ndim)]
+        return x * self.scale.view(shape)
+
+
+def find_sums(graph: fx.Graph) -> list[tuple[list[int], torch.dtype]]:
+    """Return the dimensions and the dtype of the results of a graph's sums."""
+    sums = graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+    return [(sorted(node.args[1]), node.meta["val"].dtype) for node in sums]
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list]:
+    """Return the scale's gradient for x as that of the output, and the sums of the joint graph."""
+    found: list = []
+
+    class Record(TwoStepSums):
+        def transform(self, graph: fx.Graph) -> None:
+            super().transform(graph)
+            found.extend(find_sums(graph))
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]):
+        return compile_aot_eager(gm, inputs, Record(), {})
+
+    model.zero_grad()
+    output = torch.compile(model, backend=backend)(x)
+    output.backward(x if output.shape == x.shape else torch.ones_like(output))
+    return model.scale.grad, found
+
+
+def images(dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(4, 6, 5, 7, dtype=dtype)
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("model", "x", "steps"),
+    [
+        (Scale(6).double(), images(), [[3], [0, 2, 3]]),
+        (Scale(6, dim=-1).double(), torch.randn(4, 5, 6, dtype=torch.float64), [[1], [0, 1]]),
+        (Scale(6).double(), images().contiguous(), [[0, 2, 3]]),
+        (Scale(6, dim=-1).double(), torch.randn(9, 6, dtype=torch.float64), [[0]]),
+    ],
+    ids=["channels last", "tokens", "contiguous", "matrix"],
+)
+def test_sums_over_all_but_the_innermost_are_split(
+    model: Scale, x: Tensor, steps: list[list[int]], dynamic: bool
+) -> None:
+    model.zero_grad()
+    model(x).backward(x)
+    expected = model.scale.grad
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    found, sums = run(model, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert [dims for dims, _ in sums] == steps
+
+
+def test_nothing_is_rounded_between_the_steps() -> None:
+    model = Scale(6).bfloat16()
+    _, sums = run(model, images(torch.bfloat16))
+    assert sums == [([3], torch.float32), ([0, 2, 3], torch.bfloat16)]
+
+
+def test_sums_of_the_forward_stay() -> None:
+    class Forward(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum((0, 2, 3)) * self.scale
+
+    _, sums = run(Forward(6).double(), images())
+    assert sums == [([0, 2, 3], torch.float64)]
+
+
+def test_batch_norm_under_inductor() -> None:
+    norm = nn.BatchNorm2d(6).double()
+    x = images().requires_grad_()
+    (norm(x) ** 3).sum().backward()
+    expected = [x.grad, norm.weight.grad, norm.bias.grad]
+    ran = TwoStepSums()
+    x.grad = None
+    norm.zero_grad()
+    compiled = torch.compile(norm, options={"joint_custom_pre_pass": ran})
+    (compiled(x) ** 3).sum().backward()
+    assert ran.ran
+    found = [x.grad, norm.weight.grad, norm.bias.grad]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
