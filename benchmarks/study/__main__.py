@@ -10,6 +10,7 @@ from benchmarks.study.page import page
 from benchmarks.study.summary import read_results
 
 HERE = Path(__file__).parent
+_START_SEED = 1
 
 
 def main() -> None:
@@ -44,6 +45,9 @@ def run_grid(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for setting in settings(args.grid):
             if not any(fnmatch.fnmatch(setting.key, pattern) for pattern in args.only):
+                continue
+            # All seeds of a task start from the same weights.
+            if setting.is_start and seed != _START_SEED:
                 continue
             if result_path(places, setting, seed).exists():
                 continue
