@@ -28,7 +28,7 @@ def main() -> None:
     run.set_defaults(command=run_grid)
     table = commands.add_parser("table", help="print the page docs/study.md")
     table.set_defaults(command=print_page)
-    plot = commands.add_parser("plot", help="draw accuracy over cost")
+    plot = commands.add_parser("plot", help="draw accuracy over time")
     plot.add_argument("path", type=Path, metavar="PNG")
     plot.set_defaults(command=plot_grid)
     args = parser.parse_args()
