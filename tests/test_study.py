@@ -144,7 +144,8 @@ def test_the_page_shows_what_was_run(tmp_path):
     text = page([TASK], read_results(tmp_path))
     assert '| half | `--schedule "constant:rate=0.5 until 1ep then none" --no-gate` | 2 |' in text
     assert "70.00 ± 1.41 | 0.75 | +4.00 ± 1.41 |" in text.replace("**", "")
-    assert "never-run" not in text
+    assert "- **toy**: `never-run`" in text
+    assert "| never-run" not in text
     assert "narrow" in text
     assert "at equal arithmetic: better: `half`" in text
     assert "at equal arithmetic 1 of 1 rows are better than dense training, 0 equal" in text
