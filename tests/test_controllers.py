@@ -23,6 +23,9 @@ from ssprop_fx import (
 )
 from ssprop_fx.controllers import Controller, Seen
 from ssprop_fx.module import SsPropModule
+from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.errors import CommandError
+from ssprop_fx.training.setup import create_state, sparsity_config
 
 
 def seen(kept: float, flops: float, aimed: float | None = None, **told: float) -> Seen:
@@ -212,6 +215,34 @@ def test_a_run_goes_on_bit_for_bit(at: int, loads_first: bool) -> None:
     train(resumed, at, 20 - at)
     assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
     assert scheduler.state_dict() == whole.ssprop.scheduler.state_dict()
+
+
+def test_the_trainers_flags_make_a_controller() -> None:
+    for flags, controller in (
+        ({}, None),
+        ({"kept_mass": 0.9}, KeptMass(0.9)),
+        ({"kept_mass": 0.9, "budget": 0.5}, KeptMass(0.9, budget=0.5)),
+        ({"added_error": 0.1, "budget": 0.5}, AddedError(0.1, budget=0.5)),
+    ):
+        config = TrainConfig(**flags)
+        scheduler = create_state(config, mlp(), steps_per_epoch=10).scheduler
+        assert scheduler.controller == controller
+        # It goes by what the backwards tell.
+        assert sparsity_config(config).telemetry == (controller is not None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"kept_mass": 1.5}, r"--kept-mass: target must be in \(0, 1\), got 1.5"),
+        ({"added_error": 0.1, "budget": 2.0}, r"--added-error: budget must be in \(0, 1\]"),
+        ({"kept_mass": 0.9, "added_error": 0.1}, "--added-error: a layer has one target"),
+        ({"budget": 0.5}, "--budget bounds what --kept-mass or --added-error take"),
+    ],
+)
+def test_mistakes_in_the_trainers_flags_are_named(flags: dict[str, float], message: str) -> None:
+    with pytest.raises(CommandError, match=f"^{message}"):
+        create_state(TrainConfig(**flags), mlp(), steps_per_epoch=10)
 
 
 @pytest.mark.slow

@@ -70,6 +70,10 @@ VARIANTS = {
         "--schedule",
         "constant:rate=0.8",
     ],
+    "adaptive": [
+        *(*TWO_PHASES, "-b", "64", "--sparsity-warmup-epochs", "0", "--schedule"),
+        *("constant:rate=0.8", "--kept-mass", "0.9", "--budget", "0.6"),
+    ],
     "inductor": [*TWO_PHASES, "--compile-backend", "inductor", "--model-kwargs", "drop_rate=0.1"],
 }
 

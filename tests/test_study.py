@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from benchmarks.study.task import Task
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.setup import sparsity_config
 
+ROOT = Path(__file__).parents[1]
 TASK = Task(
     name="toy",
     about="A toy.",
@@ -65,7 +68,7 @@ def test_every_task_has_a_dense_curve_and_starts_from_weights_that_are_made_befo
         if task.name == "start":
             made |= set(task.settings)
             continue
-        assert task.start is None or task.start in made
+        assert {task.start, *task.starts.values()} <= {None, *made}
         epochs = {
             {**task.flags, **flags}["epochs"]
             for name, flags in task.settings.items()
@@ -141,11 +144,22 @@ def test_the_page_shows_what_was_run(tmp_path):
     text = page([TASK], read_results(tmp_path))
     assert '| half | `--schedule "constant:rate=0.5 until 1ep then none" --no-gate` | 2 |' in text
     assert "70.00 ± 1.41 | 0.75 | +4.00 ± 1.41 |" in text.replace("**", "")
-    assert "never-run" not in text
+    assert "- **toy**: `never-run`" in text
+    assert "| never-run" not in text
     assert "narrow" in text
     assert "at equal arithmetic: better: `half`" in text
     assert "at equal arithmetic 1 of 1 rows are better than dense training, 0 equal" in text
     assert "7 runs on here" in text
+
+
+def test_the_page_and_what_the_readme_says_of_it_are_made_from_the_results():
+    made = page(GRIDS["small"], read_results(ROOT / "benchmarks/study/results/small"))
+    assert (ROOT / "docs/study.md").read_text() == made, "python -m benchmarks.study table"
+    table = (ROOT / "README.md").read_text().split("| accuracy in %")[1].split("\n\n")[0]
+    claims = re.findall(r"(\d+\.\d\d ± \d+\.\d\d) at (\d\.\d\d)", table)
+    assert len(claims) >= 10
+    for accuracy, cost_ in claims:
+        assert f"| {accuracy} | {cost_} |" in made
 
 
 def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
@@ -168,6 +182,17 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     assert ran == first
     study(monkeypatch, tmp_path, "run", "--only", "digits/dense*", "--seeds", "1", "2")
     assert ran == first + [(key, 2) for key, _ in first]
+
+
+def test_weights_that_runs_start_from_are_trained_once(tmp_path, monkeypatch):
+    from benchmarks.study import runner
+
+    ran = []
+    monkeypatch.setattr(
+        runner, "run_one", lambda setting, seed, places: ran.append(seed) or {"accuracy": 0.0}
+    )
+    study(monkeypatch, tmp_path, "run", "--only", "start/six-classes", "--seeds", "3", "1", "2")
+    assert ran == [1]
 
 
 def study(monkeypatch, results, *arguments):

@@ -10,6 +10,7 @@ from benchmarks.study.page import page
 from benchmarks.study.summary import read_results
 
 HERE = Path(__file__).parent
+_START_SEED = 1
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     run.set_defaults(command=run_grid)
     table = commands.add_parser("table", help="print the page docs/study.md")
     table.set_defaults(command=print_page)
-    plot = commands.add_parser("plot", help="draw accuracy over cost")
+    plot = commands.add_parser("plot", help="draw accuracy over time")
     plot.add_argument("path", type=Path, metavar="PNG")
     plot.set_defaults(command=plot_grid)
     args = parser.parse_args()
@@ -44,6 +45,9 @@ def run_grid(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for setting in settings(args.grid):
             if not any(fnmatch.fnmatch(setting.key, pattern) for pattern in args.only):
+                continue
+            # All seeds of a task start from the same weights.
+            if setting.is_start and seed != _START_SEED:
                 continue
             if result_path(places, setting, seed).exists():
                 continue

@@ -41,6 +41,7 @@ def page(tasks: Sequence[Task], results: Sequence[Result]) -> str:
         tables="\n\n".join(
             f"### {task.name}\n\n{task.about}\n\n{_table(task, rows[task.name])}" for task in shown
         ),
+        missing="\n".join(_missing(tasks, rows)) or "Nothing.",
         machines="\n".join(_machines(results)),
     )
 
@@ -87,6 +88,17 @@ def _verdicts(task: Task, rows: Sequence[Row]) -> str:
         if texts:
             lines.append(f"  - at equal {kind}: {'; '.join(texts)}")
     return "\n".join(lines) if len(lines) > 1 else f"{lines[0]}: one seed alone, nothing to say"
+
+
+def _missing(tasks: Sequence[Task], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    lines = []
+    for task in tasks:
+        found = {row.name for row in rows[task.name]}
+        missing = [name for name in task.settings if name not in found]
+        if missing and task.name != "start":
+            names = f": `{'`, `'.join(missing)}`" if found else f", all of it. {task.about}"
+            lines.append(f"- **{task.name}**{names}")
+    return lines
 
 
 def _table(task: Task, rows: Sequence[Row]) -> str:

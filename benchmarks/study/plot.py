@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study plot`: accuracy over cost, dense training as a line."""
+"""`python -m benchmarks.study plot`: accuracy over time, dense training as a line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from ssprop_fx.training.files import replace_file
 __all__ = ["draw"]
 
 _DENSE = "#4c566a"
+_COLUMNS = 3
 # The others have their place in the tables; more labels cannot be read.
 _SHOWN = {
     "steps-0.8": ("#d08770", "o"),
@@ -23,12 +24,13 @@ _SHOWN = {
     "late-0.8": ("#a3be8c", "v"),
     "weight-0.8": ("#5e81ac", "s"),
     "steps-0.8-random": ("#b48ead", "x"),
+    "samples-0.3": ("#bf616a", "*"),
     "narrow": ("#8f6f56", "D"),
 }
 
 
 def draw(tasks: Sequence[Task], results: Sequence[Result], path: Path) -> None:
-    """Draw one panel a task for arithmetic, and below it one for time.
+    """Draw accuracy over time, one panel a task.
 
     Args:
         tasks: of the grid.
@@ -37,42 +39,44 @@ def draw(tasks: Sequence[Task], results: Sequence[Result], path: Path) -> None:
     """
     per_saving = time_per_saving()
     rows = {task.name: summarize(task, results, per_saving) for task in tasks}
-    shown = {name: found for name, found in rows.items() if found}
-    figure = Figure(figsize=(3.2 * len(shown), 6.4), layout="constrained")
+    # Dense training alone is compared with nothing.
+    shown = {name: found for name, found in rows.items() if not all(row.is_dense for row in found)}
+    columns = min(len(shown), _COLUMNS)
+    lines = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * lines + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(shown), sharey="col", squeeze=False)
-    for column, (name, found) in enumerate(shown.items()):
-        whole = next(row.cost.arithmetic for row in found if row.name == "dense")
-        for line, kind in enumerate(("arithmetic", "time")):
-            axes = panels[line][column]
-            _draw_panel(axes, found, whole, kind)
-            axes.set_xlabel(f"{kind}, dense = 1")
-        panels[0][column].set_title(name, loc="left", fontsize=10, fontweight="bold")
-    for line in (0, 1):
-        panels[line][0].set_ylabel("test accuracy (%)")
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for axes, (name, found) in zip(panels.flat, shown.items(), strict=False):
+        _draw_panel(axes, found)
+        axes.set_xlabel("time, whole dense training = 1", fontsize=8)
+        axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy (%)")
     handles = {
         label: handle
-        for axes in panels[0]
+        for axes in panels.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=2 * len(shown),
+        ncols=2 * columns,
         frameon=False,
+        fontsize=8,
     )
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], whole: float, kind: str) -> None:
-    dense = sorted(
-        ((getattr(row.cost, kind), row) for row in rows if row.is_dense), key=lambda point: point[0]
-    )
+def _draw_panel(axes: Axes, rows: Sequence[Row]) -> None:
+    whole = next(row.cost.time for row in rows if row.name == "dense")
+    dense = sorted((row for row in rows if row.is_dense), key=lambda row: row.cost.time)
     axes.errorbar(
-        [x / whole for x, _ in dense],
-        [row.accuracy for _, row in dense],
-        yerr=[row.deviation or 0 for _, row in dense],
+        [row.cost.time / whole for row in dense],
+        [row.accuracy for row in dense],
+        yerr=[row.deviation or 0 for row in dense],
         color=_DENSE,
         marker=".",
         label="dense, fewer epochs",
@@ -81,7 +85,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], whole: float, kind: str) -> Non
         if row.name in _SHOWN:
             color, marker = _SHOWN[row.name]
             axes.errorbar(
-                getattr(row.cost, kind) / whole,
+                row.cost.time / whole,
                 row.accuracy,
                 yerr=row.deviation or 0,
                 color=color,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["SAMPLES", "STEPS", "WEIGHT", "core_rows", "early", "late"]
+__all__ = ["SAMPLES", "STEPS", "WEIGHT", "adaptive_rows", "core_rows", "early", "late"]
 
 STEPS = {"schedule": "bar:rate=0.8,period=2"}
 WEIGHT = {"schedule": "constant:rate=0.8", "gradients": "weight"}
@@ -44,4 +44,19 @@ def core_rows(
         "samples-0.5": SAMPLES,
         "dropout": dropout,
         "dropout-steps-0.8": {**dropout, **STEPS},
+    }
+
+
+def adaptive_rows() -> dict[str, dict[str, Any]]:
+    """Return rows whose layers all keep the same mass, at the arithmetic of a single rate.
+
+    The target is out of reach of the budget, which is what a backward at that rate takes.
+    """
+    return {
+        "steps-0.8-adaptive": {**STEPS, "kept_mass": 0.99, "budget": 0.19},
+        "constant-0.3-adaptive": {
+            "schedule": "constant:rate=0.3",
+            "kept_mass": 0.99,
+            "budget": 0.69,
+        },
     }

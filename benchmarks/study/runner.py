@@ -110,10 +110,10 @@ def create_config(setting: Setting, seed: int, places: Places) -> TrainConfig:
             raise ValueError(f"{setting.key} needs --data, a zip of CIFAR-10")
         images = unpack(places.archive, places.work, task.classes, task.per_class)
         flags["data_dir"] = str(images)
-    if task.start is not None:
-        path = _weights(places, task.start)
+    if setting.start is not None:
+        path = _weights(places, setting.start)
         if not path.exists():
-            raise ValueError(f"{setting.key} starts from {task.start}: run that first")
+            raise ValueError(f"{setting.key} starts from {setting.start}: run that first")
         # timm's way to start from a file; it leaves out a classifier of as many other classes.
         overlay = {"file": str(path), "num_classes": 0}
         kwargs = flags.get("model_kwargs") or {}

@@ -3,7 +3,15 @@
 from typing import Any
 
 from benchmarks.study.data import CLASSES
-from benchmarks.study.rows import SAMPLES, STEPS, WEIGHT, core_rows, early, late
+from benchmarks.study.rows import (
+    SAMPLES,
+    STEPS,
+    WEIGHT,
+    adaptive_rows,
+    core_rows,
+    early,
+    late,
+)
 from benchmarks.study.task import Task
 
 __all__ = ["SMALL"]
@@ -64,6 +72,7 @@ _SHORT = Task(
         "steps-0.8-l2": {**STEPS, "score": "l2"},
         "steps-0.8-sampled": {**STEPS, "select": "sampled", "score": "l2"},
         "steps-0.8-memory": {**STEPS, "memory": 0.9},
+        **adaptive_rows(),
         "lr-0.1": {"lr": 0.1},
         "lr-0.1-4ep": {"lr": 0.1, "epochs": 4},
         "lr-0.1-steps-0.8": {**STEPS, "lr": 0.1},
@@ -95,23 +104,31 @@ _START = Task(
     flags={**_SMALL, "epochs": 10},
     classes=CLASSES[:6],
     per_class=400,
-    settings={"six-classes": {}},
+    settings={"six-classes": {}, "six-classes-narrow": _NARROW},
 )
 _FINE_TUNED = core_rows(8, (6, 4, 2), _NARROW, _DROPOUT)
-_FINE_TUNING = Task(
-    name="fine-tuning",
-    about="A network trained on six classes goes on with the other four, 200 images each, 8 epochs,"
-    " augmentation.",
-    flags={**_SMALL, "epochs": 8, "lr": 0.02},
-    classes=CLASSES[6:],
-    per_class=200,
-    start="six-classes",
-    settings={
-        **{
-            name: flags
-            for name, flags in core_rows(8, (6, 4, 2), _NARROW, _DROPOUT).items()
-            if name != "narrow"
-        },
+
+
+def _fine_tuning(name: str, about: str, lr: float, settings: dict[str, dict[str, Any]]) -> Task:
+    return Task(
+        name=name,
+        about=about,
+        flags={**_SMALL, "epochs": 8, "lr": lr},
+        classes=CLASSES[6:],
+        per_class=200,
+        start="six-classes",
+        starts={"narrow": "six-classes-narrow"},
+        settings=settings,
+    )
+
+
+_FINE_TUNING = _fine_tuning(
+    "fine-tuning",
+    "A network trained on six classes goes on with the other four, 200 images each, 8 epochs,"
+    " augmentation, learning rate 0.02.",
+    0.02,
+    {
+        **_FINE_TUNED,
         "steps-0.5": {"schedule": "bar:rate=0.5,period=2"},
         "constant-0.8": {"schedule": "constant:rate=0.8"},
         "first-layers-0.8": _SHORT.settings["first-layers-0.8"],
@@ -120,23 +137,31 @@ _FINE_TUNING = Task(
         "samples-0.5-random": {**SAMPLES, "select": "random"},
         "samples-0.8": {**SAMPLES, "schedule": "constant:rate=0.8"},
         "samples-late-0.8": {**late(4), "axis": "sample"},
+        **adaptive_rows(),
     },
 )
-_FINE_TUNING_FASTER = Task(
-    name="fine-tuning-faster",
-    about="The same with twice the learning rate, 0.04 in place of 0.02.",
-    flags={**_FINE_TUNING.flags, "lr": 0.04},
-    classes=_FINE_TUNING.classes,
-    per_class=_FINE_TUNING.per_class,
-    start=_FINE_TUNING.start,
-    settings={
-        name: _FINE_TUNING.settings[name]
-        for name in (
-            *("dense", "dense-6ep", "dense-4ep", "dense-2ep"),
-            *("samples-0.3", "samples-0.5", "samples-0.5-random", "samples-late-0.8"),
-            *("steps-0.8", "late-0.8", "weight-0.5", "dropout"),
-        )
-    },
+# Those of them that were equal to dense training or better.
+_BEST = {
+    name: _FINE_TUNING.settings[name]
+    for name in ("samples-0.5-random", "samples-late-0.8", "late-0.8")
+}
+_FINE_TUNING_FASTER = _fine_tuning(
+    "fine-tuning-faster",
+    "The same with twice the learning rate, 0.04.",
+    0.04,
+    {**_FINE_TUNED, **_BEST},
+)
+_FINE_TUNING_FASTEST = _fine_tuning(
+    "fine-tuning-fastest",
+    "The same with four times the learning rate, 0.08.",
+    0.08,
+    {**_FINE_TUNED, **_BEST},
+)
+_FINE_TUNING_TOO_FAST = _fine_tuning(
+    "fine-tuning-too-fast",
+    "Dense training alone at 0.16, to see that it is not better still.",
+    0.16,
+    {name: flags for name, flags in _FINE_TUNED.items() if name.startswith("dense")},
 )
 _FROM_SCRATCH = Task(
     name="from-scratch",
@@ -156,4 +181,7 @@ _DIGITS = Task(
     settings=core_rows(6, (5, 4, 3), _NARROW, _DROPOUT),
 )
 
-SMALL = (_START, _FINE_TUNING, _FINE_TUNING_FASTER, _SHORT, _LONG, _OVERFIT, _FROM_SCRATCH, _DIGITS)
+SMALL = (
+    *(_START, _FINE_TUNING, _FINE_TUNING_FASTER, _FINE_TUNING_FASTEST, _FINE_TUNING_TOO_FAST),
+    *(_SHORT, _FROM_SCRATCH, _OVERFIT, _LONG, _DIGITS),
+)

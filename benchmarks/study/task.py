@@ -1,7 +1,7 @@
 """What a grid is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Setting", "Task"]
@@ -20,6 +20,7 @@ class Task:
         classes: classes of CIFAR-10; none for scikit-learn's digits.
         per_class: training images of each.
         start: setting of the task "start" whose weights its runs begin with.
+        starts: the same of settings that begin with others.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Task:
     classes: tuple[str, ...] = ()
     per_class: int = 0
     start: str | None = None
+    starts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Setting:
     def key(self) -> str:
         """Its name in the whole grid."""
         return f"{self.task.name}/{self.name}"
+
+    @property
+    def start(self) -> str | None:
+        """Setting of the task "start" whose weights it begins with."""
+        return self.task.starts.get(self.name, self.task.start)
 
     @property
     def is_start(self) -> bool:

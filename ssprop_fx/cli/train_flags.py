@@ -119,6 +119,9 @@ def _add_sparsity(group: Any) -> None:
         "drop so much more next to the input than the schedule's highest rate, as much less next to"
         " the output, and in all as many FLOPs",
     )
+    _float(group, "kept_mass", "adapt drop rates so that each layer keeps so much of its score")
+    _float(group, "added_error", "adapt them to so much squared error, a share of the gradient's")
+    _float(group, "budget", "most of the backward's FLOPs that adapted sparse steps may take")
     _switch(group, "telemetry", "note the kept mass of each step")
     _text(
         group,

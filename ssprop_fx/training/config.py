@@ -133,6 +133,9 @@ class TrainConfig:
     ranks: str = SparsityConfig.ranks
     rates: dict[str, float] | None = None
     depth_slope: float = 0.0
+    kept_mass: float | None = None
+    added_error: float | None = None
+    budget: float | None = None
     telemetry: bool = False
     compile_backend: str = "inductor"
     compile_mode: str | None = None
@@ -164,6 +167,12 @@ class TrainConfig:
         if self.has_mixup:
             self._check("batch_size", self.batch_size % 2 == 0, "even with mixup or cutmix")
         self._check("warmup_epochs", self.warmup_epochs < self.epochs, "below --epochs")
+        if self.kept_mass is not None and self.added_error is not None:
+            raise CommandError("--added-error: a layer has one target, and --kept-mass is given")
+        if self.budget is not None and not self.has_controller:
+            raise CommandError(
+                "--budget bounds what --kept-mass or --added-error take; neither is given"
+            )
         if self.compile_backend == "aot_eager" and self.compile_mode is not None:
             raise CommandError(
                 "--compile-mode is Inductor's: leave it out with --compile-backend aot_eager"
@@ -179,6 +188,11 @@ class TrainConfig:
     def has_mixup(self) -> bool:
         """Whether training images are mixed with one another."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether the drop rates of layers are adapted."""
+        return self.kept_mass is not None or self.added_error is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for a checkpoint."""

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.controllers import AddedError, Controller, KeptMass
 from ssprop_fx.depth import by_depth
 from ssprop_fx.inspection import inspect_sites
 from ssprop_fx.schedule_spec import parse_schedule
@@ -122,7 +123,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
     """Make optimizer and schedulers for `model`, at the beginning of a run.
 
     Raises:
-        CommandError: the optimizer does not take a setting.
+        CommandError: the optimizer does not take a setting, or a controller does not.
     """
     try:
         optimizer = create_optimizer_v2(
@@ -165,12 +166,25 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         model=model,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
-        scheduler=SparsityScheduler(schedule),
+        scheduler=SparsityScheduler(schedule, _create_controller(config)),
         scaler=NativeScaler(device=device.type) if needs_scaler else None,
         ema=ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.model_ema
         else None,
     )
+
+
+def _create_controller(config: TrainConfig) -> Controller | None:
+    try:
+        if config.kept_mass is not None:
+            return KeptMass(config.kept_mass, config.budget)
+        if config.added_error is not None:
+            return AddedError(config.added_error, config.budget)
+    except ValueError as error:
+        flag = "--kept-mass" if config.kept_mass is not None else "--added-error"
+        # It begins with the name of the argument.
+        raise CommandError(f"{flag}: {error}") from error
+    return None
 
 
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
@@ -188,7 +202,8 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         memory=config.memory,
         score_decay=config.score_decay,
         ranks=config.ranks,  # type: ignore[arg-type]
-        telemetry=config.telemetry,
+        # A controller goes by it.
+        telemetry=config.telemetry or config.has_controller,
     )
 
 
