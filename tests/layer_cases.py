@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import keep_count, mask_channels
 from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
@@ -127,6 +127,17 @@ Case = ConvCase | LinearCase
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
+def is_near_tie(case: Case, grad_output: Tensor) -> bool:
+    """Say whether rounding decides between the weakest kept channel and the strongest left out."""
+    of_group = case.channels // case.selection_groups
+    k = keep_count(of_group, case.drop_rate)
+    if k == of_group:
+        return False
+    scores = grad_output.double().abs().transpose(0, 1).flatten(1).mean(1)
+    kept, left = scores.view(-1, of_group).sort(descending=True).values[:, k - 1 : k + 1].T
+    return bool((kept - left < 8 * torch.finfo(case.dtype).eps * kept).any())
+
+
 def check(case: Case) -> None:
     """Compare the sparse gradients of a case with the dense ones of the masked grad_output.
 
@@ -140,6 +151,7 @@ def check(case: Case) -> None:
     grad_output = torch.randn(output.shape, dtype=case.dtype, generator=generator)
     if output.is_contiguous(memory_format=torch.channels_last) if output.ndim == 4 else False:
         grad_output = grad_output.to(memory_format=torch.channels_last)
+    assume(not is_near_tie(case, grad_output))
     masked = mask_channels(grad_output, case.drop_rate, case.selection_groups, case.channel_dim)
     expected = torch.autograd.grad(output, tensors, masked)
     absolute = [t.detach().abs().requires_grad_() for t in tensors]
