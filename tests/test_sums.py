@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from ssprop_passes import sums
 from ssprop_passes.sums import TwoStepSums
 from torch import Tensor, fx, nn
 
 from ssprop_fx.compilers import compile_aot_eager
+
+
+@pytest.fixture(autouse=True)
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "LARGE", 0)
 
 
 class Scale(nn.Module):
@@ -48,7 +54,7 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list]:
 
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(4, 6, 5, 7, dtype=dtype)
+    x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     return x.to(memory_format=torch.channels_last)
 
 
@@ -71,15 +77,24 @@ def test_sums_over_all_but_the_innermost_are_split(
     expected = model.scale.grad
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
-    found, sums = run(model, x)
+    found, made = run(model, x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert [dims for dims, _ in sums] == steps
+    assert [dims for dims, _ in made] == steps
 
 
 def test_nothing_is_rounded_between_the_steps() -> None:
     model = Scale(6).bfloat16()
-    _, sums = run(model, images(torch.bfloat16))
-    assert sums == [([3], torch.float32), ([0, 2, 3], torch.bfloat16)]
+    _, made = run(model, images(torch.bfloat16))
+    assert made == [([3], torch.float32), ([0, 2, 3], torch.bfloat16)]
+
+
+def test_what_a_cache_holds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images()
+    for large, steps in [(x.nbytes, [[3], [0, 2, 3]]), (x.nbytes + 1, [[0, 2, 3]])]:
+        monkeypatch.setattr(sums, "LARGE", large)
+        torch.compiler.reset()
+        _, made = run(Scale(6).double(), x)
+        assert [dims for dims, _ in made] == steps
 
 
 def test_sums_of_the_forward_stay() -> None:
@@ -87,8 +102,8 @@ def test_sums_of_the_forward_stay() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.sum((0, 2, 3)) * self.scale
 
-    _, sums = run(Forward(6).double(), images())
-    assert sums == [([0, 2, 3], torch.float64)]
+    _, made = run(Forward(6).double(), images())
+    assert made == [([0, 2, 3], torch.float64)]
 
 
 def test_batch_norm_under_inductor() -> None:
@@ -104,3 +119,17 @@ def test_batch_norm_under_inductor() -> None:
     assert ran.ran
     found = [x.grad, norm.weight.grad, norm.bias.grad]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_only_the_run_knows_stay() -> None:
+    """As where the kept samples of a batch are summed."""
+
+    class Chosen(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = x[x[:, 0, 0, 0].nonzero()[:, 0]]
+            return super().forward(chosen)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        gradient, made = run(Chosen(6).double(), images())
+    assert made == [([0, 2, 3], torch.float64)]
+    torch.testing.assert_close(gradient, images().square().sum((0, 2, 3)))

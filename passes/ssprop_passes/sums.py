@@ -7,9 +7,11 @@ every 16 of them it walks through the whole tensor, a cache line here and there.
     sum(x, dims)  ->  sum(sum(x, d, keepdim), dims)
 
 with d the innermost of `dims`: the sums of one row of an image read that row as it lies in memory,
-and what is left to sum is smaller by the length of a row.
+and what is left to sum is smaller by the length of a row. Only where the tensor is so large that a
+core's cache does not hold it from one walk to the next.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -22,9 +24,12 @@ __all__ = ["TwoStepSums"]
 
 aten = torch.ops.aten
 
+# Bytes from which on a sum is split; smaller ones are as fast in one step or faster.
+LARGE = 8 * 2**20
+
 
 class TwoStepSums(GraphPass):
-    """Splits sums over all dimensions but the innermost, in the backward, on a CPU.
+    """Splits sums over all dimensions but the innermost, of large tensors of a backward on a CPU.
 
     The sums are the same but for the order of their terms. Of use without sparsity, too:
 
@@ -62,7 +67,9 @@ def _first_step_maybe(node: fx.Node) -> int | None:
     # The channels are innermost, and the rows next.
     if first is None or strides[kept[0]] != 1 or strides[first] != channels:
         return None
-    return first
+    sizes = [s if isinstance(s, int) else s.node.hint for s in x.shape]
+    is_large = None not in sizes and math.prod(sizes) * x.element_size() >= LARGE
+    return first if is_large else None
 
 
 def _split(graph: fx.Graph, node: fx.Node, first: int) -> None:
