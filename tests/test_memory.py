@@ -176,7 +176,7 @@ def test_no_memory_is_plain_selection_bit_for_bit() -> None:
     assert SparsityConfig(memory=0).selection == SparsityConfig().selection
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_two_forwards_precede_two_backwards(backend: str) -> None:
     """Both backwards update the memory, in their order, and the gradients accumulate."""
     model = mlp().double()

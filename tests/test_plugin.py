@@ -94,7 +94,7 @@ def test_blocks_between_graph_breaks_have_keep_counts_of_their_own() -> None:
     assert not any(reasons.values())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_short_last_batch_is_sparse_and_right(backend: str) -> None:
     model = small_net(16).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

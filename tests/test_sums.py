@@ -106,6 +106,7 @@ def test_sums_of_the_forward_stay() -> None:
     assert made == [([0, 2, 3], torch.float64)]
 
 
+@pytest.mark.slow
 def test_batch_norm_under_inductor() -> None:
     norm = nn.BatchNorm2d(6).double()
     x = images().requires_grad_()
