@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.identity import identity_maybe
 from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection
@@ -212,6 +213,7 @@ def _key(match: SiteMatch, k: int, selection: Selection, batch: int | None) -> s
         torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         torch.get_num_threads(),
         torch.__version__,
+        sources_hash(),
     )
     select = identity_maybe(selection.select)
     is_split = selection.input_score is not None
