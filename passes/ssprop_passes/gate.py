@@ -1,10 +1,11 @@
 """Gate: leaves the sites dense that are not faster sparse, by measurement.
 
 Each site's backward is run on random tensors of its shapes, dense and sparse, while the graph is
-compiled, and the times are kept on disk beside Inductor's compile cache. What is measured of the
-sparse backward is gathering, reduced operation and scattering, run eagerly; scores are left out,
-because Inductor computes them where it produces grad_output. On a CPU one thread runs its share of
-the batch: threads that wait for each other on a busy machine would say little of either backward.
+compiled, and the times are kept on disk beside Inductor's compile cache. The sparse backward is run
+eagerly, but for the scores and the gather of channels: eagerly these take several times what
+Inductor's kernels do, which are bound by reading grad_output, so for each of the two it is read
+once. On a CPU one thread runs its share of the batch: threads that wait for each other on a busy
+machine would say little of either backward.
 
 Private torch: the modes of a compilation, which must not see these runs.
 """
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_passes.graph_pass import sources_hash
 from ssprop_passes.identity import identity_maybe
+from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection
+from ssprop_passes.selection import Selection, gather_channels, scale_channels
 from ssprop_passes.sites import SiteMatch, Times, hinted
 
 __all__ = ["Gate", "measure", "why_slower"]
@@ -76,19 +78,12 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
     Args:
         match: the site.
         k: keep count of each group.
-        selection: how channels are chosen; its scores are not computed.
+        selection: how channels are chosen, here from random scores.
         batch: samples of the batch, where k is of those.
 
     Returns:
         The times.
     """
-
-    def known_scores(_grad_output: Tensor, _weight: Tensor) -> Tensor:
-        return scores
-
-    selection = replace(selection, score=known_scores)
-    if selection.input_score is not None:
-        selection = replace(selection, input_score=known_scores)
     device = match.inputs[0].meta["val"].device
     cuda = [device] if device.type == "cuda" else []
     with (
@@ -104,10 +99,12 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
             _random_like(weight),
         ]
         scores = torch.rand(match.channels, device=device)
+        settings = {f.name: getattr(selection, f.name) for f in fields(selection)}
+        known = _Known(**settings, scores=scores)
         values = dict(zip(match.inputs, tensors, strict=True))
         dense = _time_ms(lambda: [_evaluate(node, dict(values)) for node in match.nodes], device)
         if batch is None:
-            sparse = _time_ms(lambda: match.backward_of_parts(k, selection, *tensors), device)
+            sparse = _time_ms(lambda: match.backward_of_parts(k, known, *tensors), device)
         else:
             # As many rows as they have, without regard to where a sample ends.
             rows = tensors[0].shape[0]
@@ -116,6 +113,31 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
                 lambda: match.backward_of_samples(samples, selection, *tensors), device
             )
     return Times(dense, sparse, k if batch else k * match.groups)
+
+
+@dataclass(frozen=True)
+class _Known(Selection):
+    """Selects by known scores, and gathers in its first call alone, which is not timed."""
+
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    gathered: list[Tensor] = field(default_factory=list)
+
+    def keep(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        k: int,
+        groups: int = 1,
+        memory: Remembered = NOTHING,
+    ) -> tuple[Tensor, Tensor]:
+        """Read `grad_output` as often as scores and the gather would; return what was gathered."""
+        indices, weights = self.choose(self.scores, k, groups)
+        if not self.gathered:
+            self.gathered.append(gather_channels(grad_output, indices))
+        for _ in ("scores", "gather"):
+            grad_output.sum()
+        (kept,) = self.gathered
+        return kept if weights is None else scale_channels(kept, weights), indices
 
 
 def _load_maybe(path: Path) -> Times | None:

@@ -62,7 +62,7 @@ class Times:
 
     Attributes:
         dense: of the dense backward.
-        sparse: of the sparse one, without scores.
+        sparse: of the sparse one, with a read of grad_output each for scores and the gather.
         kept: the channels that it kept, of all groups together.
     """
 
