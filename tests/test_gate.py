@@ -10,6 +10,7 @@ import ssprop_passes.gate
 import torch
 from ssprop_passes.errors import NoEffectWarning
 from ssprop_passes.gate import Gate
+from ssprop_passes.selection import gather_channels
 from ssprop_passes.sites import Site, Times
 from torch import Tensor, nn
 
@@ -185,6 +186,29 @@ def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
     assert site.times.dense > 0
     assert site.times.sparse > 0
     assert site.times.kept == 16
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 32, 3), nn.Linear(6, 32)])
+@pytest.mark.parametrize("score", ["l2", ("mean_abs", "l2_weight")])
+def test_channels_are_gathered_once_whatever_number_of_runs(
+    fresh_cache: None, monkeypatch: pytest.MonkeyPatch, layer: nn.Module, score: object
+) -> None:
+    """Eager gathers are slower than those of a compiled step: no timed run makes one."""
+    gathers: list[int] = []
+
+    def gather(x: Tensor, indices: Tensor) -> Tensor:
+        gathers.append(len(indices))
+        return gather_channels(x, indices)
+
+    monkeypatch.setattr(ssprop_passes.gate, "gather_channels", gather)
+    shape = (4, 6) if isinstance(layer, nn.Linear) else (4, 8, 6, 6)
+    config = SparsityConfig(min_channels=1, score=score)
+    model = ssprop_compile(layer, SparsityScheduler(constant(0.5)), config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        model(torch.ones(shape, requires_grad=True)).sum().backward()
+    (site,) = model.ssprop.graphs[0].sites
+    assert gathers == [site.times.kept] == [16]
 
 
 @pytest.mark.parametrize(
