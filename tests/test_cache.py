@@ -114,6 +114,7 @@ def test_another_configuration_misses_the_cache(cache: Path, cold: dict) -> None
     assert other["sites"] == [["3", 8, ""], ["0", 16, "filtered out by filter_fn"]]
 
 
+@pytest.mark.slow
 def test_a_random_selector_draws_the_same_from_the_cache(cache: Path, cold: dict) -> None:
     first, warm = (run(cache, select="random") for _ in range(2))
     assert (first["pass_runs"], warm["pass_runs"], warm["cache_hits"]) == (1, 0, 1)

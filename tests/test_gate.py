@@ -63,6 +63,7 @@ def compile_two_layers(schedule: object, **config: object) -> tuple[SsPropModule
     return ssprop_compile(model, scheduler, config=made), torch.randn(2, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_processes_that_measure_at_the_same_time_decide_alike(
     fresh_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_processes_that_measure_at_the_same_time_decide_alike(
     assert len(list((tmp_path / "ssprop-gate").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_times_that_cannot_be_read_are_measured_again(
     fresh_cache: None, measured: list[int], tmp_path: Path
 ) -> None:
@@ -188,8 +190,10 @@ def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
     assert site.times.kept == 16
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(8, 32, 3), nn.Linear(6, 32)])
-@pytest.mark.parametrize("score", ["l2", ("mean_abs", "l2_weight")])
+@pytest.mark.parametrize(
+    ("layer", "score"),
+    [(nn.Conv2d(8, 32, 3), ("mean_abs", "l2_weight")), (nn.Linear(6, 32), "mean_abs")],
+)
 def test_channels_are_gathered_once_whatever_number_of_runs(
     fresh_cache: None, monkeypatch: pytest.MonkeyPatch, layer: nn.Module, score: object
 ) -> None:

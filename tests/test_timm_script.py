@@ -83,8 +83,15 @@ def train_one_epoch(
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("is_scaled", [False, True], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("is_scaled", "accumulation"),
+    [
+        pytest.param(False, 1, id="bfloat16-1"),
+        pytest.param(True, 2, id="float16-2"),
+        pytest.param(False, 2, id="bfloat16-2", marks=pytest.mark.slow),
+        pytest.param(True, 1, id="float16-1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run(is_scaled: bool, accumulation: int) -> None:
     original = create_model()
     optimizer = create_optimizer_v2(original, opt="lookahead_adamw", lr=1e-3, weight_decay=0.05)
