@@ -19,12 +19,13 @@ def gradients(
     padding: int = 1,
     dilation: int = 1,
     mask: tuple[bool, bool] = (True, True),
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Any]]:
     """Return the operator's gradients, ATen's, and the shapes that the operator calls ATen with."""
     torch.manual_seed(0)
     ndim = len(kernel)
-    x = torch.randn(2, sources * groups, *[9] * ndim, dtype=torch.float64)
-    weight = torch.randn(channels * groups, sources, *kernel, dtype=torch.float64)
+    x = torch.randn(2, sources * groups, *[9] * ndim, dtype=dtype)
+    weight = torch.randn(channels * groups, sources, *kernel, dtype=dtype)
     strides, paddings, dilations = [stride] * ndim, [padding] * ndim, [dilation] * ndim
     zeros = [0] * ndim
     out = aten.convolution(x, weight, None, strides, paddings, dilations, False, zeros, groups)
@@ -65,6 +66,14 @@ def test_gradients_of_few_channels_a_group_come_from_swapped_roles(
     for gradient, reference in zip(actual, expected, strict=False):
         if reference is not None:
             torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
+
+
+def test_swapped_roles_in_single_precision() -> None:
+    """In oneDNN, which has no double precision."""
+    actual, expected, calls = gradients(4, 16, 5, (3, 3), dtype=torch.float32)
+    assert len(calls) == 2
+    for gradient, reference in zip(actual, expected, strict=False):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

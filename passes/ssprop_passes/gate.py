@@ -98,12 +98,11 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
             _random_like(input_, shares),
             _random_like(weight),
         ]
-        scores = torch.rand(match.channels, device=device)
-        settings = {f.name: getattr(selection, f.name) for f in fields(selection)}
-        known = _Known(**settings, scores=scores)
         values = dict(zip(match.inputs, tensors, strict=True))
         dense = _time_ms(lambda: [_evaluate(node, dict(values)) for node in match.nodes], device)
         if batch is None:
+            settings = {f.name: getattr(selection, f.name) for f in fields(selection)}
+            known = _Known(**settings, scores=torch.rand(match.channels, device=device))
             sparse = _time_ms(lambda: match.backward_of_parts(k, known, *tensors), device)
         else:
             # As many rows as they have, without regard to where a sample ends.
@@ -115,11 +114,11 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch: int | None = 
     return Times(dense, sparse, k if batch else k * match.groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Known(Selection):
     """Selects by known scores, and gathers in its first call alone, which is not timed."""
 
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor
     gathered: list[Tensor] = field(default_factory=list)
 
     def keep(

@@ -37,8 +37,10 @@ def _conv_backward(
     output_mask: list[bool],
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
+    # Most convolutions have one group, and are asked no more in each step.
     is_swapped = (
-        output_mask[1]
+        groups > 1
+        and output_mask[1]
         and not transposed
         and swaps_roles(input, weight, stride, padding, dilation, groups)
     )
@@ -75,11 +77,11 @@ def swaps_roles(
     dilation: Sequence[int],
     groups: int,
 ) -> bool:
-    """Say whether `swapped_grad_weight` can and should be used."""
+    """Say whether `swapped_grad_weight` can and should be used for a grouped convolution."""
     channels, sources = weight.shape[0] // groups, weight.shape[1]
     sizes = zip(padding, dilation, weight.shape[2:], strict=True)
     can = all(s == 1 for s in stride) and all(p <= d * (size - 1) for p, d, size in sizes)
-    return can and input.device.type == "cpu" and groups > 1 and channels < sources
+    return can and input.device.type == "cpu" and channels < sources
 
 
 def swapped_grad_weight(
