@@ -1,104 +1,191 @@
 """The operator of the reduced convolution, against ATen's own convolution backward."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ssprop_passes import grouped, operators
 from ssprop_passes.operators import reduced_conv_backward
 from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
 
 aten = torch.ops.aten
+
+
+@pytest.fixture
+def _no_kernel_yet() -> Iterator[None]:
+    grouped._compiled_maybe.cache_clear()
+    yield
+    grouped._compiled_maybe.cache_clear()
 
 
 def gradients(
     channels: int,
     sources: int,
     groups: int,
-    kernel: tuple[int, ...],
-    stride: int = 1,
-    padding: int = 1,
-    dilation: int = 1,
+    kernel: tuple[int, ...] = (3, 3),
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (1, 1),
+    dilation: tuple[int, ...] = (1, 1),
+    space: tuple[int, ...] = (9, 10),
     mask: tuple[bool, bool] = (True, True),
-    dtype: torch.dtype = torch.float64,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Any]]:
-    """Return the operator's gradients, ATen's, and the shapes that the operator calls ATen with."""
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[list[bool]]]:
+    """Return the operator's gradients, ATen's in float64, and the masks that it calls ATen with.
+
+    Values are small integers: their products and sums are exact in each precision.
+    """
     torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     ndim = len(kernel)
-    x = torch.randn(2, sources * groups, *[9] * ndim, dtype=dtype)
-    weight = torch.randn(channels * groups, sources, *kernel, dtype=dtype)
-    strides, paddings, dilations = [stride] * ndim, [padding] * ndim, [dilation] * ndim
-    zeros = [0] * ndim
-    out = aten.convolution(x, weight, None, strides, paddings, dilations, False, zeros, groups)
-    grad_output = torch.randn_like(out)
-    how = (strides, paddings, dilations, False, zeros, groups)
+
+    def integers(*shape: int) -> Tensor:
+        x = torch.randint(-2, 3, shape).double()
+        return x.contiguous(memory_format=layout)
+
+    x, weight = integers(3, sources * groups, *space), integers(channels * groups, sources, *kernel)
+    how = (list(stride), list(padding), list(dilation), False, [0] * ndim, groups)
+    grad_output = integers(*aten.convolution(x, weight, None, *how).shape)
     expected = aten.convolution_backward(grad_output, x, weight, None, *how, [*mask, False])
-    with torch.autograd.profiler.profile(record_shapes=True) as profile:
-        actual = reduced_conv_backward(grad_output, x, weight, *how, list(mask), False)
-    calls = [
-        event.input_shapes[:2]
-        for event in profile.function_events
-        if event.name == "aten::convolution_backward"
-    ]
-    return actual, expected, calls
+    masks: list[list[bool]] = []
+
+    def convolution_backward(*args: Any) -> Any:
+        masks.append(args[-1][:2])
+        return aten.convolution_backward(*args)
+
+    tensors = [tensor.to(dtype) for tensor in (grad_output, x, weight)]
+    with pytest.MonkeyPatch.context() as patch:
+        spy = SimpleNamespace(convolution_backward=convolution_backward)
+        patch.setattr(operators, "aten", spy)
+        actual = reduced_conv_backward(*tensors, *how, list(mask), channels_last and ndim == 2)
+    return actual, expected, masks
 
 
+def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Sums below 256 are exact in bfloat16; larger ones are rounded once."""
+    for gradient, reference in zip(actual, expected, strict=False):
+        if reference is not None:
+            torch.testing.assert_close(gradient, reference.to(gradient.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"kernel": (3, 3)},
-        {"kernel": (3, 3), "padding": 0},
-        {"kernel": (3, 3), "padding": 2},
-        {"kernel": (3, 3), "dilation": 2, "padding": 3},
+        {},
+        {"mask": (False, True)},
+        {"padding": (0, 0)},
+        {"padding": (3, 4)},
+        {"stride": (2, 2)},
+        {"stride": (2, 3), "padding": (0, 2)},
+        {"dilation": (2, 3), "padding": (2, 0)},
+        {"kernel": (1, 1), "padding": (0, 0)},
+        {"kernel": (1, 1), "padding": (1, 1), "stride": (3, 3)},
         {"kernel": (3, 5)},
-        {"kernel": (2,), "padding": 0},
-        {"kernel": (1, 1), "padding": 0},
-        {"kernel": (3, 3, 3)},
-        {"kernel": (3, 3), "mask": (False, True)},
+        {"kernel": (7, 7), "padding": (3, 3)},
+        {"kernel": (2, 4), "stride": (2, 1)},
+        {"space": (1, 1)},
+        {"space": (3, 2), "padding": (5, 5)},
+        {"space": (2, 2), "kernel": (5, 5), "padding": (4, 4), "dilation": (2, 2)},
     ],
     ids=str,
 )
-def test_gradients_of_few_channels_a_group_come_from_swapped_roles(
-    geometry: dict[str, Any],
+def test_weight_gradient_of_few_channels_a_group_is_not_atens(
+    geometry: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    actual, expected, calls = gradients(2, 4, 3, **geometry)
-    swapped = [grad_output for grad_output, _ in calls if grad_output[1] == 12]
-    assert len(swapped) == 1, "input and grad_output are in each other's place"
-    for gradient, reference in zip(actual, expected, strict=False):
-        if reference is not None:
-            torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
+    mask = geometry.get("mask", (True, True))
+    actual, expected, masks = gradients(3, 16, 5, dtype=dtype, **geometry)
+    assert masks == ([[True, False]] if mask[0] else [])
+    check(actual, expected)
+    assert actual[1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_swapped_roles_in_single_precision() -> None:
-    """In oneDNN, which has no double precision."""
-    actual, expected, calls = gradients(4, 16, 5, (3, 3), dtype=torch.float32)
-    assert len(calls) == 2
-    for gradient, reference in zip(actual, expected, strict=False):
-        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("sources", [4, 8, 12, 24, 32, 48])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_any_count_of_kept_and_input_channels(channels: int, sources: int) -> None:
+    """Vectors of 4, 8 and 16 lanes, tiles of each size."""
+    actual, expected, masks = gradients(channels, sources, 2, stride=(2, 2))
+    assert masks == [[True, channels >= sources]]
+    check(actual, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 64])
+def test_threads_share_the_rows(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual, expected, masks = gradients(3, 8, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert masks == [[True, False]]
+    check(actual, expected)
+
+
+def test_not_finite_gradients_stay_so() -> None:
+    """A `GradScaler` looks for them."""
+    x = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    grad_output = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    grad_output[0, 0, 1, 1], grad_output[0, 1, 1, 1] = torch.nan, torch.inf
+    weight = torch.ones(2, 4, 1, 1)
+    how = ([1, 1], [0, 0], [1, 1], False, [0, 0], 2, [False, True], True)
+    _, grad_weight = reduced_conv_backward(grad_output, x, weight, *how)
+    assert grad_weight[0].isnan().all()
+    assert (grad_weight[1] == torch.inf).all()
 
 
 @pytest.mark.parametrize(
-    "geometry",
+    "case",
     [
-        {"kernel": (3, 3), "stride": 2},
-        {"kernel": (3, 3), "padding": 3},
-        {"kernel": (1, 1), "padding": 1},
-        {"kernel": (3, 3), "mask": (True, False)},
+        {"channels": 4, "sources": 4, "groups": 3},
+        {"channels": 2, "sources": 6, "groups": 3},
+        {"channels": 5, "sources": 16, "groups": 3},
+        {"channels": 9, "sources": 16, "groups": 3, "stride": (2, 2)},
+        {"channels": 2, "sources": 4, "groups": 1},
+        {"channels": 1, "sources": 1, "groups": 6},
+        {"channels": 2, "sources": 4, "groups": 3, "dtype": torch.float64},
+        {"channels": 2, "sources": 4, "groups": 3, "channels_last": False},
+        {"channels": 2, "sources": 4, "groups": 3, "mask": (True, False)},
     ],
     ids=str,
 )
-def test_gradients_come_from_one_call_where_roles_cannot_be_swapped(
-    geometry: dict[str, Any],
-) -> None:
-    actual, expected, calls = gradients(2, 4, 3, **geometry)
-    assert len(calls) == 1
-    for gradient, reference in zip(actual, expected, strict=False):
-        if reference is not None:
-            torch.testing.assert_close(gradient, reference, rtol=0, atol=0)
+def test_what_the_kernel_does_not_take_is_one_call_of_atens(case: dict[str, Any]) -> None:
+    actual, expected, masks = gradients(**case)
+    assert masks == [list(case.get("mask", (True, True)))]
+    check(actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("channels", "sources", "groups"), [(4, 4, 3), (2, 4, 1), (1, 1, 6)], ids=str
+    "case",
+    [
+        {"kernel": (3,), "stride": (1,), "padding": (1,), "dilation": (1,), "space": (9,)},
+        {
+            "kernel": (3, 3, 3),
+            "stride": (1, 1, 1),
+            "padding": (1, 1, 1),
+            "dilation": (1, 1, 1),
+            "space": (4, 4, 4),
+        },
+    ],
+    ids=["conv1d", "conv3d"],
 )
-def test_roles_stay_where_swapping_gains_nothing(channels: int, sources: int, groups: int) -> None:
-    _, _, calls = gradients(channels, sources, groups, (3, 3))
-    assert len(calls) == 1
+def test_other_dimensions_are_atens(case: dict[str, Any]) -> None:
+    actual, expected, masks = gradients(2, 4, 3, channels_last=False, **case)
+    assert masks == [[True, True]]
+    check(actual, expected)
+
+
+@pytest.mark.usefixtures("_no_kernel_yet")
+def test_a_kernel_that_does_not_compile_is_told_and_not_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(source: str) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    with pytest.warns(UserWarning, match="does not compile.*no compiler"):
+        actual, expected, masks = gradients(3, 16, 5)
+    assert masks == [[True, True]]
+    check(actual, expected)

@@ -25,7 +25,8 @@ Previous = Callable[[fx.Graph], None] | Sequence[Callable[[fx.Graph], None]] | N
 def sources_hash() -> str:
     """Return a hash of this package's sources: an edited pass must miss the compile cache."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    files = Path(__file__).parent.rglob("*")
+    for path in sorted(file for file in files if file.suffix in (".py", ".cpp")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

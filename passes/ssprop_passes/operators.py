@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
+
 __all__ = ["conv_backward_flops", "reduced_conv_backward"]
 
 aten = torch.ops.aten
@@ -38,15 +40,12 @@ def _conv_backward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     # Most convolutions have one group, and are asked no more in each step.
-    is_swapped = (
-        groups > 1
-        and output_mask[1]
-        and not transposed
-        and swaps_roles(input, weight, stride, padding, dilation, groups)
-    )
+    kernel = None
+    if groups > 1 and output_mask[1] and not transposed:
+        kernel = grouped_kernel_maybe(grad_output, input, weight, stride, groups)
     unwanted = grad_output.new_empty(0)
     grad_input = grad_weight = unwanted
-    if output_mask[0] or not is_swapped:
+    if output_mask[0] or kernel is None:
         grad_input, grad_weight, _ = aten.convolution_backward(
             grad_output,
             input,
@@ -58,70 +57,17 @@ def _conv_backward(
             transposed,
             output_padding,
             groups,
-            [output_mask[0], output_mask[1] and not is_swapped, False],
+            [output_mask[0], output_mask[1] and kernel is None, False],
         )
-    if is_swapped:
-        grad_weight = swapped_grad_weight(grad_output, input, weight, padding, dilation, groups)
+    if kernel is not None:
+        grad_weight = grouped_grad_weight(
+            grad_output, input, weight, stride, padding, dilation, groups, kernel
+        )
     layout = _memory_format(input.ndim, channels_last)
     return (
         grad_input.contiguous(memory_format=layout) if output_mask[0] else unwanted,
         grad_weight.contiguous(memory_format=layout) if output_mask[1] else unwanted,
     )
-
-
-def swaps_roles(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Say whether `swapped_grad_weight` can and should be used for a grouped convolution."""
-    channels, sources = weight.shape[0] // groups, weight.shape[1]
-    sizes = zip(padding, dilation, weight.shape[2:], strict=True)
-    can = all(s == 1 for s in stride) and all(p <= d * (size - 1) for p, d, size in sizes)
-    return can and input.device.type == "cpu" and channels < sources
-
-
-def swapped_grad_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Return the weight's gradient of a grouped convolution of stride 1, by its input channels.
-
-    With p = q - dilation * r + padding, sum_p grad_output[o, p] * input[i, p + dilation * r -
-    padding] is sum_q input[i, q] * grad_output[o, q + dilation * t - swapped], where t = kernel - 1
-    - r and swapped = dilation * (kernel - 1) - padding: the same operation, input and grad_output
-    in each other's place. oneDNN's vectors hold output channels of one group: of 16, few are kept;
-    swapped, they hold its input channels.
-
-    Args:
-        grad_output: [N, C, *out_space].
-        input: [N, C_in, *space].
-        weight: [C, C_in / groups, *kernel].
-        padding: one entry a spatial dimension, at most dilation * (kernel - 1).
-        dilation: one entry a spatial dimension.
-        groups: number of groups.
-
-    Returns:
-        The gradient, of the weight's shape.
-    """
-    kernel = weight.shape[2:]
-    swapped = [d * (size - 1) - p for d, size, p in zip(dilation, kernel, padding, strict=True)]
-    channels, sources = weight.shape[0] // groups, weight.shape[1]
-    like = weight.new_empty(groups * sources, channels, *kernel)
-    ones, zeros, mask = [1] * len(kernel), [0] * len(kernel), [False, True, False]
-    _, by_source, _ = aten.convolution_backward(
-        input, grad_output, like, None, ones, swapped, dilation, False, zeros, groups, mask
-    )
-    by_group = by_source.view(groups, sources, channels, *kernel).transpose(1, 2)
-    by_kept: Tensor = by_group.flip(list(range(3, by_group.ndim)))
-    return by_kept.reshape(weight.shape)
 
 
 def _fake_conv_backward(
