@@ -29,7 +29,7 @@ from benchmarks.timing import alternate
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
 from ssprop_fx.backend import BACKENDS
 from ssprop_fx.config import TARGETS
-from ssprop_fx.slots import find_slots, keep_count, resolve_multiple
+from ssprop_fx.slots import find_slots, keep_count
 
 __all__ = ["LayerRow", "add_parser", "measure"]
 
@@ -150,12 +150,11 @@ def measure(
     """
     module, input = setting.build(layer)
     slot = find_slots(module, config).slots[0]
-    multiple = resolve_multiple(config.channel_multiple, torch.device(setting.device).type)
     grad_output = torch.randn_like(module(input))
     rows = []
     for rate in drop_rates:
         torch._dynamo.reset()
-        k = keep_count(slot.channels, rate, multiple, slot.groups)
+        k = keep_count(slot.channels, rate, config.channel_multiple, slot.groups)
         scheduler = SparsityScheduler(constant(rate))
         sparse = ssprop_compile(module, scheduler, config=config, backend=setting.backend)
         dense = torch.compile(module, backend=setting.backend)

@@ -8,7 +8,6 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -26,20 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ssprop_fx.compilers import compile_aot_eager
 from ssprop_fx.dynamo_graph import mark_layers
 
-__all__ = ["Capture", "capture_joint_graphs"]
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What was captured of a model.
-
-    Attributes:
-        layers: names of the layers that are in any graph.
-        device: where its tensors were taken to be.
-    """
-
-    layers: frozenset[str]
-    device: torch.device
+__all__ = ["capture_joint_graphs"]
 
 
 def capture_joint_graphs(
@@ -47,7 +33,7 @@ def capture_joint_graphs(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     visit: Callable[[fx.Graph], None],
-) -> Capture:
+) -> frozenset[str]:
     """Call `visit` with each joint graph of a training step of `model`; nothing is run.
 
     The step is that of a copy of the model in train mode whose tensors are fake. Nodes carry the
@@ -60,13 +46,13 @@ def capture_joint_graphs(
         visit: takes a joint graph.
 
     Returns:
-        What was captured.
+        Names of the layers that are in any graph.
 
     Raises:
         CaptureError: the model cannot be copied, or its step needs the values of tensors.
     """
     try:
-        mode, device, model, inputs = _fake_copies(model, (tuple(args), dict(kwargs)))
+        mode, model, inputs = _fake_copies(model, (tuple(args), dict(kwargs)))
     except Exception as error:
         message = f"the model cannot be copied to fake tensors: {_line(error)}"
         raise CaptureError(message) from error
@@ -88,7 +74,7 @@ def capture_joint_graphs(
             "Dynamo captured no graph of the model: is compilation disabled"
             " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or its recompile limit hit?"
         )
-    return Capture(frozenset(backend.captured), device)
+    return frozenset(backend.captured)
 
 
 class _Backend:
@@ -118,10 +104,8 @@ class _Backend:
             self.visit(graph)
 
 
-def _fake_copies(
-    model: nn.Module, inputs: Any
-) -> tuple[FakeTensorMode, torch.device, nn.Module, Any]:
-    """Return copies of model and inputs whose tensors are fake, with the mode and device of these.
+def _fake_copies(model: nn.Module, inputs: Any) -> tuple[FakeTensorMode, nn.Module, Any]:
+    """Return copies of model and inputs whose tensors are fake, with the mode of these.
 
     Meta tensors become fake tensors of the device that the others are on, by default the CPU: what
     a model computes may depend on its device.
@@ -156,7 +140,7 @@ def _fake_copies(
             for name, value in table.items():
                 if value is not None and value.device.type == "meta":
                     table[name] = moved.setdefault(value, fake(value))
-    return mode, device, model, tree_map(fake, inputs)
+    return mode, model, tree_map(fake, inputs)
 
 
 def _fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:

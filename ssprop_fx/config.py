@@ -23,8 +23,8 @@ class SparsityConfig:
         channel_multiple: the channels kept of a layer, of all groups together, are rounded to the
             nearest multiple of this, at least one multiple and at most all channels. `1` means
             exactly `max(int((1 - drop_rate) * C), 1)`, the published code's rule, in each group.
-            `"auto"` picks by the device of the model: 16 on CPU, where oneDNN blocks channels by
-            16, and 8 elsewhere, where tensor cores want multiples of 8; 1 for samples.
+            `"auto"` is 8, as tensor cores and oneDNN want, and 16 in layers of 256 channels or
+            more, where oneDNN is faster at that; 1 for samples.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
             name as in `model.named_modules()`. None lets all take part but the classifier of a

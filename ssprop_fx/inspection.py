@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ssprop_passes.sites import Site
 from torch import fx, nn
 
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.slots import find_slots, keep_count, resolve_multiple
+from ssprop_fx.slots import find_slots, keep_count
 
 __all__ = ["Inspection", "inspect_sites"]
 
@@ -22,7 +22,7 @@ class Inspection:
         sites: what would become of each site, in backward order.
         backward_flops: floating-point operations of all backward convolutions and matrix products
             of one batch, were they dense.
-        channel_multiple: what keep counts are rounded to a multiple of.
+        channel_multiple: what keep counts are rounded to a multiple of; see `keep_count`.
         uncaptured: layers that take part but are called in no graph that Dynamo captured: the
             model does not call them, or does so where Dynamo cannot follow. They train dense, and
             in the latter case `backward_flops` is without theirs.
@@ -32,7 +32,7 @@ class Inspection:
 
     sites: tuple[Site, ...]
     backward_flops: int
-    channel_multiple: int
+    channel_multiple: int | Literal["auto"]
     uncaptured: tuple[str, ...] = ()
     block: int = 1
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -115,9 +115,11 @@ class Inspection:
             f" {self.share(sum(site.flops for site in sites)):.1%} of the backward's FLOPs"
             for kind, sites in self.by_kind().items()
         ]
+        is_auto = self.channel_multiple == "auto"
+        multiples = "8, from 256 channels on of 16" if is_auto else self.channel_multiple
         lines += [
             f"drop rate {rate:g}: {self.saved_at(rate):.1%} of the backward's FLOPs saved"
-            f" (keep counts in multiples of {self.channel_multiple})"
+            f" (keep counts in multiples of {multiples})"
             for rate in drop_rates
         ]
         if self.uncaptured:
@@ -169,9 +171,9 @@ def inspect_sites(
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3, bias=False), nn.ReLU(), nn.Conv2d(64, 32, 1))
         >>> inspection = inspect_sites(model, torch.empty(2, 3, 8, 8, device="meta"))
         >>> [(site.name, inspection.kept_at(site, 0.75)) for site in inspection.sites]
-        [('2', 16), ('0', 16)]
+        [('2', 8), ('0', 16)]
         >>> round(inspection.saved_at(0.75), 3)
-        0.574
+        0.75
     """
     # They import the compiler, which takes seconds.
     from ssprop_passes.sparse_backward import find_sites
@@ -206,12 +208,12 @@ def inspect_sites(
         kwargs = inputs
     else:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-    capture = capture_joint_graphs(model, args, kwargs, visit)
+    captured = capture_joint_graphs(model, args, kwargs, visit)
     return Inspection(
         sites=tuple(sites),
         backward_flops=total_flops,
-        channel_multiple=resolve_multiple(config.channel_multiple, capture.device.type),
-        uncaptured=tuple(name for name in slots if name not in capture.layers),
+        channel_multiple=config.channel_multiple,
+        uncaptured=tuple(name for name in slots if name not in captured),
         block=config.block,
         rates=table.rates,
     )

@@ -60,11 +60,6 @@ class SsPropModule(nn.Module):
         if "_orig_mod" in self.__dict__.get("_modules", {}):
             self._orig_mod.training = mode
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "SsPropModule":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.ssprop.follow_device()
-        return self
-
     def __getattr__(self, name: str) -> Any:
         if name == "_orig_mod":
             return self.__dict__["_modules"]["_orig_mod"]

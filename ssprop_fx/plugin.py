@@ -133,7 +133,6 @@ def _compile(
     if _is_trained(example_inputs):
         model = _compiled_model()
         variant = find_stepped_variant(model, settings)
-        variant.follow_device()
         with _called_first(variant.is_due()):
             sparse = variant.backend(copy_graph(gm), example_inputs)
     patches = {"config_patches": dict(settings.inductor)} if settings.kind == "inductor" else {}

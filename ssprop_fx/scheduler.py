@@ -1,7 +1,7 @@
 """SparsityScheduler: the only holder of mutable state."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,7 @@ class KeepCounts:
         groups: number of groups that each selects them in.
         rates: drop rate of each where it has one of its own, else None.
         block: keep counts are multiples of this.
-        multiple: keep counts are rounded to multiples of this; assign and call
-            `SparsityScheduler.refresh` to change it.
+        multiple: keep counts are rounded to multiples of this; see `keep_count`.
         names: name of the layer of each slot.
         telemetry: what the model's sparse backwards tell.
         control: what the scheduler's controller makes of that, None without one.
@@ -36,7 +35,7 @@ class KeepCounts:
         scheduler: "SparsityScheduler",
         start: int,
         channels: Sequence[int],
-        multiple: int,
+        multiple: int | Literal["auto"],
         groups: Sequence[int],
         rates: Sequence[float | None],
         block: int,
@@ -250,7 +249,7 @@ class SparsityScheduler:
     def register(
         self,
         channels: Sequence[int],
-        multiple: int,
+        multiple: int | Literal["auto"],
         groups: Sequence[int] | None = None,
         rates: Sequence[float | None] | None = None,
         block: int = 1,

@@ -18,7 +18,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ssprop_fx.config import SparsityConfig
 
-__all__ = ["SlotTable", "find_slots", "keep_count", "resolve_multiple"]
+__all__ = ["SlotTable", "find_slots", "keep_count"]
+
+# From here on rounding to a multiple of 16 is at most a 32nd of the channels off.
+_MANY_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,12 @@ def _classifier_modules(model: nn.Module) -> set[nn.Module]:
     return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
 
 
-def resolve_multiple(channel_multiple: int | Literal["auto"], device_type: str) -> int:
-    """Return the channel multiple that `"auto"` stands for on `device_type`, or the given one."""
-    if channel_multiple == "auto":
-        return 16 if device_type == "cpu" else 8
-    return channel_multiple
-
-
 def keep_count(
-    channels: int, drop_rate: float, multiple: int = 1, groups: int = 1, block: int = 1
+    channels: int,
+    drop_rate: float,
+    multiple: int | Literal["auto"] = 1,
+    groups: int = 1,
+    block: int = 1,
 ) -> int:
     """Return how many channels of each group a backward keeps at `drop_rate`.
 
@@ -170,7 +170,8 @@ def keep_count(
     Args:
         channels: output channels of the layer.
         drop_rate: fraction in [0, 1) left out.
-        multiple: channels are kept in multiples of this.
+        multiple: channels are kept in multiples of this; `"auto"` stands for 8, and for 16 in
+            layers of 256 channels or more.
         groups: number of groups that channels are selected in.
         block: channels of a group are kept in multiples of this as well, which they must be one of.
 
@@ -184,7 +185,11 @@ def keep_count(
         (3, 4)
         >>> keep_count(64, 0.8, block=4), keep_count(64, 0.8, multiple=16, groups=2, block=3)
         (12, 24)
+        >>> keep_count(128, 0.8, multiple="auto"), keep_count(512, 0.8, multiple="auto")
+        (24, 96)
     """
+    if multiple == "auto":
+        multiple = 8 if channels < _MANY_CHANNELS else 16
     channels_of_group = channels // groups
     step = math.lcm(multiple // math.gcd(multiple, groups), block)
     kept = (1 - drop_rate) * channels_of_group

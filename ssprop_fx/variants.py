@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from ssprop_passes.errors import NoEffectWarning
@@ -17,7 +17,7 @@ from ssprop_fx.effect import Effect, Problem, why_no_layer
 from ssprop_fx.memory import Memory
 from ssprop_fx.records import CompiledGraph
 from ssprop_fx.scheduler import KeepCounts, SparsityScheduler
-from ssprop_fx.slots import find_slots, resolve_multiple
+from ssprop_fx.slots import find_slots
 from ssprop_fx.specialize import constant_levels
 from ssprop_fx.telemetry import SiteTelemetry
 
@@ -63,7 +63,7 @@ class SparseVariant:
         slots = self.table.slots
         self.part = keep_counts or scheduler.register(
             [slot.channels if config.axis == "channel" else 1 for slot in slots],
-            _multiple(model, config),
+            _multiple(config),
             [slot.groups if config.axis == "channel" else 1 for slot in slots],
             [self.table.rates.get(slot.name) for slot in slots],
             config.block,
@@ -133,11 +133,6 @@ class SparseVariant:
                 )
                 self._warn(Problem("slower", message), stacklevel=9)
         return self._faster
-
-    def follow_device(self) -> None:
-        """Round keep counts for the device that the model is on now."""
-        self.part.multiple = _multiple(self.backend.model, self.config)
-        self.scheduler.refresh()
 
     def _device(self) -> torch.device:
         parameter = next(self.backend.model.parameters(), None)
@@ -212,11 +207,6 @@ class Variants(SparseVariant):
         self.agree()
         return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
 
-    def follow_device(self) -> None:
-        """Round keep counts for the device that the model is on now."""
-        super().follow_device()
-        self._set_levels()
-
     def _set_levels(self) -> None:
         config, model, fullgraph = self.config, self.backend.model, self.compile_kwargs["fullgraph"]
         # Of samples the counts are those of a batch that is not known yet, and may change.
@@ -244,9 +234,6 @@ class Variants(SparseVariant):
         return compiled
 
     def _run_sparse(self, *args: Any, **kwargs: Any) -> Any:
-        if self._in_place and _multiple(self.backend.model, self.config) != self.part.multiple:
-            # The model has moved, and nobody said so.
-            self.follow_device()
         sparse = self._use_backend()
         backend = self.backend
         backend.error = None
@@ -274,12 +261,9 @@ def inductor_options(
     return {key.replace("-", "_"): value for key, value in (options or {}).items()}
 
 
-def _multiple(model: nn.Module, config: SparsityConfig) -> int:
-    parameter = next(model.parameters(), None)
-    if config.axis == "sample" and config.channel_multiple == "auto":
-        return 1
-    device_type = "cpu" if parameter is None else parameter.device.type
-    return resolve_multiple(config.channel_multiple, device_type)
+def _multiple(config: SparsityConfig) -> int | Literal["auto"]:
+    is_of_samples = config.axis == "sample" and config.channel_multiple == "auto"
+    return 1 if is_of_samples else config.channel_multiple
 
 
 def saved_ms(graphs: Sequence[CompiledGraph], keep_counts: Sequence[int]) -> float | None:

@@ -106,17 +106,6 @@ class TestKeepCounts:
             scheduler.step()
         assert scheduler.register([64], multiple=1).tensor.tolist() == [32]
 
-    def test_a_new_multiple_takes_effect_on_refresh(self):
-        scheduler = SparsityScheduler(constant(0.8))
-        counts = scheduler.register([64], multiple=16)
-        assert counts.tensor.tolist() == [16]
-        counts.multiple = 8
-        scheduler.refresh()
-        assert counts.tensor.tolist() == [16]
-        counts.multiple = 1
-        scheduler.refresh()
-        assert counts.tensor.tolist() == [12]
-
 
 class TestState:
     def test_round_trip(self):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ssprop_fx import SparsityConfig
 from ssprop_fx.config import TARGETS
-from ssprop_fx.slots import find_slots, keep_count, resolve_multiple
+from ssprop_fx.slots import find_slots, keep_count
 
 RATES = [0.0, 0.05, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999]
 
@@ -53,9 +53,11 @@ class TestKeepCount:
         assert keep_count(64, 0.625, multiple=16) == 32
         assert keep_count(64, 0.875, multiple=16) == 16
 
-    def test_auto_is_16_on_cpu_and_8_elsewhere(self):
-        assert [resolve_multiple("auto", device) for device in ("cpu", "cuda")] == [16, 8]
-        assert resolve_multiple(4, "cpu") == 4
+    @pytest.mark.parametrize("rate", RATES)
+    def test_auto_is_8_and_from_256_channels_on_16(self, rate):
+        for channels in range(32, 1025):
+            multiple = 8 if channels < 256 else 16
+            assert keep_count(channels, rate, "auto") == keep_count(channels, rate, multiple)
 
 
 def slots_of(model: nn.Module, **config) -> dict[str, int]:
@@ -212,9 +214,11 @@ def test_the_projection_inside_multi_head_attention_stays_dense():
         (320, 0.8, 16, 20, 4),  # 20 groups of 4 are 80, a multiple of 16
         (256, 0.8, 16, 32, 2),  # 32 groups of any size are
         (24, 0.8, 16, 3, 8),  # no smaller multiple of 16 than all
+        (128, 0.8, "auto", 8, 3),  # all together, 24 are a multiple of 8
+        (320, 0.8, "auto", 20, 4),
     ],
 )
 def test_keep_counts_of_groups(channels, drop_rate, multiple, groups, expected):
     assert keep_count(channels, drop_rate, multiple, groups) == max(expected, SMALLEST)
     kept = groups * keep_count(channels, drop_rate, multiple, groups)
-    assert kept == channels or kept % multiple == 0
+    assert kept == channels or kept % (8 if multiple == "auto" else multiple) == 0

@@ -664,6 +664,23 @@ def the_compile_cache_lies_where_the_environment_says() -> None:
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
+@relies_on("torch._inductor.codecache.CppCodeCache")
+def inductor_compiles_our_cpp() -> None:
+    """`CppCodeCache.load(source)` is the library, with OpenMP, for the machine's own vectors."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = """
+        #include <omp.h>
+        extern "C" long largest_team(long threads) {
+          long size = 0;
+          #pragma omp parallel num_threads(threads) reduction(max : size)
+          size = omp_get_num_threads();
+          return size;
+        }
+    """
+    assert CppCodeCache.load(source).largest_team(2) == 2
+
+
 # Elsewhere.
 
 
