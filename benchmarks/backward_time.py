@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import synchronize
 
-__all__ = ["BackwardTime", "attribute", "backward_time", "linear_products"]
+__all__ = ["BackwardTime", "ProfiledStep", "attribute", "linear_products"]
 
 # Sizes of a matrix product, [m, k] x [k, n]: k, then m and n in order of size, because a product
 # and its transpose are the same work.
@@ -127,46 +127,47 @@ def linear_products(
     return calls.products
 
 
-def backward_time(
-    step: Callable[[], object],
-    products: Counter[Product],
-    device: str,
-    step_ms: float,
-    steps: int = 5,
-) -> BackwardTime:
-    """Profile a dense step.
+class ProfiledStep:
+    """A dense step under the profiler, to be run in turn with the steps that are timed.
 
     On a machine whose speed drifts, a step that is profiled and one that was timed minutes ago do
-    not compare. So it is shares of the profiled step that are measured.
+    not compare; nor do steps that find another memory, as after a step of the same variant. So it
+    is shares of the profiled step that are measured, once a round.
 
     Args:
         step: runs it; compiled before.
         products: of the linear layers that take part, from `linear_products`.
         device: where it runs; on a GPU the time of the kernels counts.
-        step_ms: what the step takes without the profiler, in milliseconds.
-        steps: how many to profile.
-
-    Returns:
-        The median shares, of `step_ms`.
     """
-    is_cuda = torch.device(device).type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
-    field = "device_time_total" if is_cuda else "cpu_time_total"
-    times = []
-    for _ in range(steps):
+
+    def __init__(self, step: Callable[[], object], products: Counter[Product], device: str) -> None:
+        self.step = step
+        self.products = products
+        self.is_cuda = torch.device(device).type == "cuda"
+        self.shares: list[BackwardTime] = []
+
+    def __call__(self) -> None:
+        """Run the step."""
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.is_cuda
+        field = "device_time_total" if self.is_cuda else "cpu_time_total"
         with profile(activities=activities, record_shapes=True) as profiler:
             start = time.perf_counter()
-            step()
+            self.step()
             synchronize()
             profiled_ms = (time.perf_counter() - start) * 1e3
-        found = attribute(profiler.events(), products, field)
-        scale = step_ms / profiled_ms
-        times.append(BackwardTime(found.conv_ms * scale, found.linear_ms * scale, found.missing))
-    return BackwardTime(
-        statistics.median(found.conv_ms for found in times),
-        statistics.median(found.linear_ms for found in times),
-        max(found.missing for found in times),
-    )
+        found = attribute(profiler.events(), self.products, field)
+        share = BackwardTime(
+            found.conv_ms / profiled_ms, found.linear_ms / profiled_ms, found.missing
+        )
+        self.shares.append(share)
+
+    def of(self, step_ms: float) -> BackwardTime:
+        """Return the median shares, of what a step takes without the profiler, in milliseconds."""
+        return BackwardTime(
+            statistics.median(share.conv_ms for share in self.shares) * step_ms,
+            statistics.median(share.linear_ms for share in self.shares) * step_ms,
+            max(share.missing for share in self.shares),
+        )
 
 
 def attribute(

@@ -22,7 +22,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.backward_time import backward_time, linear_products
+from benchmarks.backward_time import ProfiledStep, linear_products
 from benchmarks.configs import add_config_arguments, configs_of
 from benchmarks.machine import environment
 from benchmarks.memory import peak_mib
@@ -111,13 +111,13 @@ def measure(
             variant.step()
             synchronize()
             print(f"first step, {variant.key}: {time.perf_counter() - start:.1f} s", flush=True)
-        timings = alternate(
-            {variant.key: variant.step for variant in variants}, rounds, clock=clock
-        )
         names = [slot.name for slot in find_slots(model, next(iter(configs.values()))).slots]
         products = linear_products(model, names, lambda: workload.step(model, images))
+        profiled = ProfiledStep(variants[0].step, products, workload.device)
+        steps = {variant.key: variant.step for variant in variants} | {"profiled": profiled}
+        timings = alternate(steps, rounds, clock=clock)
         dense = timings[variants[0].key]
-        backward = backward_time(variants[0].step, products, workload.device, dense.median)
+        backward = profiled.of(dense.median)
         plain = next(iter(configs))
         by_rate = {v.drop_rate: timings[v.key] for v in variants if v.name == plain}
         rows = []

@@ -13,7 +13,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import machine
-from benchmarks.backward_time import BackwardTime, attribute, backward_time, linear_products
+from benchmarks.backward_time import BackwardTime, ProfiledStep, attribute, linear_products
 from benchmarks.layer_parts import PARTS, Setting, make_parts
 from benchmarks.layers import TYPICAL, Layer
 from benchmarks.memory import peak_mib
@@ -115,7 +115,10 @@ def test_the_backward_products_of_layers_are_found(names: tuple[str, ...]) -> No
     # Every event counts as one microsecond: the time is the number of products.
     time = attribute(profiler.events(), products, field="count")
     assert (time.conv_ms * 1e3, time.linear_ms * 1e3, time.missing) == pytest.approx((1, count, 0))
-    time = backward_time(step, products, "cpu", step_ms=50.0, steps=2)
+    profiled = ProfiledStep(step, products, "cpu")
+    profiled()
+    profiled()
+    time = profiled.of(step_ms=50.0)
     assert time.conv_ms > 0
     assert (time.linear_ms > 0) == (count > 0)
     # They are shares of the step.
