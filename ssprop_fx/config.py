@@ -82,10 +82,11 @@ class SparsityConfig:
             dense everywhere, and a schedule that rises step by step does not move it. 0 is dense.
         gate: whether a layer whose backward is not faster sparse stays dense. Each is measured
             once, when it is compiled, at the schedule's highest drop rate, and the times are kept
-            beside Inductor's cache. A drop rate at which the whole model would be slower sparse
-            runs dense. False makes every layer sparse at every drop rate above 0. AOT eager, which
-            is not for speed, has no gate, nor have ranks that share their selection: by their own
-            times they would not always agree.
+            beside Inductor's cache. A drop rate at which the layers would not save a tenth of
+            their time, which is about what a sparse step costs beside, runs dense. False makes
+            every layer sparse at every drop rate above 0. AOT eager, which is not for speed, has no
+            gate, nor have ranks that share their selection: by their own times they would not
+            always agree.
         specialize: whether keep counts are compiled in as constants, which is faster by a few
             percent at most, lets CUDA graphs be used, and costs a compile for each drop rate of the
             schedule. `"auto"` does so where there are at most
