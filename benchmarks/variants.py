@@ -108,7 +108,8 @@ def _sparse(
         def saved_flops() -> float:
             scheduler.load_state_dict({"last_step": index})
             made = report(compiled)
-            return made.saved_flops / made.backward_flops if rate else 0.0
+            # At drop rates that do not pay a step is dense.
+            return made.saved_flops / made.backward_flops if compiled.ssprop.is_due() else 0.0
 
         return Variant(name, rate, model, run, saved_flops)
 

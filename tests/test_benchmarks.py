@@ -124,7 +124,7 @@ def test_layer(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, LayerRow)
     assert [(row["drop_rate"], row["channels"], row["kept"]) for row in rows] == [
         *((0.5, 64, 32), (0.8, 64, 16)),
-        *((0.5, 144, 80), (0.8, 144, 32)),
+        *((0.5, 144, 72), (0.8, 144, 32)),
         *((0.5, 320, 160), (0.8, 320, 80)),
         *((0.5, 1536, 768), (0.8, 1536, 304)),
     ]
