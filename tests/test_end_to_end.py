@@ -49,8 +49,15 @@ def test_one_sparse_compile_serves_forty_drop_rates(backend: str) -> None:
     assert [graph.runs for graph in compiled.ssprop.graphs] == [40]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("drop_rate", [0.5, 0.9])
+@pytest.mark.parametrize(
+    ("backend", "drop_rate"),
+    [
+        ("aot_eager", 0.5),
+        ("aot_eager", 0.9),
+        ("inductor", 0.5),
+        pytest.param("inductor", 0.9, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_equal_the_oracle(backend: str, drop_rate: float) -> None:
     model = small_net(16).double()
     x = torch.randn(3, 3, 10, 10, dtype=torch.float64)
@@ -158,7 +165,7 @@ def test_computed_weights_take_part() -> None:
     assert len(report(compiled).sparse_sites) == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_short_last_batch_stays_sparse_and_right(backend: str) -> None:
     model = small_net(16).double()
     scheduler = SparsityScheduler(constant(0.5))

@@ -128,7 +128,9 @@ def test_without_a_gate_every_site_is_sparse(fresh_cache: None, measured: list[i
     assert measured == []
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0.33, "9%"), (0.2, "-3%")])
+@pytest.mark.parametrize(
+    ("rate", "share"), [(0.33, "9%"), pytest.param(0.2, "-3%", marks=pytest.mark.slow)]
+)
 def test_drop_rates_that_do_not_pay_run_dense(
     fresh_cache: None, measured: list[int], rate: float, share: str
 ) -> None:

@@ -135,7 +135,9 @@ def test_a_run(is_scaled: bool, accumulation: int) -> None:
     assert reasons["layer4.0.conv1"] == ""
 
 
-@pytest.mark.parametrize("order", ["ddp first", "compile first", "task"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("ddp first", marks=pytest.mark.slow), "compile first", "task"]
+)
 @pytest.mark.usefixtures("process_group")
 def test_distributed(order: str) -> None:
     original = create_model()

@@ -41,7 +41,9 @@ def compiled_at(model: nn.Module, drop_rate: float, **kwargs: object) -> SsPropM
     return ssprop_compile(model, SparsityScheduler(constant(drop_rate)), **kwargs)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)]
+)
 def test_activation_checkpointing(name: str) -> None:
     model = timm.create_model(name, num_classes=5).double().train()
     x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
