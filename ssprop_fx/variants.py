@@ -24,7 +24,7 @@ from ssprop_fx.telemetry import SiteTelemetry
 __all__ = ["SparseVariant", "Variants", "inductor_options"]
 
 # Share of its layers' dense time that a sparse step must save by the gate's times. These leave out
-# top-k, scatters and the code around them, which took 7 to 9 % of it (RegNetY, ConvNeXt, 2 cores).
+# top-k, scatters and the code around them, which at low drop rates cost more than is saved.
 _SMALLEST_GAIN = 0.1
 
 
@@ -197,13 +197,15 @@ class Variants(SparseVariant):
         options = inductor_options(mode, compile_kwargs.get("options"), compile_kwargs["dynamic"])
         super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
         self.compile_kwargs = compile_kwargs
-        self._in_place = in_place
         self._called = _call_in_place(model) if in_place else model
         self._dense = self._compile(**compile_kwargs)
         self._sparse: dict[
             tuple[int, ...] | None, tuple[Callable[..., Any], SparseBackend, Effect]
         ] = {None: (self._compile_sparse(self.backend), self.backend, self.effect)}
-        self._set_levels()
+        # Of samples the counts are those of a batch that is not known yet, and may change.
+        specialize = config.specialize if config.axis == "channel" else False
+        fullgraph = compile_kwargs["fullgraph"]
+        self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
     # Traced into another compiled function, the model would become part of that, and dense.
     @torch.compiler.disable(reason="ssprop_compile has compiled it already")  # type: ignore[no-untyped-call, untyped-decorator]
@@ -211,12 +213,6 @@ class Variants(SparseVariant):
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
         self.agree()
         return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
-
-    def _set_levels(self) -> None:
-        config, model, fullgraph = self.config, self.backend.model, self.compile_kwargs["fullgraph"]
-        # Of samples the counts are those of a batch that is not known yet, and may change.
-        specialize = config.specialize if config.axis == "channel" else False
-        self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
     def _compile(self, **kwargs: Any) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(self._called, **kwargs)

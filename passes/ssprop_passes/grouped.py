@@ -97,8 +97,10 @@ def _compiled_maybe() -> Callable[..., None] | None:
     from torch._inductor.codecache import CppCodeCache
 
     source = Path(__file__).with_suffix(".cpp").read_text()
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, count, count)
     try:
-        kernel: Callable[..., None] = CppCodeCache.load(source).grouped_grad_weight
+        return prototype(("grouped_grad_weight", CppCodeCache.load(source)))
     except Exception as error:
         warnings.warn(
             "the kernel for grouped convolutions does not compile, and ATen's slower one is used:"
@@ -106,7 +108,3 @@ def _compiled_maybe() -> Callable[..., None] | None:
             stacklevel=2,
         )
         return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    kernel.argtypes = [pointer, pointer, pointer, pointer, count, count]  # type: ignore[attr-defined]
-    kernel.restype = None  # type: ignore[attr-defined]
-    return kernel
