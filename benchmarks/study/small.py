@@ -130,6 +130,7 @@ _FINE_TUNING = _fine_tuning(
     {
         **_FINE_TUNED,
         "steps-0.5": {"schedule": "bar:rate=0.5,period=2"},
+        "steps-0.8-l2": {**STEPS, "score": "l2"},
         "constant-0.8": {"schedule": "constant:rate=0.8"},
         "first-layers-0.8": _SHORT.settings["first-layers-0.8"],
         "late-0.8": late(4),
