@@ -30,9 +30,10 @@ def ssprop_compile(
     Behaves as `torch.compile(model)` does, and while `scheduler.drop_rate` is 0, in `eval()` mode
     and without gradients it is just that. In training steps whose drop rate is above 0 the
     backward of each participating layer is computed from the channels of the gradient of its
-    output with the largest mean magnitude (ssProp, arXiv 2408.12561). One sparse compile serves
-    every drop rate, or, where the schedule has one or two, each has its own with constant keep
-    counts (`SparsityConfig(specialize=...)`).
+    output with the largest l2 norm (ssProp, arXiv 2408.12561, which ranks by mean magnitude:
+    `SparsityConfig(score="mean_abs")`). One sparse compile serves every drop rate, or, where the
+    schedule has one or two, each has its own with constant keep counts
+    (`SparsityConfig(specialize=...)`).
 
     Args:
         model: the model; its source and its parameters stay as they are.

@@ -49,13 +49,14 @@ class SparsityConfig:
             samples, and the gradients of its statistics are those of the kept ones alone. The whole
             model must be one graph. `block`, `memory`, `score_decay`, rates above 0 in `rates`,
             `specialize=True` and `ranks="shared"` are of channels and do not go with it.
-        score: what a channel is worth: `"mean_abs"`, the mean magnitude of its gradient; `"l2"`,
-            the l2 norm of that; `"l2_weight"`, that norm times the norm of the channel's row of
-            the weight, which is what it matters to the gradient of the input; or a function of
-            your own, as `ssprop_passes.scores` describes. A pair of these, such as `("mean_abs",
-            "l2_weight")`, chooses channels twice: by the first for the gradients of weight and
-            bias, by the second for that of the input. Of samples, `"l2_weight"` takes the norm of
-            the layer's input in place of the weight's.
+        score: what a channel is worth: `"l2"`, the l2 norm of its gradient, which hardly costs time
+            where a batch norm follows, whose backward has the sums; `"mean_abs"`, the mean
+            magnitude of that, the published code's score; `"l2_weight"`, the norm times that of the
+            channel's row of the weight, which is what it matters to the gradient of the input; or a
+            function of your own, as `ssprop_passes.scores` describes. A pair of these, such as
+            `("l2", "l2_weight")`, chooses channels twice: by the first for the gradients of weight
+            and bias, by the second for that of the input. Of samples, `"l2_weight"` takes the norm
+            of the layer's input in place of the weight's.
         gradients: which gradients are computed from the kept channels alone: those of weight and
             input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
             exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.
@@ -137,7 +138,7 @@ class SparsityConfig:
     targets: tuple[str, ...] = TARGETS
     select: str | Selector = "topk"
     axis: Literal["channel", "sample"] = "channel"
-    score: str | Score | tuple[str | Score, str | Score] = "mean_abs"
+    score: str | Score | tuple[str | Score, str | Score] = "l2"
     gradients: Literal["both", "weight", "input"] = "both"
     block: int = 1
     memory: float = 0.0

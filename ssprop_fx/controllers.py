@@ -130,7 +130,7 @@ class KeptMass(_Target):
     target by what one multiple holds, and the mean over layers by little.
 
     Args:
-        target: kept mass to hold, in (0, 1); of mean |gradient|, with the default score.
+        target: kept mass to hold, in (0, 1); of the l2 norms of gradients, with the default score.
         budget: most of the dense backward's FLOPs that a sparse step may take, in (0, 1]: what no
             layer's rate can save counts as well. Where the target takes more, all layers are held
             at the highest kept mass that does not; where no such is, at the smallest keep counts.

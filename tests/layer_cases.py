@@ -133,7 +133,7 @@ def is_near_tie(case: Case, grad_output: Tensor) -> bool:
     k = keep_count(of_group, case.drop_rate)
     if k == of_group:
         return False
-    scores = grad_output.double().abs().transpose(0, 1).flatten(1).mean(1)
+    scores = grad_output.double().transpose(0, 1).flatten(1).norm(dim=1)
     kept, left = scores.view(-1, of_group).sort(descending=True).values[:, k - 1 : k + 1].T
     return bool((kept - left < 8 * torch.finfo(case.dtype).eps * kept).any())
 

@@ -58,7 +58,7 @@ class ReferenceLayer(nn.Module):
         memory = self.memories.get(call, torch.zeros_like(grad[0]))
         # Without eta, of any shape.
         g = grad + self.eta * memory if self.eta else grad
-        scores = g.abs().transpose(0, 1).flatten(1).mean(1)
+        scores = g.transpose(0, 1).flatten(1).norm(dim=1)
         before = self.averages.get(call, torch.zeros_like(scores))
         self.averages[call] = scores = self.decay * before + (1 - self.decay) * scores
         factors = torch.zeros_like(scores)

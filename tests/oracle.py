@@ -6,6 +6,7 @@ backward must equal the dense backward of the masked grad_output.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,10 +22,12 @@ def keep_count(channels: int, drop_rate: float) -> int:
     return min(max(int((1 - drop_rate) * channels), SMALLEST), channels)
 
 
-def mask_channels(grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1) -> Tensor:
+def mask_channels(
+    grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1, score: str = "l2"
+) -> Tensor:
     """Zero all but the strongest channels of each group."""
     by_channel = grad.movedim(dim, 0)
-    scores = by_channel.abs().flatten(1).mean(1)
+    scores = by_channel.flatten(1).norm(p=1 if score == "mean_abs" else 2, dim=1)
     per_group = scores.numel() // groups
     mask = torch.zeros_like(scores)
     for group in scores.split(per_group):
@@ -46,10 +49,11 @@ class MaskCalls(TorchFunctionMode):
     changes nothing.
     """
 
-    def __init__(self, owners: dict[int, nn.Module], drop_rate: float) -> None:
+    def __init__(self, owners: dict[int, nn.Module], drop_rate: float, score: str) -> None:
         super().__init__()
         self.owners = owners
         self.drop_rate = drop_rate
+        self.score = score
 
     def __torch_function__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
@@ -61,7 +65,8 @@ class MaskCalls(TorchFunctionMode):
         if func in FUNCTIONS and module is not None and output.requires_grad:
             dim = -1 if isinstance(module, nn.Linear) else 1
             groups = selection_groups(module)
-            output.register_hook(lambda grad: mask_channels(grad, self.drop_rate, groups, dim))
+            mask = functools.partial(mask_channels, drop_rate=self.drop_rate, score=self.score)
+            output.register_hook(lambda grad: mask(grad, groups=groups, dim=dim))
         return output
 
 
@@ -83,6 +88,7 @@ def oracle_gradients(
     drop_rate: float,
     takes_part: Callable[[nn.Module, str], bool],
     loss: Callable[[Tensor], Tensor],
+    score: str = "l2",
 ) -> dict[str, Tensor]:
     """Return the gradient of every parameter, and of the inputs as "inputs"."""
     model = copy.deepcopy(model)
@@ -93,7 +99,8 @@ def oracle_gradients(
             if output.requires_grad:
                 dim = -1 if isinstance(module, nn.Linear) else 1
                 groups = selection_groups(module)
-                output.register_hook(lambda grad: mask_channels(grad, drop_rate, groups, dim))
+                mask = functools.partial(mask_channels, drop_rate=drop_rate, score=score)
+                output.register_hook(lambda grad: mask(grad, groups=groups, dim=dim))
 
         module.register_forward_hook(hook)
 
@@ -102,7 +109,7 @@ def oracle_gradients(
         if isinstance(module, LAYERS) and takes_part(module, name):
             install(module)
             owners.setdefault(id(module.weight), module)
-    with MaskCalls(owners, drop_rate):
+    with MaskCalls(owners, drop_rate, score):
         output = model(inputs)
     loss(output).backward()
     return gradients(model, inputs)

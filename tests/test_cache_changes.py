@@ -101,7 +101,7 @@ def _weakest(grad_output, weight):
     return -mean_abs(grad_output, weight)
 
 
-SCORES["mean_abs"] = _weakest
+SCORES["l2"] = _weakest
 """
 
 

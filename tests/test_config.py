@@ -4,7 +4,7 @@ import dataclasses
 import pickle
 
 import pytest
-from ssprop_passes.scores import l2_weight, mean_abs
+from ssprop_passes.scores import l2, l2_weight
 from ssprop_passes.selection import Selection
 from ssprop_passes.selectors import sampled, topk
 
@@ -84,7 +84,7 @@ def test_names_and_functions_say_how_channels_are_chosen():
     def of_ones_own(*args):
         return args
 
-    assert SparsityConfig().selection == Selection(mean_abs, topk, "both", 1, 0.0)
+    assert SparsityConfig().selection == Selection(l2, topk, "both", 1, 0.0)
     config = SparsityConfig(select="sampled", score="l2_weight", gradients="input", block=4)
     assert config.selection == Selection(l2_weight, sampled, "input", 4)
     config = SparsityConfig(select=of_ones_own, score=of_ones_own, memory=0.5)

@@ -171,11 +171,11 @@ def batched_means(values: list[float], size: int) -> list[float]:
 
 
 def test_the_target_is_held_without_a_recompile() -> None:
-    scheduler = SparsityScheduler(constant(0.5), KeptMass(0.75, every=10))
+    scheduler = SparsityScheduler(constant(0.5), KeptMass(0.7, every=10))
     model = compile_model(mlp(), scheduler)
     masses, _ = train(model, 0, 80)
-    assert fmean(masses[:10]) > 0.8, "the schedule keeps more"
-    assert batched_means(masses[40:], 10) == pytest.approx([0.75] * 4, rel=0.05)
+    assert fmean(masses[:10]) > 0.75, "the schedule keeps more"
+    assert batched_means(masses[40:], 10) == pytest.approx([0.7] * 4, rel=0.05)
     assert len(model.ssprop.backend.graphs) == 1
 
 

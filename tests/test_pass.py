@@ -9,7 +9,7 @@ from ssprop_passes.graph_pass import is_joint_graph
 from ssprop_passes.operators import reduced_conv_backward
 from ssprop_passes.ranks import Ranks
 from ssprop_passes.rewrite import INSERTED_KEY
-from ssprop_passes.scores import l2
+from ssprop_passes.scores import mean_abs
 from ssprop_passes.selection import Selection
 from ssprop_passes.selectors import sampled
 from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
@@ -218,7 +218,7 @@ def test_uuid_changes_with_what_changes_the_rewrite() -> None:
         uuid(slots={"layer": Slot(1, "layer", 8)}),
         uuid(excluded={"other": "filtered out by filter_fn"}),
         uuid(layers=("layer", "layer")),
-        uuid(selection=Selection(score=l2)),
+        uuid(selection=Selection(score=mean_abs)),
         uuid(selection=Selection(select=sampled)),
         uuid(selection=Selection(gradients="weight")),
         uuid(selection=Selection(block=2)),

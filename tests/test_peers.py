@@ -51,7 +51,7 @@ def test_gradients_equal_the_oracle(
 ) -> None:
     model = Net().double().to(memory_format=layout)
     x = torch.randn(3, 3, 14, 14, dtype=torch.float64).to(memory_format=layout)
-    expected = oracle_gradients(model, x, drop_rate, takes_part, loss)
+    expected = oracle_gradients(model, x, drop_rate, takes_part, loss, "mean_abs")
     swapped = swap_convs(model, drop_rate)
     x.requires_grad_()
     loss((torch.compile(swapped, backend=backend) if backend else swapped)(x)).backward()
@@ -62,7 +62,7 @@ def test_gradients_equal_the_oracle(
 def test_gradients_of_a_timm_model_under_inductor_equal_the_oracle() -> None:
     model = timm.create_model("test_resnet", num_classes=5).double().train()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    expected = oracle_gradients(model, x, 0.6, lambda m, _: is_swappable(m), loss)
+    expected = oracle_gradients(model, x, 0.6, lambda m, _: is_swappable(m), loss, "mean_abs")
     swapped = swap_convs(model, 0.6)
     x.requires_grad_()
     loss(torch.compile(swapped)(x)).backward()

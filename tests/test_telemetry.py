@@ -49,7 +49,7 @@ def expected_last(model: nn.Module, x: Tensor, weight: float = 1.0) -> SiteTelem
     output = model(x)
     (grad,) = torch.autograd.grad(loss(output), output)
     grad = grad.flatten(0, -2)
-    scores = grad.abs().mean(0)
+    scores = grad.norm(dim=0)
     kept = scores.topk(grad.shape[1] // 2).indices
     sparse = torch.zeros_like(grad).index_copy(1, kept, weight * grad[:, kept])
     return SiteTelemetry(

@@ -30,14 +30,8 @@ __all__ = ["BatchNormSquares", "NormGradient", "match_norm_gradient_maybe"]
 
 aten = torch.ops.aten
 
-_CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
-_VIEWS = (
-    aten.unsqueeze.default,
-    aten.squeeze.dims,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-)
+_CASTS = (torch.ops.prims.convert_element_type.default,)
+_VIEWS = (aten.unsqueeze.default, aten.squeeze.dims, aten.view.default)
 
 
 @dataclass(frozen=True)

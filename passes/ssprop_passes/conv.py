@@ -4,7 +4,7 @@ On the joint graph every convolution of every model is this one node, whatever i
 
     before    dx, dw, _ = convolution_backward(dy, x, w)
 
-    after     idx = topk(mean(abs(dy)), k)
+    after     idx = topk(norm(dy), k)
               dx, dw_k, _ = convolution_backward(dy[:, idx], x, w[idx])
               dw = zeros.index_put([idx], dw_k)
 """
@@ -79,7 +79,7 @@ def sparse_conv_backward(
         k: keep count of each selection group; may be a SymInt.
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
-        selection: which channels are kept; those with the largest mean magnitude by default.
+        selection: which channels are kept; those with the largest l2 norm by default.
         memory: what earlier steps left behind; updated in place.
 
     Returns:

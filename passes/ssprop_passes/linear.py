@@ -8,7 +8,7 @@ of attention, are not of a layer and have no slot.
               dw = mm(t(dy), x)
               db = sum(dy, 0)
 
-    after     idx = topk(mean(abs(dy), 0), k)
+    after     idx = topk(norm(dy, dim=0), k)
               dx = mm(dy[:, idx], w[idx])
               dw = zeros.index_put([idx], mm(t(dy[:, idx]), x))
               db = zeros.index_put([idx], sum(dy[:, idx], 0))
@@ -47,7 +47,7 @@ def sparse_linear_backward(
     """Return the gradients of a linear layer from the k kept features of `grad_output`.
 
     Unified top-k, one choice of features for all samples: meProp (Sun et al., arXiv 1706.06197),
-    by default ranked by mean magnitude.
+    by default ranked by l2 norm.
 
     Args:
         grad_output: [T, C], T being all leading dimensions together.
@@ -55,7 +55,7 @@ def sparse_linear_backward(
         weight: [C, C_in].
         k: keep count, in [1, C]; may be a SymInt.
         output_mask: which of the gradients of input, weight and bias are wanted.
-        selection: which features are kept; those with the largest mean magnitude by default.
+        selection: which features are kept; those with the largest l2 norm by default.
         memory: what earlier steps left behind; updated in place.
 
     Returns:

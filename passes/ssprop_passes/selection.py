@@ -13,7 +13,7 @@ from torch import Tensor
 from ssprop_passes.identity import identity_maybe
 from ssprop_passes.memory import NOTHING, Remembered, average, left_out, recall
 from ssprop_passes.ranks import Ranks
-from ssprop_passes.scores import Score, mean_abs, power_over_ranks
+from ssprop_passes.scores import Score, l2, power_over_ranks
 from ssprop_passes.selectors import Selector, topk
 
 __all__ = [
@@ -64,7 +64,7 @@ class Selection:
         axis: `"channel"`, or `"sample"`: see `ssprop_passes.samples`.
     """
 
-    score: Score = mean_abs
+    score: Score = l2
     select: Selector = topk
     gradients: str = "both"
     block: int = 1

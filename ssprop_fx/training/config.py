@@ -124,7 +124,7 @@ class TrainConfig:
     min_channels: int = SparsityConfig.min_channels
     select: str = "topk"
     axis: str = "channel"
-    score: str = "mean_abs"
+    score: str = "l2"
     gradients: str = "both"
     block: int = 1
     gate: bool = True
