@@ -50,11 +50,13 @@ def environment(device: str) -> dict[str, str | int]:
 
 
 def _cpu_name() -> str:
+    """Return the processor's name and its vectors, which virtual machines do not tell by name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+        name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:

@@ -14,6 +14,11 @@ from torch._inductor.codecache import CppCodeCache
 aten = torch.ops.aten
 
 
+@pytest.fixture(autouse=True)
+def of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "_MIN_WIDTH", 1)
+
+
 @pytest.fixture
 def _no_kernel_yet() -> Iterator[None]:
     grouped._compiled_maybe.cache_clear()
@@ -154,6 +159,14 @@ def test_not_finite_gradients_stay_so() -> None:
 def test_what_the_kernel_does_not_take_is_one_call_of_atens(case: dict[str, Any]) -> None:
     actual, expected, masks = gradients(**case)
     assert masks == [list(case.get("mask", (True, True)))]
+    check(actual, expected)
+
+
+@pytest.mark.parametrize(("width", "is_ours"), [(6, False), (7, True)])
+def test_short_rows_are_atens(monkeypatch: pytest.MonkeyPatch, width: int, is_ours: bool) -> None:
+    monkeypatch.setattr(grouped, "_MIN_WIDTH", 7)
+    actual, expected, masks = gradients(3, 16, 5, space=(9, width))
+    assert masks == [[True, not is_ours]]
     check(actual, expected)
 
 

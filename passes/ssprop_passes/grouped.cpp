@@ -30,11 +30,11 @@ DEFINE_LANES(8);
 DEFINE_LANES(16);
 #undef DEFINE_LANES
 
-// Registers for a tile of sums: kept channels by taps.
+// Registers for a tile of sums, kept channels by taps, and what each of them holds.
 #ifdef __AVX512F__
-constexpr int MAX_KEPT = 8;
+constexpr int MAX_KEPT = 8, MAX_LANES = 16;
 #else
-constexpr int MAX_KEPT = 4;
+constexpr int MAX_KEPT = 4, MAX_LANES = 8;
 #endif
 constexpr int MAX_TAPS = 3;
 
@@ -188,9 +188,9 @@ void run(const Shape& a, const T* input, const T* grad, float* out, int64_t thre
 
 template <class T>
 void run(const Shape& a, const void* input, const void* grad, float* out, int64_t threads) {
-  const auto widest = a.sources % 16 == 0 ? run<T, 16>
-      : a.sources % 8 == 0                ? run<T, 8>
-                                          : run<T, 4>;
+  const auto widest = a.sources % MAX_LANES == 0 ? run<T, MAX_LANES>
+      : a.sources % 8 == 0                       ? run<T, 8>
+                                                 : run<T, 4>;
   widest(a, static_cast<const T*>(input), static_cast<const T*>(grad), out, threads);
 }
 

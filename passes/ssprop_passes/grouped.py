@@ -21,6 +21,9 @@ __all__ = ["grouped_grad_weight", "grouped_kernel_maybe"]
 # More kept channels than these in a group, without and with a stride, and oneDNN is faster.
 _MAX_KEPT, _MAX_KEPT_STRIDED = 4, 8
 
+# With vectors of eight, oneDNN is also faster where rows of grad_output are shorter than this.
+_MIN_WIDTH = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 28
+
 # The kernel's narrowest vector, in input channels of a group.
 _LANES = 4
 
@@ -39,8 +42,9 @@ def grouped_kernel_maybe(
         kept <= (_MAX_KEPT_STRIDED if is_strided else _MAX_KEPT)
         and kept < sources
         and sources % _LANES == 0
+        and grad_output.ndim == 4
+        and grad_output.shape[3] >= _MIN_WIDTH
         and input.device.type == "cpu"
-        and input.ndim == 4
         and input.dtype == grad_output.dtype
         and input.dtype in (torch.float32, torch.bfloat16)
         and input.is_contiguous(memory_format=torch.channels_last)
