@@ -91,7 +91,8 @@ def test_time_is_that_of_a_measured_step(tmp_path):
     path = tmp_path / "step.json"
     path.write_text(json.dumps({"rows": rows}))
     assert time_per_saving(path) == pytest.approx(0.5)
-    assert 0 < time_per_saving() < 2 / 3
+    # The backward has two thirds of the arithmetic, of the time maybe more, and never all.
+    assert 0 < time_per_saving() < 1
 
 
 def test_dense_accuracy_is_known_on_the_curve_alone():
