@@ -288,7 +288,7 @@ class SparseBackend:
         gm = copy_graph(gm)
         if not is_inductor:
             return compile_aot_eager(gm, inputs, sparse_pass, options), sparse_pass
-        squares = BatchNormSquares(sparse_pass, inductor_decompositions())
+        squares = BatchNormSquares(sparse_pass, inductor_decompositions)
         # After them, so that sums which they replace are still found.
         passes = TwoStepSums(previous=squares)
         return compile_inductor(gm, inputs, passes, options), sparse_pass

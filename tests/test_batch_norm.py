@@ -40,7 +40,7 @@ def rewrite(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[fx.GraphModule,
     for node in traced.graph.nodes:
         if node.target is torch.ops.aten.pow.Tensor_Scalar:
             node.meta[INSERTED_KEY] = True
-    squares = BatchNormSquares(None, inductor_decompositions())
+    squares = BatchNormSquares(None, inductor_decompositions)
     squares.transform(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
@@ -166,7 +166,7 @@ def test_squares_of_others_are_left() -> None:
     fn = functools.partial(squares_of, norm_of(nn.BatchNorm2d(6)), over=((0, 2, 3),))
     x = data(4, 6, 5, 7).requires_grad_()
     traced = trace(fn, x, data(4, 6, 5, 7))
-    squares = BatchNormSquares(None, {})
+    squares = BatchNormSquares(None, dict)
     squares.transform(traced.graph)
     assert squares.rewritten == 0
 

@@ -16,7 +16,7 @@ is the gather of the kept channels, so that Inductor computes those alone, and n
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.rewrite import INSERTED_KEY, replace_node, splice, trace
+from ssprop_passes.scores import all_but
 
 __all__ = ["BatchNormSquares", "NormGradient", "match_norm_gradient_maybe"]
 
@@ -68,13 +69,17 @@ class BatchNormSquares(GraphPass):
 
     Args:
         previous: pass or passes that run first, the sparse backward among them.
-        decompositions: of the compiler that the graph is for.
+        decompositions: returns the decomposition table of the compiler that the graph is for.
 
     Attributes:
         rewritten: how many sums of squares were, after a run.
     """
 
-    def __init__(self, previous: Previous, decompositions: dict[Any, Any]) -> None:
+    def __init__(
+        self,
+        previous: Previous,
+        decompositions: Callable[[], dict[Any, Callable[..., Any]]],
+    ) -> None:
         super().__init__(previous)
         self.decompositions = decompositions
         self.rewritten = 0
@@ -95,7 +100,7 @@ class BatchNormSquares(GraphPass):
                 continue
             fake_mode = match.g.meta["val"].fake_mode
             squares_by_channel = functools.partial(_squares, match.eps)
-            traced = trace(squares_by_channel, match.tensors, fake_mode, self.decompositions)
+            traced = trace(squares_by_channel, match.tensors, fake_mode, self.decompositions())
             (squares,) = splice(graph, total, traced, match.tensors)
             assert squares is not None
             replace_node(total, squares)
@@ -142,16 +147,15 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
     """Return the sum of the squares of each channel, [C], from what `NormGradient.tensors` are."""
     g, scale, mean_g, projection, total, dot, inverse_std = tensors
-    over = [d for d in range(g.ndim) if d != 1]
     s, m, p, inverse = (x.reshape(-1) for x in (scale, mean_g, projection, inverse_std))
-    left = (g * g).sum(over) - m * total - p * dot * (1 + eps * inverse * inverse)
+    left = (g * g).sum(all_but(g, 1)) - m * total - p * dot * (1 + eps * inverse * inverse)
     # Rounding may leave a little less than nothing.
     return (s * s * left.clamp(min=0),)
 
 
 def _sum_by_channel_maybe(node: fx.Node) -> fx.Node | None:
     """Return the node that holds a tensor's sums over all dimensions but 1, None if none does."""
-    left = [d for d in range(node.meta["val"].ndim) if d != 1]
+    left = all_but(node.meta["val"], 1)
     while left:
         users = list(node.users)
         if len(users) != 1 or users[0].target is not aten.sum.dim_IntList or len(users[0].args) > 2:
@@ -178,8 +182,8 @@ def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
     if moments.target is not aten.var_mean.correction or moments.kwargs.get("correction") != 0:
         return None
     of = cast(fx.Node, moments.args[0])
-    over = [d for d in range(of.meta["val"].ndim) if d != 1]
-    is_of_x = _strip(of, _CASTS) is _strip(x, _CASTS) and moments.args[1] == over
+    over = moments.args[1]
+    is_of_x = _strip(of, _CASTS) is _strip(x, _CASTS) and over == all_but(of.meta["val"], 1)
     return eps if is_of_x and isinstance(eps, float) else None
 
 
@@ -188,8 +192,8 @@ def _summed(node: Any) -> Any:
     is_sum = isinstance(node, fx.Node) and node.target is aten.sum.dim_IntList
     if not is_sum or len(node.args) > 2:
         return None
-    over = [d for d in range(node.args[0].meta["val"].ndim) if d != 1]
-    return node.args[0] if sorted(node.args[1]) == over else None
+    x = node.args[0]
+    return x if sorted(node.args[1]) == all_but(x.meta["val"], 1) else None
 
 
 def _operands(node: Any, target: Any) -> Sequence[Any]:

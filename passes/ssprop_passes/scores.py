@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "SCORES",
     "Score",
+    "all_but",
     "l2",
     "l2_weight",
     "mean_abs",
@@ -82,7 +83,7 @@ def l2_weight(grad_output: Tensor, weight: Tensor) -> Tensor:
     Returns:
         Scores, [C], at least float32.
     """
-    dims = _all_but(weight, 0)
+    dims = all_but(weight, 0)
     norms: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=_wide(weight))
     return l2(grad_output, weight) * norms
 
@@ -117,12 +118,13 @@ def sum_by_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.device.type == "cpu" and isinstance(x.shape[0], int):
         rows = math.gcd(x.shape[0], _ROWS)
         return x.reshape(x.shape[0] // rows, rows, x.shape[1]).sum(1, dtype=dtype).sum(0)
-    return x.sum(_all_but(x, 1), dtype=dtype)
+    return x.sum(all_but(x, 1), dtype=dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _all_but(x: Tensor, dim: int) -> list[int]:
-    return [d for d in range(x.ndim) if d != dim]
+def all_but(x: Tensor, dim: int) -> list[int]:
+    """Return the dimensions of a tensor but for one."""
+    return [d for d in range(x.ndim) if d != dim % x.ndim]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssprop_passes.identity import identity_maybe
 from ssprop_passes.memory import NOTHING, Remembered, average, left_out, recall
 from ssprop_passes.ranks import Ranks
-from ssprop_passes.scores import Score, l2, power_over_ranks
+from ssprop_passes.scores import Score, all_but, l2, power_over_ranks
 from ssprop_passes.selectors import Selector, topk
 
 __all__ = [
@@ -211,7 +211,7 @@ class Selection:
 
 def sum_channels(grad_output: Tensor, dim: int = 1) -> Tensor:
     """Return the sum of each channel, [C]: the gradient of a bias."""
-    return grad_output.sum(_all_but(grad_output, dim))
+    return grad_output.sum(all_but(grad_output, dim))
 
 
 def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
@@ -279,10 +279,6 @@ def is_channels_last(x: Tensor) -> bool:
         return False
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     return x.is_contiguous(memory_format=layout) and not x.is_contiguous()
-
-
-def _all_but(x: Tensor, dim: int) -> list[int]:
-    return [d for d in range(x.ndim) if d != dim % x.ndim]
 
 
 def _last(x: Tensor) -> list[int]:
