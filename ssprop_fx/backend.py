@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from ssprop_passes.batch_norm import BatchNormSquares
+from ssprop_passes.batch_norm import BatchNormGradients
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.gate import Gate
 from ssprop_passes.graph_pass import sources_hash
@@ -288,9 +288,9 @@ class SparseBackend:
         gm = copy_graph(gm)
         if not is_inductor:
             return compile_aot_eager(gm, inputs, sparse_pass, options), sparse_pass
-        squares = BatchNormSquares(sparse_pass, inductor_decompositions)
+        gradients = BatchNormGradients(sparse_pass, inductor_decompositions)
         # After them, so that sums which they replace are still found.
-        passes = TwoStepSums(previous=squares)
+        passes = TwoStepSums(previous=gradients)
         return compile_inductor(gm, inputs, passes, options), sparse_pass
 
 

@@ -1,11 +1,12 @@
-"""Squares of a batch norm's gradient: where the sums are found, and that they are right."""
+"""A batch norm's gradient: where its squares and gathers are found, and that they are right."""
 
 import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from ssprop_passes.batch_norm import BatchNormSquares
+from ssprop_passes.batch_norm import BatchNormGradients
+from ssprop_passes.operators import gather_columns
 from ssprop_passes.rewrite import INSERTED_KEY
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,18 +35,20 @@ def trace(fn: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
     return tracer(*inputs)
 
 
-def rewrite(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[fx.GraphModule, BatchNormSquares]:
-    """Trace a function, and run the pass on it as if all squares were the sparse backward's."""
+def rewrite(
+    fn: Callable[..., Tensor], *inputs: Tensor
+) -> tuple[fx.GraphModule, BatchNormGradients]:
+    """Trace a function, run the pass on it as if squares and gathers were the sparse backward's."""
     traced = trace(fn, *inputs)
     for node in traced.graph.nodes:
-        if node.target is torch.ops.aten.pow.Tensor_Scalar:
+        if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
             node.meta[INSERTED_KEY] = True
-    squares = BatchNormSquares(None, inductor_decompositions)
-    squares.transform(traced.graph)
+    found = BatchNormGradients(None, inductor_decompositions)
+    found.transform(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
     traced.recompile()
-    return traced, squares
+    return traced, found
 
 
 def check(
@@ -55,8 +58,8 @@ def check(
     grad = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     fn = functools.partial(squares_of, norm, over=over)
     expected = fn(x, grad)
-    traced, squares = rewrite(fn, x, grad)
-    assert squares.rewritten == rewritten
+    traced, bn_pass = rewrite(fn, x, grad)
+    assert (bn_pass.squares, bn_pass.gathers) == (rewritten, 0)
     found = traced(x, grad)
     assert bool((expected > 0).all())
     torch.testing.assert_close(found, expected, **{"rtol": 1e-9, "atol": 0.0, **tolerance})
@@ -166,9 +169,9 @@ def test_squares_of_others_are_left() -> None:
     fn = functools.partial(squares_of, norm_of(nn.BatchNorm2d(6)), over=((0, 2, 3),))
     x = data(4, 6, 5, 7).requires_grad_()
     traced = trace(fn, x, data(4, 6, 5, 7))
-    squares = BatchNormSquares(None, dict)
-    squares.transform(traced.graph)
-    assert squares.rewritten == 0
+    bn_pass = BatchNormGradients(None, dict)
+    bn_pass.transform(traced.graph)
+    assert bn_pass.squares == 0
 
 
 def test_what_is_not_finite_is_found() -> None:
@@ -179,6 +182,97 @@ def test_what_is_not_finite_is_found() -> None:
     for value in (float("nan"), float("inf")):
         grad[1, 2, 3, 4] = value
         assert traced(x, grad).isfinite().tolist() == [True, True, False, True, True, True]
+
+
+def kept_of(
+    norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...] | None
+) -> Tensor:
+    """Return channels of the gradient of x, which are gathered with the dimensions in `order`."""
+    with torch.enable_grad():
+        (dx,) = torch.autograd.grad(norm(x), x, grad)
+    if order is None:
+        return dx[:, indices]
+    return dx.permute(order)[..., indices]
+
+
+LAST = {2: None, 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+
+
+def check_kept(
+    norm: Norm,
+    x: Tensor,
+    gathers: int = 1,
+    kept: Callable[..., Tensor] = kept_of,
+    channels_last: bool = True,
+    **tolerance: float,
+) -> fx.GraphModule:
+    def laid_out(x: Tensor) -> Tensor:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    x, grad = laid_out(x).requires_grad_(), laid_out(grad)
+    fn = functools.partial(kept, norm, order=LAST[x.ndim] if channels_last else None)
+    indices = torch.tensor([4, 0, 3])
+    expected = fn(x, grad, indices)
+    traced, bn_pass = rewrite(fn, x, grad, indices)
+    assert (bn_pass.squares, bn_pass.gathers) == (0, gathers)
+    found = traced(x, grad, indices)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, **{"rtol": 1e-9, "atol": 1e-12, **tolerance})
+    return traced
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm2d(6), (4, 6, 5, 7)),
+        (nn.BatchNorm2d(6, affine=False), (4, 6, 5, 7)),
+        (nn.BatchNorm1d(6), (8, 6)),
+        (nn.BatchNorm1d(6), (4, 6, 9)),
+        (nn.BatchNorm3d(6), (2, 6, 3, 4, 5)),
+    ],
+    ids=["2d", "not affine", "matrix", "1d", "3d"],
+)
+def test_numbers_of_a_channel_are_gathered_first(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    traced = check_kept(norm_of(norm), data(*shape))
+    (gather,) = traced.graph.find_nodes(op="call_function", target=gather_columns)
+    # Scale, mean, mean gradient and projection.
+    assert gather.args[0].meta["val"].shape == (4, 6)
+
+
+def test_kept_channels_of_a_gradient_that_is_rounded() -> None:
+    norm = norm_of(nn.BatchNorm2d(6)).float()
+    check_kept(norm, data(4, 6, 5, 7, dtype=torch.bfloat16), rtol=2e-2, atol=1e-3)
+
+
+def test_channels_that_are_not_innermost_are_left() -> None:
+    check_kept(norm_of(nn.BatchNorm2d(6)), data(4, 6, 5, 7), gathers=0, channels_last=False)
+
+
+def test_kept_channels_of_other_gradients_are_left() -> None:
+    check_kept(nn.GroupNorm(3, 6).double(), data(4, 6, 5, 7), gathers=0)
+
+
+def test_a_gradient_that_others_read_is_left() -> None:
+    """It is written for them, and the gather reads it."""
+
+    def kept(
+        norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]
+    ) -> Tensor:
+        with torch.enable_grad():
+            (dx,) = torch.autograd.grad(norm(x), x, grad)
+        return dx.permute(order)[..., indices] * dx.abs().sum()
+
+    check_kept(norm_of(nn.BatchNorm2d(6)), data(4, 6, 5, 7), gathers=0, kept=kept)
+
+
+def test_gathers_of_others_are_left() -> None:
+    fn = functools.partial(kept_of, norm_of(nn.BatchNorm1d(6)), order=None)
+    x, grad = data(8, 6).requires_grad_(), data(8, 6)
+    traced = trace(fn, x, grad, torch.tensor([4, 0]))
+    bn_pass = BatchNormGradients(None, dict)
+    bn_pass.transform(traced.graph)
+    assert bn_pass.gathers == 0
 
 
 class Net(nn.Module):
@@ -194,24 +288,29 @@ class Net(nn.Module):
         return self.third(self.second(self.first(x)))
 
 
-@pytest.mark.parametrize(("score", "rewritten"), [("l2", 2), ("mean_abs", 0)])
+@pytest.mark.parametrize(
+    ("score", "channels_last", "squares", "gathers"),
+    [("l2", False, 2, 0), ("l2", True, 2, 2), ("mean_abs", True, 0, 0)],
+)
 def test_gradients_under_inductor(
-    monkeypatch: pytest.MonkeyPatch, score: str, rewritten: int
+    monkeypatch: pytest.MonkeyPatch, score: str, channels_last: bool, squares: int, gathers: int
 ) -> None:
-    counts: list[int] = []
+    counts: list[tuple[int, int]] = []
 
-    class Recording(BatchNormSquares):
+    class Recording(BatchNormGradients):
         def transform(self, graph: fx.Graph) -> None:
             super().transform(graph)
-            counts.append(self.rewritten)
+            counts.append((self.squares, self.gathers))
 
         def uuid(self) -> None:
             return None
 
-    monkeypatch.setattr("ssprop_fx.backend.BatchNormSquares", Recording)
+    monkeypatch.setattr("ssprop_fx.backend.BatchNormGradients", Recording)
     torch.manual_seed(0)
     model = Net().double()
     x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    if channels_last:
+        model, x = (part.to(memory_format=torch.channels_last) for part in (model, x))
     gradients = []
     for backend in ("aot_eager", "inductor"):
         model.zero_grad()
@@ -221,4 +320,4 @@ def test_gradients_under_inductor(
         compiled(x).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
-    assert counts == [rewritten]
+    assert counts == [(squares, gathers)]

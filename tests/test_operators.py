@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ssprop_passes import grouped, operators
-from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.operators import gather_columns, reduced_conv_backward
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 
@@ -202,3 +202,10 @@ def test_a_kernel_that_does_not_compile_is_told_and_not_needed(
         actual, expected, masks = gradients(3, 16, 5)
     assert masks == [[True, True]]
     check(actual, expected)
+
+
+def test_columns_are_gathered() -> None:
+    x, indices = torch.arange(12.0).view(2, 6), torch.tensor([4, 0, 5])
+    assert gather_columns(x, indices).tolist() == [[4.0, 0.0, 5.0], [10.0, 6.0, 11.0]]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(gather_columns, (x, indices), test_utils=checks)

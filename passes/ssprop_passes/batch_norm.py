@@ -1,4 +1,4 @@
-"""BatchNormSquares: squares of a batch norm's gradient, by channel, from the sums that it has.
+"""BatchNormGradients: of a batch norm's gradient, nothing is computed but what is asked for.
 
 A convolution's grad_output is most often the gradient that a batch norm hands down,
 
@@ -11,23 +11,27 @@ of squares N var, and std^2 = var + eps,
     sum(dy^2)  ->  s^2 * (sum(g^2) - m * sum(g) - p * sum(g * (x - mean)) * (1 + eps / std^2))
 
 of which `sum(g^2)` alone is new, and is read with the two sums beside it. What is left to read dy
-is the gather of the kept channels, so that Inductor computes those alone, and never writes dy.
+is the gather of the kept channels, so that Inductor computes those alone, and never writes dy. On a
+CPU it would look up s, mean, m and p by index at every position. They are gathered first:
+
+    dy[:, idx]  ->  s' * (g[:, idx] - (x[:, idx] - mean') * p' - m'),   s' = s[idx] and so on
 """
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass, Previous
+from ssprop_passes.operators import gather_columns
 from ssprop_passes.rewrite import INSERTED_KEY, replace_node, splice, trace
 from ssprop_passes.scores import all_but
 
-__all__ = ["BatchNormSquares", "NormGradient", "match_norm_gradient_maybe"]
+__all__ = ["BatchNormGradients", "NormGradient", "match_norm_gradient_maybe"]
 
 aten = torch.ops.aten
 
@@ -41,15 +45,18 @@ class NormGradient:
 
     Attributes:
         g: gradient of the norm's output, [N, C, *space].
-        scale, mean_g, projection: s, m and p above, one number a channel, in any shape that
-            broadcasts.
+        x: the norm's input, [N, C, *space].
+        scale, mean, mean_g, projection: s, mean, m and p above, one number a channel, in any shape
+            that broadcasts.
         total, dot: `sum(g)` and `sum(g * (x - mean))`, [C].
         inverse_std: 1 / std, of C elements.
         eps: what was added to the variance.
     """
 
     g: fx.Node
+    x: fx.Node
     scale: fx.Node
+    mean: fx.Node
     mean_g: fx.Node
     projection: fx.Node
     total: fx.Node
@@ -58,21 +65,41 @@ class NormGradient:
     eps: float
 
     @property
-    def tensors(self) -> tuple[fx.Node, ...]:
-        """The nodes of all but `eps`."""
+    def of_squares(self) -> tuple[fx.Node, ...]:
+        """What the sums of squares are made of, but for `eps`."""
         parts = self.scale, self.mean_g, self.projection, self.total, self.dot, self.inverse_std
         return self.g, *parts
 
+    @property
+    def constants(self) -> tuple[fx.Node, ...]:
+        """The gradient's one number a channel each."""
+        return self.scale, self.mean, self.mean_g, self.projection
 
-class BatchNormSquares(GraphPass):
-    """Puts sums that there are in place of sums of squares that a previous pass inserted.
+
+class Gather(NamedTuple):
+    """Channels gathered from a batch norm's gradient.
+
+    Attributes:
+        gradient: of the norm.
+        indices: of the channels, [k].
+        order: of the gradient's dimensions, the channels last.
+    """
+
+    gradient: NormGradient
+    indices: fx.Node
+    order: list[int]
+
+
+class BatchNormGradients(GraphPass):
+    """Rewrites what previous passes inserted that reads the gradient of a batch norm.
 
     Args:
         previous: pass or passes that run first, the sparse backward among them.
         decompositions: returns the decomposition table of the compiler that the graph is for.
 
     Attributes:
-        rewritten: how many sums of squares were, after a run.
+        squares: how many sums of squares were rewritten, after a run.
+        gathers: how many gathers of channels were.
     """
 
     def __init__(
@@ -82,29 +109,43 @@ class BatchNormSquares(GraphPass):
     ) -> None:
         super().__init__(previous)
         self.decompositions = decompositions
-        self.rewritten = 0
+        self.squares = self.gathers = 0
 
     def identity(self) -> str:
         """Return the same for all: the rewrite depends on the graph alone."""
-        return "squares of batch norms"
+        return "gradients of batch norms"
 
     def transform(self, graph: fx.Graph) -> None:
-        """Rewrite each sum over all dimensions but 1 of a batch norm's squared gradient."""
-        self.rewritten = 0
+        """Rewrite sums over all dimensions but 1 of squared gradients, then gathers."""
+        self.squares = self.gathers = 0
         for node in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
             if not node.meta.get(INSERTED_KEY) or node.args[1] != 2:
                 continue
             match = match_norm_gradient_maybe(node.args[0])
             total = _sum_by_channel_maybe(node)
-            if match is None or total is None:
-                continue
-            fake_mode = match.g.meta["val"].fake_mode
-            squares_by_channel = functools.partial(_squares, match.eps)
-            traced = trace(squares_by_channel, match.tensors, fake_mode, self.decompositions())
-            (squares,) = splice(graph, total, traced, match.tensors)
-            assert squares is not None
-            replace_node(total, squares)
-            self.rewritten += 1
+            if match is not None and total is not None:
+                squares_by_channel = functools.partial(_squares, match.eps)
+                self._replace(total, squares_by_channel, match.of_squares)
+                self.squares += 1
+        # What read a gradient for its squares does so no longer.
+        graph.eliminate_dead_code()
+        for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
+            gather = _gather_maybe(node)
+            if gather is not None:
+                kept = functools.partial(_kept, gather.order, node.meta["val"].dtype)
+                of = gather.gradient
+                self._replace(node, kept, (gather.indices, of.g, of.x, *of.constants))
+                self.gathers += 1
+
+    def _replace(
+        self, node: fx.Node, function: Callable[..., Any], inputs: Sequence[fx.Node]
+    ) -> None:
+        """Put a function of some nodes in the place of a node."""
+        fake_mode = node.meta["val"].fake_mode
+        traced = trace(function, inputs, fake_mode, self.decompositions())
+        (replacement,) = splice(node.graph, node, traced, inputs)
+        assert replacement is not None
+        replace_node(node, replacement)
 
 
 def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
@@ -128,8 +169,8 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
     dot, same_share = _operands(dot_share, aten.mul.Tensor)
     inverse_std, same_std = _operands(inverse_variance, aten.mul.Tensor)
     same_g, same_x = _operands(_summed(dot), aten.mul.Tensor)
-    known = (scale, mean_g, projection, total, dot, inverse_std)
-    if None in (g, x, mean, *known) or inverse_std is not same_std or share != same_share:
+    known = (scale, mean, mean_g, projection, total, dot, inverse_std)
+    if None in (g, x, *known) or inverse_std is not same_std or share != same_share:
         return None
     if _summed(total) is not g or same_g is not g or _operands(same_x, aten.sub.Tensor)[0] is not x:
         return None
@@ -141,7 +182,7 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
         return None
     if any(part.meta["val"].numel() != val.shape[1] for part in known):
         return None
-    return NormGradient(g, *known, eps)
+    return NormGradient(g, x, *known, eps)
 
 
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
@@ -151,6 +192,49 @@ def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
     left = (g * g).sum(all_but(g, 1)) - m * total - p * dot * (1 + eps * inverse * inverse)
     # Rounding may leave a little less than nothing.
     return (s * s * left.clamp(min=0),)
+
+
+def _kept(
+    order: list[int],
+    dtype: torch.dtype,
+    indices: Tensor,
+    g: Tensor,
+    x: Tensor,
+    *constants: Tensor,
+) -> tuple[Tensor]:
+    """Return the channels `indices` of the gradient, which are innermost in `order`."""
+    g, x = g.permute(order), x.permute(order)
+    stacked = torch.stack([constant.reshape(-1) for constant in constants])
+    scale, mean, mean_g, projection = gather_columns(stacked, indices)
+    kept = (g[..., indices] - (x[..., indices] - mean) * projection - mean_g) * scale
+    return (kept.to(dtype),)
+
+
+def _gather_maybe(node: fx.Node) -> Gather | None:
+    """Return what a node gathers where that is better done from the gradient's parts.
+
+    None for any other node; for devices where looking up a number a channel costs nothing; where
+    channels are not innermost in memory; and where the gradient is written for others to read.
+    """
+    source, (*before, indices) = cast(tuple[fx.Node, list[Any]], node.args)
+    val: Tensor = source.meta["val"]
+    is_of_last = len(before) == val.ndim - 1 and not any(i is not None for i in before)
+    if not node.meta.get(INSERTED_KEY) or not is_of_last or indices.meta["val"].ndim != 1:
+        return None
+    # A stride that is no number yet is not to be asked about.
+    if val.device.type != "cpu" or not isinstance(val.stride(-1), int) or val.stride(-1) != 1:
+        return None
+    order, chain = list(range(val.ndim)), [source]
+    if source.target is aten.permute.default:
+        order, chain = cast(list[int], source.args[1]), [source, cast(fx.Node, source.args[0])]
+    while chain[-1].target in _CASTS:
+        chain.append(cast(fx.Node, chain[-1].args[0]))
+    gradient = match_norm_gradient_maybe(chain[-1])
+    if gradient is None or order[-1] != 1 or any(len(link.users) > 1 for link in chain):
+        return None
+    dtypes = {part.meta["val"].dtype for part in gradient.constants}
+    is_plain = len(dtypes) == 1 and gradient.x.meta["val"].shape == gradient.g.meta["val"].shape
+    return Gather(gradient, indices, order) if is_plain else None
 
 
 def _sum_by_channel_maybe(node: fx.Node) -> fx.Node | None:

@@ -1,8 +1,12 @@
-"""Operators with fake kernels of their own, where torch's ask for the size of an unbacked k.
+"""Operators of our own, where torch's would not do.
 
 `aten.convolution_backward` on tensors whose channel count is read at run time: its fake kernel
 guards on that count where it is not the leading size (and on torch 2.11 everywhere), and Inductor's
-lowering guards on the weight's. Here the layout of the results is an argument and not a question.
+lowering guards on the weight's. `reduced_conv_backward` has a fake kernel of its own, and is told
+the layout of the results.
+
+A look-up of a few numbers a channel: Inductor would repeat it at every position that they are used
+at, one by one. What `gather_columns` has looked up is read by vectors.
 """
 
 import math
@@ -14,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
 
-__all__ = ["conv_backward_flops", "reduced_conv_backward"]
+__all__ = ["conv_backward_flops", "gather_columns", "reduced_conv_backward"]
 
 aten = torch.ops.aten
 
@@ -98,6 +102,26 @@ _library.impl(  # type: ignore[no-untyped-call]
 torch.library.register_fake("ssprop::conv_backward", _fake_conv_backward, lib=_library)
 
 reduced_conv_backward = torch.ops.ssprop.conv_backward.default
+
+_library.define(  # type: ignore[no-untyped-call]
+    "gather_columns(Tensor x, Tensor indices) -> Tensor"
+)
+
+
+def _gather_columns(x: Tensor, indices: Tensor) -> Tensor:
+    return x.index_select(1, indices)
+
+
+def _fake_gather_columns(x: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], indices.shape[0])
+
+
+_library.impl(  # type: ignore[no-untyped-call]
+    "gather_columns", _gather_columns, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("ssprop::gather_columns", _fake_gather_columns, lib=_library)
+
+gather_columns = torch.ops.ssprop.gather_columns.default
 
 
 def conv_backward_flops(
