@@ -186,7 +186,7 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
 
 
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
-    """Return the sum of the squares of each channel, [C], from what `NormGradient.tensors` are."""
+    """Return the sum of the squares of each channel, [C], from what `NormGradient.of_squares` are."""
     g, scale, mean_g, projection, total, dot, inverse_std = tensors
     s, m, p, inverse = (x.reshape(-1) for x in (scale, mean_g, projection, inverse_std))
     left = (g * g).sum(all_but(g, 1)) - m * total - p * dot * (1 + eps * inverse * inverse)
