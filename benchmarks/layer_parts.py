@@ -9,7 +9,7 @@ import torch
 from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
 from ssprop_passes.linear import sparse_linear_backward
 from ssprop_passes.operators import reduced_conv_backward
-from ssprop_passes.selection import Selection, gather_channels, scatter_rows
+from ssprop_passes.selection import Selection, gather_channels, gather_weight, scatter_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,10 +108,10 @@ def make_parts(
     selection = Selection()
     scores = selection.score(grad_output, weight)
     indices, _ = selection.choose(scores, k, groups)
-    rows = weight[indices]
+    rows = gather_weight(weight, indices)
 
     def gather(grad_output: Tensor, weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return gather_channels(grad_output, indices), weight[indices]
+        return gather_channels(grad_output, indices), gather_weight(weight, indices)
 
     def compiled(function: Callable[..., object], *args: object) -> Callable[[], object]:
         return partial(torch.compile(function, backend=backend, dynamic=False), *args)

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from ssprop_passes import grouped, operators
-from ssprop_passes.operators import gather_columns, reduced_conv_backward
+from ssprop_passes.operators import (
+    gather_columns,
+    gather_rows,
+    reduced_conv_backward,
+    scatter_rows,
+)
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 
@@ -204,8 +209,47 @@ def test_a_kernel_that_does_not_compile_is_told_and_not_needed(
     check(actual, expected)
 
 
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 def test_columns_are_gathered() -> None:
-    x, indices = torch.arange(12.0).view(2, 6), torch.tensor([4, 0, 5])
-    assert gather_columns(x, indices).tolist() == [[4.0, 0.0, 5.0], [10.0, 6.0, 11.0]]
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(gather_columns, (x, indices), test_utils=checks)
+    columns, indices = (
+        [torch.arange(6.0), torch.arange(6.0, 12).view(1, 6, 1)],
+        torch.tensor([4, 0]),
+    )
+    assert gather_columns(columns, indices).tolist() == [[4.0, 0.0], [10.0, 6.0]]
+    torch.library.opcheck(gather_columns, (columns, indices), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((6,), False),
+        ((6, 5), False),
+        ((6, 5, 2), False),
+        ((6, 5, 2, 3), False),
+        ((6, 5, 2, 3), True),
+        ((6, 5, 2, 3, 2), True),
+    ],
+)
+def test_rows_are_gathered_and_scattered(shape: tuple[int, ...], channels_last: bool) -> None:
+    """In the layout that the fake kernel says, of which `opcheck` makes sure."""
+    x, indices = torch.randn(shape), torch.tensor([4, 0, 3])
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = gather_rows(x, indices, channels_last)
+    assert torch.equal(rows, x[indices])
+    full = scatter_rows(rows, indices, 6, channels_last)
+    assert torch.equal(full, torch.zeros(shape).index_put([indices], rows))
+    assert full.stride() == x.stride()
+    torch.library.opcheck(gather_rows, (x, indices, channels_last), test_utils=CHECKS)
+    torch.library.opcheck(scatter_rows, (rows, indices, 6, channels_last), test_utils=CHECKS)
+
+
+def test_rows_of_a_tensor_that_lies_otherwise() -> None:
+    """Such as the transposed weight of a linear layer: what is returned is contiguous."""
+    x, indices = torch.randn(5, 6).t(), torch.tensor([4, 0, 3])
+    rows = gather_rows(x, indices, False)
+    assert torch.equal(rows, x[indices])
+    assert rows.is_contiguous()
+    torch.library.opcheck(gather_rows, (x, indices, False), test_utils=CHECKS)

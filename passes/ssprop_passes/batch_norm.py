@@ -186,7 +186,7 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
 
 
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
-    """Return the sum of the squares of each channel, [C], from what `NormGradient.of_squares` are."""
+    """Return the sums of the squares, [C], from what the `of_squares` of a `NormGradient` are."""
     g, scale, mean_g, projection, total, dot, inverse_std = tensors
     s, m, p, inverse = (x.reshape(-1) for x in (scale, mean_g, projection, inverse_std))
     left = (g * g).sum(all_but(g, 1)) - m * total - p * dot * (1 + eps * inverse * inverse)
@@ -204,8 +204,7 @@ def _kept(
 ) -> tuple[Tensor]:
     """Return the channels `indices` of the gradient, which are innermost in `order`."""
     g, x = g.permute(order), x.permute(order)
-    stacked = torch.stack([constant.reshape(-1) for constant in constants])
-    scale, mean, mean_g, projection = gather_columns(stacked, indices)
+    scale, mean, mean_g, projection = gather_columns(constants, indices)
     kept = (g[..., indices] - (x[..., indices] - mean) * projection - mean_g) * scale
     return (kept.to(dtype),)
 

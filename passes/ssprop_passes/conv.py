@@ -24,6 +24,7 @@ from ssprop_passes.selection import (
     Selection,
     add_channels,
     gather_channels,
+    gather_weight,
     is_channels_last,
     scatter_rows,
     sum_channels,
@@ -91,7 +92,7 @@ def sparse_conv_backward(
     kept, indices = selection.keep(grad_output, rows, k, geometry.selection_groups(weight), memory)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0] or output_mask[1]:
-        kept_weight, kept_input, groups = rows[indices], input, geometry.groups
+        kept_weight, kept_input, groups = gather_weight(rows, indices), input, geometry.groups
         if is_depthwise:
             sources = indices // (grad_output.shape[1] // input.shape[1])
             kept_input, groups = gather_channels(input, sources), k

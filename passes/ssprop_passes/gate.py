@@ -35,8 +35,9 @@ from ssprop_passes.sites import SiteMatch, Times, hinted
 
 __all__ = ["Gate", "measure", "why_slower"]
 
-# Runs of each backward: the first is not counted, the quickest of the others is.
-_RUNS = 3
+# Runs of each backward: the first is not counted, the quickest of the others is. One other is
+# enough where it takes long, as most of the time of the first runs of anything is short.
+_RUNS, _LONG_MS = 3, 10
 
 
 class Gate:
@@ -169,14 +170,14 @@ def _save_first(times: Times, path: Path) -> Times:
 
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_RUNS):
+    times: list[float] = []
+    while len(times) < _RUNS and max(times[1:], default=0) < _LONG_MS:
         _synchronize(device)
         start = time.perf_counter()
         run()
         _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times[1:])
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times[1:])
 
 
 def _synchronize(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
 from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection, scatter_rows, sum_channels
+from ssprop_passes.selection import Selection, gather_weight, scatter_rows, sum_channels
 from ssprop_passes.sites import Gradients, SiteMatch, hinted
 
 __all__ = ["LinearMatch", "match_linear_backward", "sparse_linear_backward"]
@@ -65,7 +65,7 @@ def sparse_linear_backward(
     kept, indices = selection.keep(grad_output, weight, k, memory=memory)
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
-        grad_input = kept @ weight[indices]
+        grad_input = kept @ gather_weight(weight, indices)
     if output_mask[1]:
         grad_weight = scatter_rows(kept.t() @ input, indices, weight)
     if output_mask[2]:

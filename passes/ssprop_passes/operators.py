@@ -5,7 +5,9 @@ guards on that count where it is not the leading size (and on torch 2.11 everywh
 lowering guards on the weight's. `reduced_conv_backward` has a fake kernel of its own, and is told
 the layout of the results.
 
-A look-up of a few numbers a channel: Inductor would repeat it at every position that they are used
+Gathers and scatters of weights: of Inductor each shape gets kernels of its own, which are no faster
+than ATen's and take seconds to compile. `gather_rows` and `scatter_rows` are opaque to it. And a
+look-up of a few numbers a channel, which Inductor would repeat at every position that they are used
 at, one by one. What `gather_columns` has looked up is read by vectors.
 """
 
@@ -18,7 +20,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
 
-__all__ = ["conv_backward_flops", "gather_columns", "reduced_conv_backward"]
+__all__ = [
+    "conv_backward_flops",
+    "gather_columns",
+    "gather_rows",
+    "reduced_conv_backward",
+    "scatter_rows",
+]
 
 aten = torch.ops.aten
 
@@ -104,23 +112,57 @@ torch.library.register_fake("ssprop::conv_backward", _fake_conv_backward, lib=_l
 reduced_conv_backward = torch.ops.ssprop.conv_backward.default
 
 _library.define(  # type: ignore[no-untyped-call]
-    "gather_columns(Tensor x, Tensor indices) -> Tensor"
+    "gather_rows(Tensor x, Tensor indices, bool channels_last) -> Tensor"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "scatter_rows(Tensor rows, Tensor indices, int count, bool channels_last) -> Tensor"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "gather_columns(Tensor[] columns, Tensor indices) -> Tensor"
 )
 
 
-def _gather_columns(x: Tensor, indices: Tensor) -> Tensor:
-    return x.index_select(1, indices)
+def _gather_rows(x: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    """Return `x[indices]`, [k, ...], of x, [C, ...]."""
+    return _laid_out(_in_memory(x, channels_last).index_select(0, indices), channels_last)
 
 
-def _fake_gather_columns(x: Tensor, indices: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], indices.shape[0])
+def _fake_gather_rows(x: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    shape = [indices.shape[0], *x.shape[1:]]
+    return x.new_empty_strided(shape, _strides(shape, channels_last))
 
 
-_library.impl(  # type: ignore[no-untyped-call]
-    "gather_columns", _gather_columns, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("ssprop::gather_columns", _fake_gather_columns, lib=_library)
+def _scatter_rows(rows: Tensor, indices: Tensor, count: int, channels_last: bool) -> Tensor:
+    """Return zeros, [count, ...], but for `rows`, [k, ...], at `indices`."""
+    rows = _in_memory(rows, channels_last)
+    zeros = rows.new_zeros(count, *rows.shape[1:])
+    return _laid_out(zeros.index_copy_(0, indices, rows), channels_last)
 
+
+def _fake_scatter_rows(rows: Tensor, indices: Tensor, count: int, channels_last: bool) -> Tensor:
+    shape = [count, *rows.shape[1:]]
+    return rows.new_empty_strided(shape, _strides(shape, channels_last))
+
+
+def _gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
+    """Return each of R columns at `indices`, [R, k]; columns are of C elements and any shape."""
+    return torch.stack([column.reshape(-1).index_select(0, indices) for column in columns])
+
+
+def _fake_gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
+    return columns[0].new_empty(len(columns), indices.shape[0])
+
+
+for _name, _kernel, _fake in (
+    ("gather_rows", _gather_rows, _fake_gather_rows),
+    ("scatter_rows", _scatter_rows, _fake_scatter_rows),
+    ("gather_columns", _gather_columns, _fake_gather_columns),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"ssprop::{_name}", _fake, lib=_library)
+
+gather_rows = torch.ops.ssprop.gather_rows.default
+scatter_rows = torch.ops.ssprop.scatter_rows.default
 gather_columns = torch.ops.ssprop.gather_columns.default
 
 
@@ -164,6 +206,16 @@ def _memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
     if not channels_last:
         return torch.contiguous_format
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+def _in_memory(x: Tensor, channels_last: bool) -> Tensor:
+    """Return `x` contiguous, its dimensions in the order in which they lie in memory."""
+    return (x.movedim(1, -1) if channels_last else x).contiguous()
+
+
+def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """Return `x` with its dimensions in their own order again."""
+    return x.movedim(-1, 1) if channels_last else x
 
 
 def _strides(shape: Sequence[int], channels_last: bool) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ssprop_passes import operators
 from ssprop_passes.identity import identity_maybe
 from ssprop_passes.memory import NOTHING, Remembered, average, left_out, recall
 from ssprop_passes.ranks import Ranks
@@ -24,6 +25,7 @@ __all__ = [
     "dims_order",
     "gather_channels",
     "gather_rows",
+    "gather_weight",
     "is_channels_last",
     "scale_channels",
     "scatter_rows",
@@ -235,9 +237,16 @@ def scale_channels(x: Tensor, weights: Tensor) -> Tensor:
     return x * weights.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
+def gather_weight(rows: Tensor, indices: Tensor) -> Tensor:
+    """Return `rows[indices]`, [k, ...], in the memory format of a weight's rows, [C, ...]."""
+    kept: Tensor = operators.gather_rows(rows, indices, is_channels_last(rows))
+    return kept
+
+
 def scatter_rows(rows: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     """Return zeros of the shape of `like`, [C, ...], but for `rows`, [k, ...], at `indices`."""
-    return torch.zeros_like(like).index_put([indices], rows)
+    full: Tensor = operators.scatter_rows(rows, indices, like.shape[0], is_channels_last(like))
+    return full
 
 
 def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
