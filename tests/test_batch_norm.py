@@ -291,7 +291,11 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(
     ("score", "channels_last", "squares", "gathers"),
-    [("l2", False, 2, 0), ("l2", True, 2, 2), ("mean_abs", True, 0, 0)],
+    [
+        pytest.param("l2", False, 2, 0, marks=pytest.mark.slow),
+        ("l2", True, 2, 2),
+        pytest.param("mean_abs", True, 0, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_under_inductor(
     monkeypatch: pytest.MonkeyPatch, score: str, channels_last: bool, squares: int, gathers: int

@@ -30,7 +30,9 @@ def _read_only(*args, **kwargs):
     ("owner", "name", "failure", "message"),
     [
         (torch, "save", _no_space, "No space left on device"),
-        (tempfile, "mkstemp", _read_only, "Read-only file system"),
+        pytest.param(
+            tempfile, "mkstemp", _read_only, "Read-only file system", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_disk_that_fails_is_one_line_and_the_checkpoint_before_it_survives(

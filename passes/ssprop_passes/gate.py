@@ -35,8 +35,8 @@ from ssprop_passes.sites import SiteMatch, Times, hinted
 
 __all__ = ["Gate", "measure", "why_slower"]
 
-# Runs of each backward: the first is not counted, the quickest of the others is. One other is
-# enough where it takes long, as most of the time of the first runs of anything is short.
+# Runs of each backward: the first is not counted, the quickest of the others is. Where it takes
+# long, one other is enough: what disturbs a run for a moment weighs little then.
 _RUNS, _LONG_MS = 3, 10
 
 
