@@ -223,6 +223,25 @@ def test_channels_are_gathered_once_whatever_number_of_runs(
 
 
 @pytest.mark.parametrize(
+    ("ms", "expected"),
+    [((50, 3, 2), 2), ((2, 3, 4), 3), ((2, 30), 30), ((2, 3, 40), 3)],
+    ids=["long first", "short", "long", "long last"],
+)
+def test_long_runs_are_repeated_less(
+    monkeypatch: pytest.MonkeyPatch, ms: tuple[int, ...], expected: int
+) -> None:
+    """The first run does not count, and the quickest of the others does."""
+    clock, runs = [0.0], iter(ms)
+
+    def run() -> None:
+        clock[0] += next(runs) / 1e3
+
+    monkeypatch.setattr(ssprop_passes.gate.time, "perf_counter", lambda: clock[0])
+    assert ssprop_passes.gate._time_ms(run, torch.device("cpu")) == pytest.approx(expected)
+    assert list(runs) == []
+
+
+@pytest.mark.parametrize(
     "schedule",
     [
         constant(0.3),

@@ -9,7 +9,7 @@ import torch
 from ssprop_passes import grouped, operators
 from ssprop_passes.operators import (
     gather_columns,
-    gather_rows,
+    gather_weight,
     reduced_conv_backward,
     scatter_rows,
 )
@@ -237,19 +237,19 @@ def test_rows_are_gathered_and_scattered(shape: tuple[int, ...], channels_last: 
     x, indices = torch.randn(shape), torch.tensor([4, 0, 3])
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    rows = gather_rows(x, indices, channels_last)
+    rows = gather_weight(x, indices, channels_last)
     assert torch.equal(rows, x[indices])
     full = scatter_rows(rows, indices, 6, channels_last)
     assert torch.equal(full, torch.zeros(shape).index_put([indices], rows))
     assert full.stride() == x.stride()
-    torch.library.opcheck(gather_rows, (x, indices, channels_last), test_utils=CHECKS)
+    torch.library.opcheck(gather_weight, (x, indices, channels_last), test_utils=CHECKS)
     torch.library.opcheck(scatter_rows, (rows, indices, 6, channels_last), test_utils=CHECKS)
 
 
 def test_rows_of_a_tensor_that_lies_otherwise() -> None:
     """Such as the transposed weight of a linear layer: what is returned is contiguous."""
     x, indices = torch.randn(5, 6).t(), torch.tensor([4, 0, 3])
-    rows = gather_rows(x, indices, False)
+    rows = gather_weight(x, indices, False)
     assert torch.equal(rows, x[indices])
     assert rows.is_contiguous()
-    torch.library.opcheck(gather_rows, (x, indices, False), test_utils=CHECKS)
+    torch.library.opcheck(gather_weight, (x, indices, False), test_utils=CHECKS)

@@ -21,7 +21,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -76,7 +76,8 @@ class NormGradient:
         return self.scale, self.mean, self.mean_g, self.projection
 
 
-class Gather(NamedTuple):
+@dataclass(frozen=True)
+class Gather:
     """Channels gathered from a batch norm's gradient.
 
     Attributes:

@@ -171,7 +171,7 @@ def _save_first(times: Times, path: Path) -> Times:
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
     times: list[float] = []
-    while len(times) < _RUNS and max(times[1:], default=0) < _LONG_MS:
+    while len(times) < 2 or (len(times) < _RUNS and times[-1] < _LONG_MS):
         _synchronize(device)
         start = time.perf_counter()
         run()

@@ -6,7 +6,7 @@ lowering guards on the weight's. `reduced_conv_backward` has a fake kernel of it
 the layout of the results.
 
 Gathers and scatters of weights: of Inductor each shape gets kernels of its own, which are no faster
-than ATen's and take seconds to compile. `gather_rows` and `scatter_rows` are opaque to it. And a
+than ATen's and take seconds to compile. `gather_weight` and `scatter_rows` are opaque to it. And a
 look-up of a few numbers a channel, which Inductor would repeat at every position that they are used
 at, one by one. What `gather_columns` has looked up is read by vectors.
 """
@@ -23,7 +23,7 @@ from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
 __all__ = [
     "conv_backward_flops",
     "gather_columns",
-    "gather_rows",
+    "gather_weight",
     "reduced_conv_backward",
     "scatter_rows",
 ]
@@ -31,11 +31,6 @@ __all__ = [
 aten = torch.ops.aten
 
 _library = torch.library.Library("ssprop", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding,"
-    " int[] dilation, bool transposed, int[] output_padding, SymInt groups, bool[] output_mask,"
-    " bool channels_last) -> (Tensor, Tensor)"
-)
 
 
 def _conv_backward(
@@ -104,32 +99,14 @@ def _fake_conv_backward(
     return empty(input.shape, output_mask[0]), empty(weight.shape, output_mask[1])
 
 
-_library.impl(  # type: ignore[no-untyped-call]
-    "conv_backward", _conv_backward, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("ssprop::conv_backward", _fake_conv_backward, lib=_library)
-
-reduced_conv_backward = torch.ops.ssprop.conv_backward.default
-
-_library.define(  # type: ignore[no-untyped-call]
-    "gather_rows(Tensor x, Tensor indices, bool channels_last) -> Tensor"
-)
-_library.define(  # type: ignore[no-untyped-call]
-    "scatter_rows(Tensor rows, Tensor indices, int count, bool channels_last) -> Tensor"
-)
-_library.define(  # type: ignore[no-untyped-call]
-    "gather_columns(Tensor[] columns, Tensor indices) -> Tensor"
-)
+def _gather_weight(rows: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    """Return `rows[indices]`, [k, ...], of rows, [C, ...]."""
+    return _laid_out(_in_memory(rows, channels_last).index_select(0, indices), channels_last)
 
 
-def _gather_rows(x: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
-    """Return `x[indices]`, [k, ...], of x, [C, ...]."""
-    return _laid_out(_in_memory(x, channels_last).index_select(0, indices), channels_last)
-
-
-def _fake_gather_rows(x: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
-    shape = [indices.shape[0], *x.shape[1:]]
-    return x.new_empty_strided(shape, _strides(shape, channels_last))
+def _fake_gather_weight(rows: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    shape = [indices.shape[0], *rows.shape[1:]]
+    return rows.new_empty_strided(shape, _strides(shape, channels_last))
 
 
 def _scatter_rows(rows: Tensor, indices: Tensor, count: int, channels_last: bool) -> Tensor:
@@ -153,15 +130,36 @@ def _fake_gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
     return columns[0].new_empty(len(columns), indices.shape[0])
 
 
-for _name, _kernel, _fake in (
-    ("gather_rows", _gather_rows, _fake_gather_rows),
-    ("scatter_rows", _scatter_rows, _fake_scatter_rows),
-    ("gather_columns", _gather_columns, _fake_gather_columns),
+for _schema, _kernel, _fake in (
+    (
+        "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride,"
+        " int[] padding, int[] dilation, bool transposed, int[] output_padding, SymInt groups,"
+        " bool[] output_mask, bool channels_last) -> (Tensor, Tensor)",
+        _conv_backward,
+        _fake_conv_backward,
+    ),
+    (
+        "gather_weight(Tensor rows, Tensor indices, bool channels_last) -> Tensor",
+        _gather_weight,
+        _fake_gather_weight,
+    ),
+    (
+        "scatter_rows(Tensor rows, Tensor indices, int count, bool channels_last) -> Tensor",
+        _scatter_rows,
+        _fake_scatter_rows,
+    ),
+    (
+        "gather_columns(Tensor[] columns, Tensor indices) -> Tensor",
+        _gather_columns,
+        _fake_gather_columns,
+    ),
 ):
+    _name = _library.define(_schema)  # type: ignore[no-untyped-call]
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"ssprop::{_name}", _fake, lib=_library)
 
-gather_rows = torch.ops.ssprop.gather_rows.default
+reduced_conv_backward = torch.ops.ssprop.conv_backward.default
+gather_weight = torch.ops.ssprop.gather_weight.default
 scatter_rows = torch.ops.ssprop.scatter_rows.default
 gather_columns = torch.ops.ssprop.gather_columns.default
 

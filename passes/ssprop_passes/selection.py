@@ -239,7 +239,7 @@ def scale_channels(x: Tensor, weights: Tensor) -> Tensor:
 
 def gather_weight(rows: Tensor, indices: Tensor) -> Tensor:
     """Return `rows[indices]`, [k, ...], in the memory format of a weight's rows, [C, ...]."""
-    kept: Tensor = operators.gather_rows(rows, indices, is_channels_last(rows))
+    kept: Tensor = operators.gather_weight(rows, indices, is_channels_last(rows))
     return kept
 
 
