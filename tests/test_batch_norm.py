@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from ssprop_passes.batch_norm import BatchNormGradients
-from ssprop_passes.operators import gather_columns
+from ssprop_passes.operators import gather_columns, gather_norm_gradient
 from ssprop_passes.rewrite import INSERTED_KEY
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -202,6 +202,7 @@ def check_kept(
     norm: Norm,
     x: Tensor,
     gathers: int = 1,
+    own: int = 0,
     kept: Callable[..., Tensor] = kept_of,
     channels_last: bool = True,
     **tolerance: float,
@@ -209,13 +210,15 @@ def check_kept(
     def laid_out(x: Tensor) -> Tensor:
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    with torch.no_grad():
+        output = norm(x)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
     x, grad = laid_out(x).requires_grad_(), laid_out(grad)
     fn = functools.partial(kept, norm, order=LAST[x.ndim] if channels_last else None)
     indices = torch.tensor([4, 0, 3])
     expected = fn(x, grad, indices)
     traced, bn_pass = rewrite(fn, x, grad, indices)
-    assert (bn_pass.squares, bn_pass.gathers) == (0, gathers)
+    assert (bn_pass.squares, bn_pass.gathers, bn_pass.own) == (0, gathers, own)
     found = traced(x, grad, indices)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, **{"rtol": 1e-9, "atol": 1e-12, **tolerance})
@@ -244,6 +247,54 @@ def test_numbers_of_a_channel_are_gathered_first(norm: nn.Module, shape: tuple[i
 def test_kept_channels_of_a_gradient_that_is_rounded() -> None:
     norm = norm_of(nn.BatchNorm2d(6)).float()
     check_kept(norm, data(4, 6, 5, 7, dtype=torch.bfloat16), rtol=2e-2, atol=1e-3)
+
+
+def plain(*shape: int) -> Tensor:
+    """Return random numbers that single precision is enough for."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def feeds(*modules: nn.Module) -> nn.Module:
+    """Return a norm that feeds some modules, in single precision."""
+    norm = norm_of(nn.BatchNorm2d(6))
+    return nn.Sequential(norm, *modules).float().to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("modules", "own"),
+    [
+        ((nn.ReLU(), nn.Conv2d(6, 4, 3)), 1),
+        ((nn.Conv2d(6, 4, 3),), 1),
+        ((nn.ReLU(),), 0),
+        ((nn.SiLU(), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.ReLU6(), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.Threshold(1, 0), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.Threshold(0, 1), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.ReLU(), nn.AvgPool2d(1), nn.Conv2d(6, 4, 3)), 0),
+    ],
+    ids=["relu", "nothing between", "relu alone", "silu", "relu6", "bound", "filled", "pooled"],
+)
+def test_what_lies_in_memory_is_for_the_kernel_of_our_own(
+    modules: tuple[nn.Module, ...], own: int
+) -> None:
+    """The gradient that a convolution hands down, and the output of the ReLU before it."""
+    traced = check_kept(feeds(*modules), plain(4, 6, 5, 7), own=own, rtol=1e-5, atol=1e-5)
+    assert len(traced.graph.find_nodes(op="call_function", target=gather_norm_gradient)) == own
+
+
+def test_a_gradient_that_others_read_too_lies_in_memory() -> None:
+    """As behind a residual connection."""
+
+    def kept(
+        norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]
+    ) -> Tensor:
+        with torch.enable_grad():
+            branch = torch.zeros_like(x).requires_grad_()
+            out = torch.relu(norm(x) + branch)
+            dx, residual = torch.autograd.grad(out, (x, branch), grad)
+        return dx.permute(order)[..., indices] + residual.sum()
+
+    check_kept(feeds(), plain(4, 6, 5, 7), own=1, kept=kept, rtol=1e-5, atol=1e-5)
 
 
 def test_channels_that_are_not_innermost_are_left() -> None:

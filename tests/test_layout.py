@@ -14,7 +14,7 @@ PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subcl
 USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/gate.py",
     "passes/ssprop_passes/graph_pass.py",
-    "passes/ssprop_passes/grouped.py",
+    "passes/ssprop_passes/native.py",
     "passes/ssprop_passes/rewrite.py",
     "ssprop_fx/backend.py",
     "ssprop_fx/capture.py",

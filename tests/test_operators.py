@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from ssprop_passes import grouped, operators
+from ssprop_passes.native import kernel_maybe
 from ssprop_passes.operators import (
     gather_columns,
+    gather_norm_gradient,
     gather_weight,
     reduced_conv_backward,
     scatter_rows,
@@ -26,9 +28,9 @@ def of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _no_kernel_yet() -> Iterator[None]:
-    grouped._compiled_maybe.cache_clear()
+    kernel_maybe.cache_clear()
     yield
-    grouped._compiled_maybe.cache_clear()
+    kernel_maybe.cache_clear()
 
 
 def gradients(
@@ -219,6 +221,65 @@ def test_columns_are_gathered() -> None:
     )
     assert gather_columns(columns, indices).tolist() == [[4.0, 0.0], [10.0, 6.0]]
     torch.library.opcheck(gather_columns, (columns, indices), test_utils=CHECKS)
+
+
+def norm_case(*space: int, is_masked: bool = True) -> list[Any]:
+    g, relu, x = (torch.randn(*space, 21) for _ in range(3))
+    constants = [torch.randn(shape) for shape in ((21,), (1, 21, 1, 1), (1, 21, 1, 1), (21,))]
+    return [g, relu if is_masked else None, x, constants, torch.tensor([20, 3, 4, 17, 0, 9, 11])]
+
+
+def norm_expected(
+    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], at: Tensor
+) -> Tensor:
+    scale, mean, mean_g, projection = (constant.view(-1) for constant in constants)
+    passed = g if relu is None else torch.where(relu <= 0, 0, g)
+    return ((passed - (x - mean) * projection - mean_g) * scale)[..., at]
+
+
+@pytest.mark.parametrize("space", [(5,), (2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_channels_of_a_norms_gradient(space: tuple[int, ...], is_masked: bool) -> None:
+    inputs = norm_case(*space, is_masked=is_masked)
+    torch.testing.assert_close(gather_norm_gradient(*inputs), norm_expected(*inputs))
+    torch.library.opcheck(gather_norm_gradient, tuple(inputs), test_utils=CHECKS)
+
+
+def test_what_is_not_a_number_passes_the_mask_as_in_torch() -> None:
+    g, relu, *others = norm_case(5)
+    g[1, 20], relu[2, 3], relu[3, 4] = float("nan"), float("nan"), float("inf")
+    found = gather_norm_gradient(g, relu, *others)
+    torch.testing.assert_close(found, norm_expected(g, relu, *others), equal_nan=True)
+
+
+def test_tensors_and_indices_that_lie_otherwise() -> None:
+    g, relu, x, constants, indices = norm_case(4, 3)
+    expected = norm_expected(g, relu, x, constants, indices)
+    g, relu, x = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in (g, relu, x))
+    indices = torch.stack([indices.int(), indices.int()], 1)[:, 0]
+    torch.testing.assert_close(gather_norm_gradient(g, relu, x, constants, indices), expected)
+
+
+@pytest.mark.parametrize("index", [21, -1])
+def test_a_channel_that_a_norm_does_not_have(index: int) -> None:
+    *inputs, indices = norm_case(5)
+    with pytest.raises(IndexError, match="out of range"):
+        gather_norm_gradient(*inputs, indices.index_fill(0, torch.tensor(2), index))
+
+
+@pytest.mark.usefixtures("_no_kernel_yet")
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_channels_of_a_norms_gradient_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, is_masked: bool
+) -> None:
+    def fail(source: str) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    inputs = norm_case(5, is_masked=is_masked)
+    with pytest.warns(UserWarning, match="gather_norm_gradient does not compile.*no compiler"):
+        found = gather_norm_gradient(*inputs)
+    torch.testing.assert_close(found, norm_expected(*inputs))
 
 
 @pytest.mark.parametrize(

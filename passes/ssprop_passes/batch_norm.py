@@ -15,10 +15,12 @@ is the gather of the kept channels, so that Inductor computes those alone, and n
 CPU it would look up s, mean, m and p by index at every position. They are gathered first:
 
     dy[:, idx]  ->  s' * (g[:, idx] - (x[:, idx] - mean') * p' - m'),   s' = s[idx] and so on
+
+in a kernel of our own where what it reads lies in memory anyway, of Inductor's where g is still to
+be computed.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,53 +29,15 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass, Previous
-from ssprop_passes.operators import gather_columns
+from ssprop_passes.norm_gather import norm_gradient
+from ssprop_passes.norm_gradient import CASTS, NormGradient, match_norm_gradient_maybe
+from ssprop_passes.operators import gather_columns, gather_norm_gradient
 from ssprop_passes.rewrite import INSERTED_KEY, replace_node, splice, trace
 from ssprop_passes.scores import all_but
 
-__all__ = ["BatchNormGradients", "NormGradient", "match_norm_gradient_maybe"]
+__all__ = ["BatchNormGradients"]
 
 aten = torch.ops.aten
-
-_CASTS = (torch.ops.prims.convert_element_type.default,)
-_VIEWS = (aten.unsqueeze.default, aten.squeeze.dims, aten.view.default)
-
-
-@dataclass(frozen=True)
-class NormGradient:
-    """The gradient that a batch norm in train mode hands down, taken apart.
-
-    Attributes:
-        g: gradient of the norm's output, [N, C, *space].
-        x: the norm's input, [N, C, *space].
-        scale, mean, mean_g, projection: s, mean, m and p above, one number a channel, in any shape
-            that broadcasts.
-        total, dot: `sum(g)` and `sum(g * (x - mean))`, [C].
-        inverse_std: 1 / std, of C elements.
-        eps: what was added to the variance.
-    """
-
-    g: fx.Node
-    x: fx.Node
-    scale: fx.Node
-    mean: fx.Node
-    mean_g: fx.Node
-    projection: fx.Node
-    total: fx.Node
-    dot: fx.Node
-    inverse_std: fx.Node
-    eps: float
-
-    @property
-    def of_squares(self) -> tuple[fx.Node, ...]:
-        """What the sums of squares are made of, but for `eps`."""
-        parts = self.scale, self.mean_g, self.projection, self.total, self.dot, self.inverse_std
-        return self.g, *parts
-
-    @property
-    def constants(self) -> tuple[fx.Node, ...]:
-        """The gradient's one number a channel each."""
-        return self.scale, self.mean, self.mean_g, self.projection
 
 
 @dataclass(frozen=True)
@@ -84,11 +48,13 @@ class Gather:
         gradient: of the norm.
         indices: of the channels, [k].
         order: of the gradient's dimensions, the channels last.
+        written: what the kernel of our own reads, None where the gather is not for it.
     """
 
     gradient: NormGradient
     indices: fx.Node
     order: list[int]
+    written: tuple[fx.Node, fx.Node | None] | None
 
 
 class BatchNormGradients(GraphPass):
@@ -101,6 +67,7 @@ class BatchNormGradients(GraphPass):
     Attributes:
         squares: how many sums of squares were rewritten, after a run.
         gathers: how many gathers of channels were.
+        own: how many of them became a call of a kernel of our own.
     """
 
     def __init__(
@@ -110,7 +77,7 @@ class BatchNormGradients(GraphPass):
     ) -> None:
         super().__init__(previous)
         self.decompositions = decompositions
-        self.squares = self.gathers = 0
+        self.squares = self.gathers = self.own = 0
 
     def identity(self) -> str:
         """Return the same for all: the rewrite depends on the graph alone."""
@@ -118,7 +85,7 @@ class BatchNormGradients(GraphPass):
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite sums over all dimensions but 1 of squared gradients, then gathers."""
-        self.squares = self.gathers = 0
+        self.squares = self.gathers = self.own = 0
         for node in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
             if not node.meta.get(INSERTED_KEY) or node.args[1] != 2:
                 continue
@@ -132,11 +99,18 @@ class BatchNormGradients(GraphPass):
         graph.eliminate_dead_code()
         for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
             gather = _gather_maybe(node)
-            if gather is not None:
-                kept = functools.partial(_kept, gather.order, node.meta["val"].dtype)
-                of = gather.gradient
+            if gather is None:
+                continue
+            of, order, dtype = gather.gradient, gather.order, node.meta["val"].dtype
+            if gather.written is None:
+                kept = functools.partial(_kept, order, dtype)
                 self._replace(node, kept, (gather.indices, of.g, of.x, *of.constants))
-                self.gathers += 1
+            else:
+                g, *relu = (part for part in gather.written if part is not None)
+                own = functools.partial(_kept_by_own_kernel, order)
+                self._replace(node, own, (gather.indices, g, of.x, *of.constants, *relu))
+                self.own += 1
+            self.gathers += 1
 
     def _replace(
         self, node: fx.Node, function: Callable[..., Any], inputs: Sequence[fx.Node]
@@ -147,43 +121,6 @@ class BatchNormGradients(GraphPass):
         (replacement,) = splice(node.graph, node, traced, inputs)
         assert replacement is not None
         replace_node(node, replacement)
-
-
-def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
-    """Return the parts of a batch norm's gradient, None for any other node.
-
-    As the decomposition of `aten.native_batch_norm_backward` computes it. Casts are looked through:
-    under autocast the gradient is rounded at its end, and the sums are those of what was not.
-
-    Args:
-        node: a node of a joint graph.
-    """
-    dy = _strip(node, _CASTS)
-    centred, scale = _operands(dy, aten.mul.Tensor)
-    projected_out, mean_g = _operands(centred, aten.sub.Tensor)
-    g, along = _operands(projected_out, aten.sub.Tensor)
-    x_centred, projection = _operands(along, aten.mul.Tensor)
-    x, mean = _operands(x_centred, aten.sub.Tensor)
-
-    total, share = _operands(_strip(mean_g, _VIEWS), aten.mul.Tensor)
-    dot_share, inverse_variance = _operands(_strip(projection, _VIEWS), aten.mul.Tensor)
-    dot, same_share = _operands(dot_share, aten.mul.Tensor)
-    inverse_std, same_std = _operands(inverse_variance, aten.mul.Tensor)
-    same_g, same_x = _operands(_summed(dot), aten.mul.Tensor)
-    known = (scale, mean, mean_g, projection, total, dot, inverse_std)
-    if None in (g, x, *known) or inverse_std is not same_std or share != same_share:
-        return None
-    if _summed(total) is not g or same_g is not g or _operands(same_x, aten.sub.Tensor)[0] is not x:
-        return None
-    val: Tensor = g.meta["val"]
-    count = val.numel() // val.shape[1]
-    eps = _eps_maybe(x, mean, inverse_std)
-    # The sums are means of all positions of a channel, or the formula is that of something else.
-    if eps is None or not isinstance(share, float) or share != 1 / count:
-        return None
-    if any(part.meta["val"].numel() != val.shape[1] for part in known):
-        return None
-    return NormGradient(g, x, *known, eps)
 
 
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
@@ -205,9 +142,17 @@ def _kept(
 ) -> tuple[Tensor]:
     """Return the channels `indices` of the gradient, which are innermost in `order`."""
     g, x = g.permute(order), x.permute(order)
-    scale, mean, mean_g, projection = gather_columns(constants, indices)
-    kept = (g[..., indices] - (x[..., indices] - mean) * projection - mean_g) * scale
+    kept = norm_gradient(g[..., indices], x[..., indices], gather_columns(constants, indices))
     return (kept.to(dtype),)
+
+
+def _kept_by_own_kernel(
+    order: list[int], indices: Tensor, g: Tensor, x: Tensor, *constants: Tensor
+) -> tuple[Tensor]:
+    """Return the same from what lies in memory; the ReLU's output, if any, is the last."""
+    relu = constants[4].permute(order) if len(constants) > 4 else None
+    kept = gather_norm_gradient(g.permute(order), relu, x.permute(order), constants[:4], indices)
+    return (kept,)
 
 
 def _gather_maybe(node: fx.Node) -> Gather | None:
@@ -227,14 +172,21 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     order, chain = list(range(val.ndim)), [source]
     if source.target is aten.permute.default:
         order, chain = cast(list[int], source.args[1]), [source, cast(fx.Node, source.args[0])]
-    while chain[-1].target in _CASTS:
+    while chain[-1].target in CASTS:
         chain.append(cast(fx.Node, chain[-1].args[0]))
     gradient = match_norm_gradient_maybe(chain[-1])
     if gradient is None or order[-1] != 1 or any(len(link.users) > 1 for link in chain):
         return None
     dtypes = {part.meta["val"].dtype for part in gradient.constants}
-    is_plain = len(dtypes) == 1 and gradient.x.meta["val"].shape == gradient.g.meta["val"].shape
-    return Gather(gradient, indices, order) if is_plain else None
+    if len(dtypes) > 1 or gradient.x.meta["val"].shape != gradient.g.meta["val"].shape:
+        return None
+    written = gradient.written_maybe
+    is_single = dtypes | {val.dtype} == {torch.float32}
+    if written is not None and is_single:
+        read = [part.meta["val"] for part in (*written, gradient.x) if part is not None]
+        if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):
+            return Gather(gradient, indices, order, written)
+    return Gather(gradient, indices, order, None)
 
 
 def _sum_by_channel_maybe(node: fx.Node) -> fx.Node | None:
@@ -250,45 +202,4 @@ def _sum_by_channel_maybe(node: fx.Node) -> fx.Node | None:
         if not set(dims) <= set(left) or (len(dims) < len(left) and 0 in dims):
             return None
         left = [d for d in left if d not in dims]
-    return node
-
-
-def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
-    """Return what was added to the variance of `x`, None if these are not its mean and 1 / std."""
-    root = _strip(inverse_std, _VIEWS + _CASTS)
-    if not isinstance(root, fx.Node) or root.target is not aten.rsqrt.default:
-        return None
-    variance, eps = _operands(root.args[0], aten.add.Tensor)
-    moments, is_mean = _operands(_strip(mean, _VIEWS + _CASTS), operator.getitem)
-    same_moments, is_variance = _operands(_strip(variance, _VIEWS), operator.getitem)
-    if moments is None or moments is not same_moments or (is_variance, is_mean) != (0, 1):
-        return None
-    if moments.target is not aten.var_mean.correction or moments.kwargs.get("correction") != 0:
-        return None
-    of = cast(fx.Node, moments.args[0])
-    over = moments.args[1]
-    is_of_x = _strip(of, _CASTS) is _strip(x, _CASTS) and over == all_but(of.meta["val"], 1)
-    return eps if is_of_x and isinstance(eps, float) else None
-
-
-def _summed(node: Any) -> Any:
-    """Return what a node sums over all dimensions but 1, None for any other node."""
-    is_sum = isinstance(node, fx.Node) and node.target is aten.sum.dim_IntList
-    if not is_sum or len(node.args) > 2:
-        return None
-    x = node.args[0]
-    return x if sorted(node.args[1]) == all_but(x.meta["val"], 1) else None
-
-
-def _operands(node: Any, target: Any) -> Sequence[Any]:
-    """Return the two operands of a node that calls `target`, (None, None) for any other."""
-    if isinstance(node, fx.Node) and node.target is target and not node.kwargs:
-        return node.args
-    return None, None
-
-
-def _strip(node: Any, targets: Sequence[Any]) -> Any:
-    """Return what a chain of such calls begins with."""
-    while isinstance(node, fx.Node) and node.target in targets:
-        node = node.args[0]
     return node

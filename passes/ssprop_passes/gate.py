@@ -39,6 +39,9 @@ __all__ = ["Gate", "measure", "why_slower"]
 # long, one other is enough: what disturbs a run for a moment weighs little then.
 _RUNS, _LONG_MS = 3, 10
 
+# Random numbers drawn for a tensor: a prime number, so that no two channels are alike.
+_DRAWN = 65_521
+
 
 class Gate:
     """Says which sites are worth making sparse.
@@ -214,7 +217,10 @@ def _random_like(value: Tensor, shares: int = 1) -> Tensor:
     """Return random numbers of the layout of a fake tensor, of one share of its batch."""
     sizes, strides = list(hinted(value).shape), _hinted_strides(value)
     sizes[0] = -(-sizes[0] // shares)
-    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).normal_()
+    count = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    # The same numbers again and again: to draw as many takes longer than the runs do.
+    drawn = torch.randn(min(count, _DRAWN), dtype=value.dtype, device=value.device)
+    return drawn.repeat(-(-count // len(drawn))).as_strided(sizes, strides)
 
 
 def _hinted_strides(value: Tensor) -> list[int]:

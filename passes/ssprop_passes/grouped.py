@@ -2,19 +2,16 @@
 
 oneDNN's vectors hold the output channels of one group. Of 16, three or four are kept, and this
 gradient takes hardly less time than the dense one. Here vectors hold input channels, and the time
-goes with the channels kept: `grouped.cpp`, compiled on first use, as Inductor compiles its own.
-
-Private torch: `CppCodeCache`, which knows the compiler, its flags and the folder for what it makes.
+goes with the channels kept: `grouped_grad_weight.cpp`.
 """
 
 import ctypes
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ssprop_passes.native import COUNT, POINTER, kernel_maybe
 
 __all__ = ["grouped_grad_weight", "grouped_kernel_maybe"]
 
@@ -50,7 +47,9 @@ def grouped_kernel_maybe(
         and input.is_contiguous(memory_format=torch.channels_last)
         and grad_output.is_contiguous(memory_format=torch.channels_last)
     )
-    return _compiled_maybe() if is_suited else None
+    if not is_suited:
+        return None
+    return kernel_maybe("grouped_grad_weight", *[POINTER] * 4, COUNT, COUNT)
 
 
 def grouped_grad_weight(
@@ -93,22 +92,3 @@ def grouped_grad_weight(
     )
     grad_weight: Tensor = out.to(weight.dtype)
     return grad_weight
-
-
-@cache
-def _compiled_maybe() -> Callable[..., None] | None:
-    """Return the compiled `grouped.cpp`; None, after a warning, where it does not compile."""
-    from torch._inductor.codecache import CppCodeCache
-
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, count, count)
-    try:
-        return prototype(("grouped_grad_weight", CppCodeCache.load(source)))
-    except Exception as error:
-        warnings.warn(
-            "the kernel for grouped convolutions does not compile, and ATen's slower one is used:"
-            f" {error}",
-            stacklevel=2,
-        )
-        return None

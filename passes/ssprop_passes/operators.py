@@ -8,7 +8,8 @@ the layout of the results.
 Gathers and scatters of weights: of Inductor each shape gets kernels of its own, which are no faster
 than ATen's and take seconds to compile. `gather_weight` and `scatter_rows` are opaque to it. And a
 look-up of a few numbers a channel, which Inductor would repeat at every position that they are used
-at, one by one. What `gather_columns` has looked up is read by vectors.
+at, one by one. What `gather_columns` has looked up is read by vectors; `gather_norm_gradient` looks
+up by vectors.
 """
 
 import math
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ssprop_passes import norm_gather
 from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
 
 __all__ = [
     "conv_backward_flops",
     "gather_columns",
+    "gather_norm_gradient",
     "gather_weight",
     "reduced_conv_backward",
     "scatter_rows",
@@ -121,13 +124,14 @@ def _fake_scatter_rows(rows: Tensor, indices: Tensor, count: int, channels_last:
     return rows.new_empty_strided(shape, _strides(shape, channels_last))
 
 
-def _gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
-    """Return each of R columns at `indices`, [R, k]; columns are of C elements and any shape."""
-    return torch.stack([column.reshape(-1).index_select(0, indices) for column in columns])
-
-
 def _fake_gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
     return columns[0].new_empty(len(columns), indices.shape[0])
+
+
+def _fake_gather_norm_gradient(
+    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], indices: Tensor
+) -> Tensor:
+    return g.new_empty(*g.shape[:-1], indices.shape[0])
 
 
 for _schema, _kernel, _fake in (
@@ -150,8 +154,14 @@ for _schema, _kernel, _fake in (
     ),
     (
         "gather_columns(Tensor[] columns, Tensor indices) -> Tensor",
-        _gather_columns,
+        norm_gather.gather_columns,
         _fake_gather_columns,
+    ),
+    (
+        "gather_norm_gradient(Tensor g, Tensor? relu, Tensor x, Tensor[] constants,"
+        " Tensor indices) -> Tensor",
+        norm_gather.gather_norm_gradient,
+        _fake_gather_norm_gradient,
     ),
 ):
     _name = _library.define(_schema)  # type: ignore[no-untyped-call]
@@ -162,6 +172,7 @@ reduced_conv_backward = torch.ops.ssprop.conv_backward.default
 gather_weight = torch.ops.ssprop.gather_weight.default
 scatter_rows = torch.ops.ssprop.scatter_rows.default
 gather_columns = torch.ops.ssprop.gather_columns.default
+gather_norm_gradient = torch.ops.ssprop.gather_norm_gradient.default
 
 
 def conv_backward_flops(

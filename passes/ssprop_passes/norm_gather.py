@@ -1,0 +1,68 @@
+"""Channels gathered from a batch norm's gradient on a CPU, by `gather_norm_gradient.cpp`.
+
+Inductor has a kernel of its own for each shape, which takes a second to compile and looks the
+channels up one by one. This one is compiled once for all of them, and looks up vectors of channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssprop_passes.native import COUNT, POINTER, kernel_maybe
+
+__all__ = ["gather_columns", "gather_norm_gradient", "norm_gradient"]
+
+
+def norm_gradient(g: Tensor, x: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    """Return a batch norm's gradient, in the shape of g, from what a `NormGradient` names."""
+    scale, mean, mean_g, projection = constants
+    return (g - (x - mean) * projection - mean_g) * scale
+
+
+def gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
+    """Return each of R columns at `indices`, [R, k]; columns are of C elements and any shape."""
+    return torch.stack([column.reshape(-1).index_select(0, indices) for column in columns])
+
+
+def gather_norm_gradient(
+    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], indices: Tensor
+) -> Tensor:
+    """Return the channels `indices` of a batch norm's gradient, [..., k].
+
+    Args:
+        g: gradient of the norm's output, [..., C], float32, on a CPU; of the output of the ReLU
+            that the norm feeds where `relu` is given.
+        relu: output of that ReLU, in the shape of g.
+        x: the norm's input, in the shape of g.
+        constants: scale, mean, mean gradient and projection, of C elements each.
+        indices: of the channels, [k].
+
+    Raises:
+        IndexError: there is no such channel.
+    """
+    # Says so of indices that are out of range.
+    columns = gather_columns(constants, indices)
+    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 4)
+    if kernel is None:
+        kept = g[..., indices]
+        if relu is not None:
+            kept = torch.where(relu[..., indices] <= 0, 0, kept)
+        return norm_gradient(kept, x[..., indices], columns.unbind())
+    g, x, indices = g.contiguous(), x.contiguous(), indices.long().contiguous()
+    relu = None if relu is None else relu.contiguous()
+    channels = g.shape[-1]
+    out = g.new_empty(*g.shape[:-1], len(indices))
+    kernel(
+        g.data_ptr(),
+        None if relu is None else relu.data_ptr(),
+        x.data_ptr(),
+        columns.data_ptr(),
+        indices.data_ptr(),
+        out.data_ptr(),
+        g.numel() // channels,
+        channels,
+        len(indices),
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,162 @@
+"""A batch norm's gradient, taken apart: found in a joint graph by what it computes."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from ssprop_passes.rewrite import INSERTED_KEY
+from ssprop_passes.scores import all_but
+
+__all__ = ["CASTS", "NormGradient", "match_norm_gradient_maybe", "operands", "strip"]
+
+aten = torch.ops.aten
+
+CASTS = (torch.ops.prims.convert_element_type.default,)
+_VIEWS = (aten.unsqueeze.default, aten.squeeze.dims, aten.view.default)
+_ALIASES = (aten.alias.default, aten.detach.default)
+
+# The norm itself reads g for its sum, for its products with x and in the gradient.
+_READS = 3
+
+
+@dataclass(frozen=True)
+class NormGradient:
+    """The gradient that a batch norm in train mode hands down, taken apart.
+
+    Attributes:
+        g: gradient of the norm's output, [N, C, *space].
+        x: the norm's input, [N, C, *space].
+        scale, mean, mean_g, projection: s, mean, m and p above, one number a channel, in any shape
+            that broadcasts.
+        total, dot: `sum(g)` and `sum(g * (x - mean))`, [C].
+        inverse_std: 1 / std, of C elements.
+        eps: what was added to the variance.
+    """
+
+    g: fx.Node
+    x: fx.Node
+    scale: fx.Node
+    mean: fx.Node
+    mean_g: fx.Node
+    projection: fx.Node
+    total: fx.Node
+    dot: fx.Node
+    inverse_std: fx.Node
+    eps: float
+
+    @property
+    def of_squares(self) -> tuple[fx.Node, ...]:
+        """What the sums of squares are made of, but for `eps`."""
+        parts = self.scale, self.mean_g, self.projection, self.total, self.dot, self.inverse_std
+        return self.g, *parts
+
+    @property
+    def constants(self) -> tuple[fx.Node, ...]:
+        """The gradient's one number a channel each."""
+        return self.scale, self.mean, self.mean_g, self.projection
+
+    @property
+    def written_maybe(self) -> tuple[fx.Node, fx.Node | None] | None:
+        """What the gradient can be read from that lies in memory anyway, None if that is not so.
+
+        That is g, if others read it as well, or an operator returns it that no compiler fuses with
+        what reads it; or such a gradient of the output of a ReLU that the norm feeds, and the
+        output of that ReLU.
+        """
+        readers = [user for user in self.g.users if not user.meta.get(INSERTED_KEY)]
+        if self.g.target is operator.getitem or len(readers) > _READS:
+            return self.g, None
+        condition, zero, grad = _three(self.g, aten.where.self)
+        activation, bound = operands(condition, aten.le.Scalar)
+        relu = strip(activation, _ALIASES)
+        targets = [getattr(node, "target", None) for node in (relu, zero, grad)]
+        if targets != [aten.relu.default, aten.scalar_tensor.default, operator.getitem]:
+            return None
+        return (grad, relu) if bound == 0 and zero.args[0] == 0 else None
+
+
+def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
+    """Return the parts of a batch norm's gradient, None for any other node.
+
+    As the decomposition of `aten.native_batch_norm_backward` computes it. Casts are looked through:
+    under autocast the gradient is rounded at its end, and the sums are those of what was not.
+
+    Args:
+        node: a node of a joint graph.
+    """
+    dy = strip(node, CASTS)
+    centred, scale = operands(dy, aten.mul.Tensor)
+    projected_out, mean_g = operands(centred, aten.sub.Tensor)
+    g, along = operands(projected_out, aten.sub.Tensor)
+    x_centred, projection = operands(along, aten.mul.Tensor)
+    x, mean = operands(x_centred, aten.sub.Tensor)
+
+    total, share = operands(strip(mean_g, _VIEWS), aten.mul.Tensor)
+    dot_share, inverse_variance = operands(strip(projection, _VIEWS), aten.mul.Tensor)
+    dot, same_share = operands(dot_share, aten.mul.Tensor)
+    inverse_std, same_std = operands(inverse_variance, aten.mul.Tensor)
+    same_g, same_x = operands(_summed(dot), aten.mul.Tensor)
+    known = (scale, mean, mean_g, projection, total, dot, inverse_std)
+    if None in (g, x, *known) or inverse_std is not same_std or share != same_share:
+        return None
+    if _summed(total) is not g or same_g is not g or operands(same_x, aten.sub.Tensor)[0] is not x:
+        return None
+    val: Tensor = g.meta["val"]
+    count = val.numel() // val.shape[1]
+    eps = _eps_maybe(x, mean, inverse_std)
+    # The sums are means of all positions of a channel, or the formula is that of something else.
+    if eps is None or not isinstance(share, float) or share != 1 / count:
+        return None
+    if any(part.meta["val"].numel() != val.shape[1] for part in known):
+        return None
+    return NormGradient(g, x, *known, eps)
+
+
+def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
+    """Return what was added to the variance of `x`, None if these are not its mean and 1 / std."""
+    root = strip(inverse_std, _VIEWS + CASTS)
+    if not isinstance(root, fx.Node) or root.target is not aten.rsqrt.default:
+        return None
+    variance, eps = operands(root.args[0], aten.add.Tensor)
+    moments, is_mean = operands(strip(mean, _VIEWS + CASTS), operator.getitem)
+    same_moments, is_variance = operands(strip(variance, _VIEWS), operator.getitem)
+    if moments is None or moments is not same_moments or (is_variance, is_mean) != (0, 1):
+        return None
+    if moments.target is not aten.var_mean.correction or moments.kwargs.get("correction") != 0:
+        return None
+    of = cast(fx.Node, moments.args[0])
+    over = moments.args[1]
+    is_of_x = strip(of, CASTS) is strip(x, CASTS) and over == all_but(of.meta["val"], 1)
+    return eps if is_of_x and isinstance(eps, float) else None
+
+
+def _summed(node: Any) -> Any:
+    """Return what a node sums over all dimensions but 1, None for any other node."""
+    is_sum = isinstance(node, fx.Node) and node.target is aten.sum.dim_IntList
+    if not is_sum or len(node.args) > 2:
+        return None
+    x = node.args[0]
+    return x if sorted(node.args[1]) == all_but(x.meta["val"], 1) else None
+
+
+def operands(node: Any, target: Any) -> Sequence[Any]:
+    """Return the two operands of a node that calls `target`, (None, None) for any other."""
+    if isinstance(node, fx.Node) and node.target is target and not node.kwargs:
+        return node.args
+    return None, None
+
+
+def _three(node: Any, target: Any) -> Sequence[Any]:
+    """Return the three operands of a node that calls `target`, None for each of any other."""
+    return node.args if isinstance(node, fx.Node) and node.target is target else (None,) * 3
+
+
+def strip(node: Any, targets: Sequence[Any]) -> Any:
+    """Return what a chain of such calls begins with."""
+    while isinstance(node, fx.Node) and node.target in targets:
+        node = node.args[0]
+    return node
