@@ -32,7 +32,7 @@ from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.norm_gather import norm_gradient
 from ssprop_passes.norm_gradient import CASTS, NormGradient, match_norm_gradient_maybe
 from ssprop_passes.operators import gather_columns, gather_norm_gradient
-from ssprop_passes.rewrite import INSERTED_KEY, replace_node, splice, trace
+from ssprop_passes.rewrite import INSERTED_KEY, Replacer, replace_node
 from ssprop_passes.scores import all_but
 
 __all__ = ["BatchNormGradients"]
@@ -76,7 +76,7 @@ class BatchNormGradients(GraphPass):
         decompositions: Callable[[], dict[Any, Callable[..., Any]]],
     ) -> None:
         super().__init__(previous)
-        self.decompositions = decompositions
+        self._replacer = Replacer(decompositions)
         self.squares = self.gathers = self.own = 0
 
     def identity(self) -> str:
@@ -92,8 +92,7 @@ class BatchNormGradients(GraphPass):
             match = match_norm_gradient_maybe(node.args[0])
             total = _sum_by_channel_maybe(node)
             if match is not None and total is not None:
-                squares_by_channel = functools.partial(_squares, match.eps)
-                self._replace(total, squares_by_channel, match.of_squares)
+                self._replace(total, _squares, (match.eps,), match.of_squares)
                 self.squares += 1
         # What read a gradient for its squares does so no longer.
         graph.eliminate_dead_code()
@@ -103,22 +102,25 @@ class BatchNormGradients(GraphPass):
                 continue
             of, order, dtype = gather.gradient, gather.order, node.meta["val"].dtype
             if gather.written is None:
-                kept = functools.partial(_kept, order, dtype)
-                self._replace(node, kept, (gather.indices, of.g, of.x, *of.constants))
+                inputs = gather.indices, of.g, of.x, *of.constants
+                self._replace(node, _kept, (order, dtype), inputs)
             else:
                 g, *relu = (part for part in gather.written if part is not None)
-                own = functools.partial(_kept_by_own_kernel, order)
-                self._replace(node, own, (gather.indices, g, of.x, *of.constants, *relu))
+                inputs = gather.indices, g, of.x, *of.constants, *relu
+                self._replace(node, _kept_by_own_kernel, (order,), inputs)
                 self.own += 1
             self.gathers += 1
 
     def _replace(
-        self, node: fx.Node, function: Callable[..., Any], inputs: Sequence[fx.Node]
+        self,
+        node: fx.Node,
+        function: Callable[..., Any],
+        settings: tuple[Any, ...],
+        inputs: Sequence[fx.Node],
     ) -> None:
-        """Put a function of some nodes in the place of a node."""
-        fake_mode = node.meta["val"].fake_mode
-        traced = trace(function, inputs, fake_mode, self.decompositions())
-        (replacement,) = splice(node.graph, node, traced, inputs)
+        """Put a function of some settings and nodes in the place of a node."""
+        fn, key = functools.partial(function, *settings), (function, str(settings))
+        (replacement,) = self._replacer.insert(node, fn, inputs, key)
         assert replacement is not None
         replace_node(node, replacement)
 

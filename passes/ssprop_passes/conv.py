@@ -9,7 +9,7 @@ On the joint graph every convolution of every model is this one node, whatever i
               dw = zeros.index_put([idx], dw_k)
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -222,6 +222,11 @@ class ConvMatch(SiteMatch):
     def wanted(self) -> tuple[bool, bool, bool]:
         """Which gradients are computed, that of the bias by this node or another."""
         return (*self.output_mask[:2], self.output_mask[2] or self.bias_sum is not None)
+
+    @property
+    def form(self) -> Hashable:
+        """Its parameters, and which gradients are computed."""
+        return self.geometry, self.wanted
 
     def flops_of(self, mask: Sequence[bool]) -> int:
         """Return the floating-point operations of gradients of input and weight."""

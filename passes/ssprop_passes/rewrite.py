@@ -1,25 +1,24 @@
-"""Trace a replacement function and splice it into a graph in place of a node.
+"""Trace a replacement function and put it into a graph in place of a node.
 
 Private torch: `make_fx`'s dispatcher context, `ShapeEnv` via the fake mode, node metadata.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "INSERTED_KEY",
+    "Replacer",
     "find_sum_maybe",
     "replace_node",
     "replace_outputs",
-    "splice",
-    "trace",
 ]
 
 # Marks, in `node.meta`, what a pass inserted, so that a second run leaves it alone.
@@ -29,47 +28,78 @@ INSERTED_KEY = "ssprop"
 _INHERITED = ("stack_trace", "seq_nr", "custom", "fwd_nn_module_stack", "fwd_source_fn_stack")
 
 
-def trace(
-    fn: Callable[..., Any],
-    inputs: Sequence[fx.Node],
-    fake_mode: FakeTensorMode,
-    decompositions: dict[Any, Callable[..., Any]],
-) -> fx.GraphModule:
-    """Trace `fn` on the fake values of `inputs` into a graph of aten operators.
+class Replacer:
+    """Traces functions of nodes, and puts copies of what it traced into graphs.
 
     Args:
-        fn: a function of as many tensors as `inputs`.
-        inputs: nodes that carry `meta["val"]`.
-        fake_mode: the mode that owns these values; its shape environment gets the new symbols.
-        decompositions: decomposition table of the compiler that the graph is for.
-
-    Returns:
-        The traced graph module; each of its nodes carries `meta["val"]`.
+        decompositions: returns the decomposition table of the compiler that the graphs are for.
     """
+
+    def __init__(self, decompositions: Callable[[], dict[Any, Callable[..., Any]]]) -> None:
+        self.decompositions = decompositions
+        self._traced: dict[Hashable, fx.GraphModule] = {}
+
+    def insert(
+        self,
+        before: fx.Node,
+        fn: Callable[..., Any],
+        inputs: Sequence[fx.Node],
+        key: Hashable = None,
+    ) -> tuple[fx.Node | None, ...]:
+        """Insert what a function computes before a backward node, as aten operators.
+
+        Writes to an input go to the end of the graph. What reads an input that is written is never
+        moved to the forward, which would see the value before the backwards that come in between.
+
+        Args:
+            before: the node that this is going to replace; its metadata is inherited.
+            fn: a function of as many tensors or numbers as `inputs`, which returns a tuple.
+            inputs: nodes that carry `meta["val"]`.
+            key: says what `fn` computes, if that depends on nothing else but the form of the
+                inputs: it is traced once for all that are alike. By default it always is.
+
+        Returns:
+            The nodes that stand for what the function returns.
+        """
+        form = None if key is None else _form_maybe(inputs)
+        if form is None:
+            return _splice(before, self._trace(fn, inputs), inputs)
+        known = self._traced.get((key, form))
+        traced = known or self._traced.setdefault((key, form), self._trace(fn, inputs))
+        return _splice(before, traced, inputs, with_own_values=known is not None)
+
+    def _trace(self, fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
+        values = [node.meta["val"] for node in inputs]
+        # Its shape environment gets the new symbols.
+        with _fake_mode(inputs), enable_python_dispatcher():
+            traced = make_fx(fn, self.decompositions(), tracing_mode="real")(*values)
+        traced.graph.eliminate_dead_code()
+        return traced
+
+
+def _fake_mode(nodes: Sequence[fx.Node]) -> FakeTensorMode:
+    values = (node.meta["val"] for node in nodes)
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def _form_maybe(inputs: Sequence[fx.Node]) -> Hashable:
+    """Return all that a trace sees of its inputs, None where it would see symbols."""
     values = [node.meta["val"] for node in inputs]
-    with fake_mode, enable_python_dispatcher():
-        traced = make_fx(fn, decompositions, tracing_mode="real")(*values)
-    traced.graph.eliminate_dead_code()
-    return traced
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    form = tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
+    numbers = [n for shape, stride, *_ in form for n in (*shape, *stride)]
+    return form if all(isinstance(n, int) for n in numbers) else None
 
 
-def splice(
-    graph: fx.Graph, before: fx.Node, traced: fx.GraphModule, inputs: Sequence[fx.Node]
+def _splice(
+    before: fx.Node,
+    traced: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    with_own_values: bool = False,
 ) -> tuple[fx.Node | None, ...]:
-    """Copy a traced graph into `graph` before a backward node.
-
-    Writes to an input go to the end of `graph`. What reads an input that is written is never moved
-    to the forward, which would see the value before the backwards that come in between.
-
-    Args:
-        graph: the joint graph.
-        before: the node that the copy is going to replace; its metadata is inherited.
-        traced: graph module with as many placeholders as `inputs` has entries.
-        inputs: nodes of `graph` to stand for the placeholders.
-
-    Returns:
-        The nodes that stand for the traced graph's outputs.
-    """
+    """Copy a traced graph before a node; with fake values of its own if the trace's have a node."""
+    graph = before.graph
     environment: dict[fx.Node, fx.Node] = {}
     remaining = iter(inputs)
     written = {node.args[0] for node in traced.graph.nodes if _is_write(node)}
@@ -87,10 +117,19 @@ def splice(
                 copy.meta.update(inherited, **{INSERTED_KEY: True})
                 is_bound = _is_write(node) or not written.isdisjoint(node.all_input_nodes)
                 copy.meta["partitioner_tag"] = "must_be_in_backward" if is_bound else "is_backward"
+                if with_own_values:
+                    copy.meta["val"] = _value(copy, inputs)
                 environment[node] = copy
                 if _is_write(node):
                     end.prepend(copy)
     return tuple(None if out is None else environment[out] for out in outputs)
+
+
+def _value(node: fx.Node, inputs: Sequence[fx.Node]) -> Any:
+    """Return the fake value of a node, from those of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    with _fake_mode(inputs), enable_python_dispatcher():
+        return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def replace_node(node: fx.Node, replacement: fx.Node) -> None:

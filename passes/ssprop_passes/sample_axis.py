@@ -5,14 +5,13 @@ site that is rewritten, nearest the loss, chooses; the nodes of its choice are i
 other site's replacement.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ssprop_passes.rewrite import splice, trace
+from ssprop_passes.rewrite import Replacer
 from ssprop_passes.samples import Samples, choose_samples, size_hint
 from ssprop_passes.selection import Selection, dims_order, with_order
 from ssprop_passes.sites import MIN_KEEP_COUNT, SiteMatch
@@ -38,11 +37,11 @@ class SampleAxis:
         self,
         batch: int,
         selection: Selection,
-        decompositions: Callable[[], dict[Any, Callable[..., Any]]],
+        replacer: Replacer,
     ) -> None:
         self.batch = batch
         self.selection = selection
-        self.decompositions = decompositions
+        self._replacer = replacer
         self._chosen: tuple[fx.Node, ...] = ()
 
     @property
@@ -86,7 +85,8 @@ class SampleAxis:
                 for gradient, order in zip(gradients, orders, strict=True)
             )
 
-        match.replace(self._splice(graph, match.node, replacement, *match.inputs, *self._chosen))
+        inputs = [*match.inputs, *self._chosen]
+        match.replace(self._replacer.insert(match.node, replacement, inputs))
 
     def _choose(
         self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int, rows: int
@@ -99,15 +99,8 @@ class SampleAxis:
             indices, weights = choose_samples(self.selection, grad_output, input_, k, rows)
             return (indices,) if weights is None else (indices, weights)
 
-        chosen = self._splice(graph, match.node, choice, keep_counts, *match.inputs[:2])
+        chosen = self._replacer.insert(match.node, choice, [keep_counts, *match.inputs[:2]])
         self._chosen = cast(tuple[fx.Node, ...], chosen)
-
-    def _splice(
-        self, graph: fx.Graph, before: fx.Node, function: Callable[..., Any], *inputs: fx.Node
-    ) -> tuple[fx.Node | None, ...]:
-        fake_mode = inputs[0].meta["val"].fake_mode
-        traced = trace(function, inputs, fake_mode, self.decompositions())
-        return splice(graph, before, traced, inputs)
 
     def _rows_maybe(self, match: SiteMatch) -> int:
         """Return how many rows of grad_output each sample has, 0 where that is no known number."""

@@ -1,7 +1,7 @@
 """Sites: what the pass knows of a backward that it can make sparse, and what became of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,14 @@ class SiteMatch(ABC):
 
         Where there is None, what computes the dense gradient stays, marked with `INSERTED_KEY`.
         """
+
+    @property
+    def form(self) -> Hashable:
+        """What `backward` depends on besides its arguments, None where that is not told.
+
+        Sites that are alike in this and in the form of their inputs are traced once.
+        """
+        return None
 
     @property
     def flops(self) -> int:

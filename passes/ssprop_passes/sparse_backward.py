@@ -24,7 +24,7 @@ from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY, Remembered
-from ssprop_passes.rewrite import INSERTED_KEY, splice, trace
+from ssprop_passes.rewrite import INSERTED_KEY, Replacer
 from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, dims_order, with_order
 from ssprop_passes.sites import (
@@ -88,13 +88,13 @@ class SparseBackwardPass(GraphPass):
         self.excluded = excluded
         self.layers = layers
         self.slot_count = slot_count
-        self.decompositions = decompositions
+        self._replacer = Replacer(decompositions)
         self.selection = selection
         self.gate = gate
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
         self.telemetry = telemetry
-        self.samples = None if batch is None else SampleAxis(batch, selection, decompositions)
+        self.samples = None if batch is None else SampleAxis(batch, selection, self._replacer)
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -171,7 +171,7 @@ class SparseBackwardPass(GraphPass):
         def read(keep_counts: Tensor) -> tuple[int]:
             return (read_keep_count(keep_counts, slot, limit, block),)
 
-        (count,) = self._splice(graph, match.node, read, [keep_counts])
+        (count,) = self._replacer.insert(match.node, read, [keep_counts])
         assert count is not None
         return count
 
@@ -208,7 +208,9 @@ class SparseBackwardPass(GraphPass):
             ]
             return *laid_out, *rows
 
-        outputs = self._splice(graph, match.node, replacement, inputs)
+        k = None if self.constants is None else self.constants[slot]
+        key = None if match.form is None else (match.form, str(orders), k)
+        outputs = self._replacer.insert(match.node, replacement, inputs, key)
         match.replace(outputs[:3])
         return outputs[3] if self.telemetry else None
 
@@ -220,18 +222,7 @@ class SparseBackwardPass(GraphPass):
             write_rows(table, rows, positions)
             return ()
 
-        self._splice(graph, graph.output_node(), write, [table, *rows.values()])
-
-    def _splice(
-        self,
-        graph: fx.Graph,
-        before: fx.Node,
-        function: Callable[..., Any],
-        inputs: Sequence[fx.Node],
-    ) -> tuple[fx.Node | None, ...]:
-        fake_mode = inputs[0].meta["val"].fake_mode
-        traced = trace(function, inputs, fake_mode, self.decompositions())
-        return splice(graph, before, traced, inputs)
+        self._replacer.insert(graph.output_node(), write, [table, *rows.values()])
 
 
 def _memory_maybe(match: SiteMatch) -> Any:

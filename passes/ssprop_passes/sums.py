@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass
-from ssprop_passes.rewrite import replace_node, splice, trace
+from ssprop_passes.rewrite import Replacer, replace_node
 
 __all__ = ["TwoStepSums"]
 
@@ -45,10 +45,11 @@ class TwoStepSums(GraphPass):
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite each such sum of a backward."""
+        replacer = Replacer(dict)
         for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
             first = _first_step_maybe(node)
             if first is not None:
-                _split(graph, node, first)
+                _split(replacer, node, first)
 
 
 def _first_step_maybe(node: fx.Node) -> int | None:
@@ -72,7 +73,7 @@ def _first_step_maybe(node: fx.Node) -> int | None:
     return first if is_large else None
 
 
-def _split(graph: fx.Graph, node: fx.Node, first: int) -> None:
+def _split(replacer: Replacer, node: fx.Node, first: int) -> None:
     """Replace a sum by one over `first` and one over the rest."""
     x, (_, dims, *keepdim) = _input(node), cast(tuple[Any, ...], node.args)
     dtype = cast(torch.dtype, node.kwargs.get("dtype") or x.meta["val"].dtype)
@@ -83,8 +84,8 @@ def _split(graph: fx.Graph, node: fx.Node, first: int) -> None:
         rows = x.sum(first, keepdim=True, dtype=wide)
         return (rows.sum(dims, *keepdim, dtype=dtype),)
 
-    traced = trace(in_two_steps, [x], x.meta["val"].fake_mode, {})
-    (total,) = splice(graph, node, traced, [x])
+    key = first, tuple(dims), tuple(keepdim), dtype
+    (total,) = replacer.insert(node, in_two_steps, [x], key)
     assert total is not None
     replace_node(node, total)
 
