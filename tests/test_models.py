@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
 
 MODELS = ("resnet18", "vgg11", "vgg11_bn", "densenet121", "regnety_002")
-SLOWER = ("vgg11_bn", "densenet121", "regnety_002")
+SLOWER = ("vgg11", "vgg11_bn", "densenet121", "regnety_002")
 SPARED = ("regnety_002", 0.8)
 SIZE = 64
 

@@ -129,9 +129,8 @@ replace_file(Path(sys.argv[1]), write)
     assert [row["step"] for row in rows(folder / "steps.csv")] == ["0", "1"]
 
 
-@pytest.mark.parametrize(
-    "stop_at", [pytest.param(STEPS_PER_EPOCH + 4, marks=pytest.mark.slow), STEPS_PER_EPOCH - 1]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [STEPS_PER_EPOCH + 4, STEPS_PER_EPOCH - 1])
 def test_ctrl_c_and_resume_end_with_the_weights_of_the_whole_run(
     whole_run, tmp_path, monkeypatch, capsys, stop_at
 ):
