@@ -69,6 +69,24 @@ def test_tensors_that_differ_in_more_than_shape_are_not_alike(other: Tensor) -> 
     assert replace_sines(sines(torch.randn(3, 4), other), "rows").calls == 2
 
 
+def test_an_input_that_is_given_twice_is_not_like_two() -> None:
+    """Whichever comes first."""
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    for order in ((0, 1), (1, 0)):
+        traced = sines(x, y)
+        first, second = traced.graph.find_nodes(op="call_function", target=aten.sin.default)
+        pairs = [(first.args[0], first.args[0]), (first.args[0], second.args[0])]
+        replacer = Replacer(dict)
+        for i in order:
+            node = (first, second)[i]
+            (difference,) = replacer.insert(node, lambda a, b: (a - 2 * b,), pairs[i], "same")
+            replace_node(node, difference)
+        traced.recompile()
+        found = traced(x, y)
+        torch.testing.assert_close(found[0], -x)
+        torch.testing.assert_close(found[1], x - 2 * y)
+
+
 def test_what_has_symbols_is_traced_anew() -> None:
     inputs = torch.randn(3, 4), torch.randn(3, 4)
     assert replace_sines(sines(*inputs, mode="symbolic"), "rows").calls == 2

@@ -89,7 +89,9 @@ def _form_maybe(inputs: Sequence[fx.Node]) -> Hashable:
         return None
     form = tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
     numbers = [n for shape, stride, *_ in form for n in (*shape, *stride)]
-    return form if all(isinstance(n, int) for n in numbers) else None
+    # A trace tells an input that is given twice from two inputs.
+    same = tuple(next(i for i, other in enumerate(values) if other is v) for v in values)
+    return (form, same) if all(isinstance(n, int) for n in numbers) else None
 
 
 def _splice(
