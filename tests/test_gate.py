@@ -259,3 +259,16 @@ def test_highest_is_the_highest_of_all_steps(schedule: object) -> None:
 def test_gate_must_be_a_bool() -> None:
     with pytest.raises(TypeError, match="gate must be True or False"):
         SparsityConfig(gate="measured")
+
+
+def test_random_tensors_lie_as_those_they_stand_for() -> None:
+    """And no two channels are alike, though few numbers are drawn."""
+    x = torch.empty(5, 8, 64, 64).to(memory_format=torch.channels_last)
+    found = ssprop_passes.gate._random_like(x, shares=2)
+    assert found.shape == (3, 8, 64, 64)
+    assert found.stride() == x.stride()
+    channels = found.transpose(0, 1).flatten(1)
+    assert len(channels.unique(dim=0)) == 8
+    assert bool((channels.std(1) - 1).abs().max() < 0.05)
+    row = ssprop_passes.gate._random_like(torch.empty(6, 1, dtype=torch.float64).expand(6, 4))
+    assert (row.stride(), row.dtype) == ((1, 0), torch.float64)

@@ -15,7 +15,14 @@ print(*sorted(name for name in new if name.split(".")[:2] in HEAVY))
 
 
 def test_importing_the_package_imports_no_compiler() -> None:
-    heavy = [["torch", "_inductor"], ["torch", "_dynamo"], ["sympy"], ["timm"], ["torchvision"]]
+    heavy = [
+        ["torch", "_inductor"],
+        ["torch", "_dynamo"],
+        ["sympy"],
+        ["triton"],
+        ["timm"],
+        ["torchvision"],
+    ]
     heavy += [["lightning"], ["pytorch_lightning"], ["transformers"]]
     program = PROGRAM.replace("HEAVY", repr(heavy))
     done = subprocess.run(

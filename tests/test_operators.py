@@ -17,6 +17,7 @@ from ssprop_passes.operators import (
 )
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
+from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
 
@@ -209,6 +210,16 @@ def test_a_kernel_that_does_not_compile_is_told_and_not_needed(
         actual, expected, masks = gradients(3, 16, 5)
     assert masks == [[True, True]]
     check(actual, expected)
+
+
+@pytest.mark.parametrize(("mask", "products"), [((True, True), 2), ((False, True), 1)])
+def test_its_operations_are_known_to_torch(mask: tuple[bool, bool], products: int) -> None:
+    operators.register_flops()
+    tensors = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5), torch.randn(3, 4, 1, 1)
+    with FlopCounterMode(display=False) as counter:
+        reduced_conv_backward(*tensors, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(mask), False)
+    # A multiply-add for each of 4 sources at each of 2 * 3 * 5 * 5 results.
+    assert counter.get_total_flops() == products * 2 * 4 * 150
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

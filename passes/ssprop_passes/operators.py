@@ -14,10 +14,10 @@ up by vectors.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssprop_passes import norm_gather
 from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
@@ -28,6 +28,7 @@ __all__ = [
     "gather_norm_gradient",
     "gather_weight",
     "reduced_conv_backward",
+    "register_flops",
     "scatter_rows",
 ]
 
@@ -191,7 +192,17 @@ def conv_backward_flops(
     return 2 * positions * math.prod(weight_shape[1:]) * sum(output_mask[:2])
 
 
-@register_flop_formula(torch.ops.ssprop.conv_backward)
+@cache
+def register_flops() -> None:
+    """Tell `torch.utils.flop_counter` what the reduced convolution takes.
+
+    Not on import: that module imports Triton, which takes longer than all of this package.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.ssprop.conv_backward)(_reduced_flops)
+
+
 def _reduced_flops(
     grad_output_shape: Sequence[int],
     input_shape: Sequence[int],

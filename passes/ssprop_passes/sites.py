@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import flop_registry
 
 from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.samples import Samples
@@ -264,6 +263,9 @@ def matrix_product_flops(node: fx.Node) -> int:
 
     Formulas are those of `torch.utils.flop_counter`. Symbolic sizes count at their hint.
     """
+    # Not on import: it imports Triton.
+    from torch.utils.flop_counter import flop_registry
+
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in flop_registry:
         return 0

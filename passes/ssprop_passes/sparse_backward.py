@@ -24,6 +24,7 @@ from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY, Remembered
+from ssprop_passes.operators import register_flops
 from ssprop_passes.rewrite import INSERTED_KEY, Replacer
 from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, dims_order, with_order
@@ -110,6 +111,8 @@ class SparseBackwardPass(GraphPass):
 
     def transform(self, graph: fx.Graph) -> None:
         """Rewrite every site that has a slot; record all of them."""
+        # What runs after this pass may ask for them.
+        register_flops()
         inputs = find_inputs(graph)
         keep_counts = None
         if self.constants is None:
