@@ -64,9 +64,10 @@ class Replacer:
         form = None if key is None else _form_maybe(inputs)
         if form is None:
             return _splice(before, self._trace(fn, inputs), inputs)
-        known = self._traced.get((key, form))
-        traced = known or self._traced.setdefault((key, form), self._trace(fn, inputs))
-        return _splice(before, traced, inputs, with_own_values=known is not None)
+        is_known = (key, form) in self._traced
+        if not is_known:
+            self._traced[key, form] = self._trace(fn, inputs)
+        return _splice(before, self._traced[key, form], inputs, with_own_values=is_known)
 
     def _trace(self, fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
         values = [node.meta["val"] for node in inputs]

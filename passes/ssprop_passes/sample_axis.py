@@ -57,11 +57,10 @@ class SampleAxis:
             return "how many rows a sample has in its input changes from call to call"
         return reason
 
-    def rewrite(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
+    def rewrite(self, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
         """Make the gradients of a site from the samples that all sites share.
 
         Args:
-            graph: the joint graph.
             match: the site.
             keep_counts: the runtime sparsity tensor.
             slot: of the site's layer: the first site's holds the count of samples to keep.
@@ -69,7 +68,7 @@ class SampleAxis:
         rows = self._rows_maybe(match)
         assert rows
         if not self._chosen:
-            self._choose(graph, match, keep_counts, slot, rows)
+            self._choose(match, keep_counts, slot, rows)
         orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
         def replacement(*tensors: Tensor) -> Any:
@@ -88,9 +87,7 @@ class SampleAxis:
         inputs = [*match.inputs, *self._chosen]
         match.replace(self._replacer.insert(match.node, replacement, inputs))
 
-    def _choose(
-        self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int, rows: int
-    ) -> None:
+    def _choose(self, match: SiteMatch, keep_counts: fx.Node, slot: int, rows: int) -> None:
         def choice(keep_counts: Tensor, grad_output: Tensor, input_: Tensor) -> tuple[Tensor, ...]:
             batch = grad_output.shape[0] // rows
             k = cast(int, keep_counts[slot].item())

@@ -132,14 +132,14 @@ class SparseBackwardPass(GraphPass):
                 site = self._judge(match, site)
                 if not site.reason and self.samples:
                     assert keep_counts is not None, "samples have no constant keep counts"
-                    self.samples.rewrite(graph, match, keep_counts, site.slot)
+                    self.samples.rewrite(match, keep_counts, site.slot)
                 elif not site.reason:
                     size = len(self.selection.remembers)
                     begin = (_memory_maybe(match) or 0) * size
                     memory = memories[begin : begin + size]
                     if keep_counts is not None and site.slot not in counts:
-                        counts[site.slot] = self._read(graph, match, keep_counts, site.slot)
-                    row = self._rewrite(graph, match, counts.get(site.slot), site.slot, memory)
+                        counts[site.slot] = self._read(match, keep_counts, site.slot)
+                    row = self._rewrite(match, counts.get(site.slot), site.slot, memory)
                     if row is not None:
                         # Of a layer that is called several times, the last call in the backward.
                         rows[site.slot] = row
@@ -164,7 +164,7 @@ class SparseBackwardPass(GraphPass):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 
-    def _read(self, graph: fx.Graph, match: SiteMatch, keep_counts: fx.Node, slot: int) -> fx.Node:
+    def _read(self, match: SiteMatch, keep_counts: fx.Node, slot: int) -> fx.Node:
         """Read a slot's keep count, in blocks, before the first site of the slot.
 
         Once for all of them: torch would merge two reads, and know nothing of the second's symbol.
@@ -180,7 +180,6 @@ class SparseBackwardPass(GraphPass):
 
     def _rewrite(
         self,
-        graph: fx.Graph,
         match: SiteMatch,
         count: fx.Node | None,
         slot: int,
