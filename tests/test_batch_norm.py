@@ -1,21 +1,15 @@
 """A batch norm's gradient: where its squares and gathers are found, and that they are right."""
 
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
+from norms import Norm, data, norm_of, rewrite, trace
 from ssprop_passes.batch_norm import BatchNormGradients
-from ssprop_passes.operators import gather_columns, gather_norm_gradient
-from ssprop_passes.rewrite import INSERTED_KEY
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.compilers import inductor_decompositions
-
-Norm = Callable[[Tensor], Tensor]
 
 
 def squares_of(norm: Norm, x: Tensor, grad: Tensor, over: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -26,29 +20,6 @@ def squares_of(norm: Norm, x: Tensor, grad: Tensor, over: tuple[tuple[int, ...],
     for dims in over:
         squares = squares.sum(dims)
     return squares
-
-
-def trace(fn: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
-    tracer = make_fx(
-        fn, inductor_decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
-    )
-    return tracer(*inputs)
-
-
-def rewrite(
-    fn: Callable[..., Tensor], *inputs: Tensor
-) -> tuple[fx.GraphModule, BatchNormGradients]:
-    """Trace a function, run the pass on it as if squares and gathers were the sparse backward's."""
-    traced = trace(fn, *inputs)
-    for node in traced.graph.nodes:
-        if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
-            node.meta[INSERTED_KEY] = True
-    found = BatchNormGradients(None, inductor_decompositions)
-    found.transform(traced.graph)
-    traced.graph.eliminate_dead_code()
-    traced.graph.lint()
-    traced.recompile()
-    return traced, found
 
 
 def check(
@@ -63,22 +34,6 @@ def check(
     found = traced(x, grad)
     assert bool((expected > 0).all())
     torch.testing.assert_close(found, expected, **{"rtol": 1e-9, "atol": 0.0, **tolerance})
-
-
-def data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return random numbers with another mean and spread a channel, the first one's tiny."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    channels = [-1 if d == 1 else 1 for d in range(len(shape))]
-    spread = torch.logspace(-3, 1, shape[1], dtype=torch.float64).view(channels)
-    mean = torch.linspace(-3, 4, shape[1], dtype=torch.float64).view(channels)
-    return (x * spread + mean).to(dtype)
-
-
-def norm_of(norm: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.copy_(torch.linspace(-2, 3.5, parameter.numel()))
-    return norm.double()
 
 
 @pytest.mark.parametrize(
@@ -184,149 +139,6 @@ def test_what_is_not_finite_is_found() -> None:
         assert traced(x, grad).isfinite().tolist() == [True, True, False, True, True, True]
 
 
-def kept_of(
-    norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...] | None
-) -> Tensor:
-    """Return channels of the gradient of x, which are gathered with the dimensions in `order`."""
-    with torch.enable_grad():
-        (dx,) = torch.autograd.grad(norm(x), x, grad)
-    if order is None:
-        return dx[:, indices]
-    return dx.permute(order)[..., indices]
-
-
-LAST = {2: None, 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
-
-
-def check_kept(
-    norm: Norm,
-    x: Tensor,
-    gathers: int = 1,
-    own: int = 0,
-    kept: Callable[..., Tensor] = kept_of,
-    channels_last: bool = True,
-    **tolerance: float,
-) -> fx.GraphModule:
-    def laid_out(x: Tensor) -> Tensor:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
-
-    with torch.no_grad():
-        output = norm(x)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    x, grad = laid_out(x).requires_grad_(), laid_out(grad)
-    fn = functools.partial(kept, norm, order=LAST[x.ndim] if channels_last else None)
-    indices = torch.tensor([4, 0, 3])
-    expected = fn(x, grad, indices)
-    traced, bn_pass = rewrite(fn, x, grad, indices)
-    assert (bn_pass.squares, bn_pass.gathers, bn_pass.own) == (0, gathers, own)
-    found = traced(x, grad, indices)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, **{"rtol": 1e-9, "atol": 1e-12, **tolerance})
-    return traced
-
-
-@pytest.mark.parametrize(
-    ("norm", "shape"),
-    [
-        (nn.BatchNorm2d(6), (4, 6, 5, 7)),
-        (nn.BatchNorm2d(6, affine=False), (4, 6, 5, 7)),
-        (nn.BatchNorm1d(6), (8, 6)),
-        (nn.BatchNorm1d(6), (4, 6, 9)),
-        (nn.BatchNorm3d(6), (2, 6, 3, 4, 5)),
-    ],
-    ids=["2d", "not affine", "matrix", "1d", "3d"],
-)
-def test_numbers_of_a_channel_are_gathered_first(norm: nn.Module, shape: tuple[int, ...]) -> None:
-    traced = check_kept(norm_of(norm), data(*shape))
-    (gather,) = traced.graph.find_nodes(op="call_function", target=gather_columns)
-    # Scale, mean, mean gradient and projection.
-    columns = gather.args[0]
-    assert [column.meta["val"].numel() for column in columns] == [6, 6, 6, 6]
-
-
-def test_kept_channels_of_a_gradient_that_is_rounded() -> None:
-    norm = norm_of(nn.BatchNorm2d(6)).float()
-    check_kept(norm, data(4, 6, 5, 7, dtype=torch.bfloat16), rtol=2e-2, atol=1e-3)
-
-
-def plain(*shape: int) -> Tensor:
-    """Return random numbers that single precision is enough for."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def feeds(*modules: nn.Module) -> nn.Module:
-    """Return a norm that feeds some modules, in single precision."""
-    norm = norm_of(nn.BatchNorm2d(6))
-    return nn.Sequential(norm, *modules).float().to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    ("modules", "own"),
-    [
-        ((nn.ReLU(), nn.Conv2d(6, 4, 3)), 1),
-        ((nn.Conv2d(6, 4, 3),), 1),
-        ((nn.ReLU(),), 0),
-        ((nn.SiLU(), nn.Conv2d(6, 4, 3)), 0),
-        ((nn.ReLU6(), nn.Conv2d(6, 4, 3)), 0),
-        ((nn.Threshold(1, 0), nn.Conv2d(6, 4, 3)), 0),
-        ((nn.Threshold(0, 1), nn.Conv2d(6, 4, 3)), 0),
-        ((nn.ReLU(), nn.AvgPool2d(1), nn.Conv2d(6, 4, 3)), 0),
-    ],
-    ids=["relu", "nothing between", "relu alone", "silu", "relu6", "bound", "filled", "pooled"],
-)
-def test_what_lies_in_memory_is_for_the_kernel_of_our_own(
-    modules: tuple[nn.Module, ...], own: int
-) -> None:
-    """The gradient that a convolution hands down, and the output of the ReLU before it."""
-    traced = check_kept(feeds(*modules), plain(4, 6, 5, 7), own=own, rtol=1e-5, atol=1e-5)
-    assert len(traced.graph.find_nodes(op="call_function", target=gather_norm_gradient)) == own
-
-
-def test_a_gradient_that_others_read_too_lies_in_memory() -> None:
-    """As behind a residual connection."""
-
-    def kept(
-        norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]
-    ) -> Tensor:
-        with torch.enable_grad():
-            branch = torch.zeros_like(x).requires_grad_()
-            out = torch.relu(norm(x) + branch)
-            dx, residual = torch.autograd.grad(out, (x, branch), grad)
-        return dx.permute(order)[..., indices] + residual.sum()
-
-    check_kept(feeds(), plain(4, 6, 5, 7), own=1, kept=kept, rtol=1e-5, atol=1e-5)
-
-
-def test_channels_that_are_not_innermost_are_left() -> None:
-    check_kept(norm_of(nn.BatchNorm2d(6)), data(4, 6, 5, 7), gathers=0, channels_last=False)
-
-
-def test_kept_channels_of_other_gradients_are_left() -> None:
-    check_kept(nn.GroupNorm(3, 6).double(), data(4, 6, 5, 7), gathers=0)
-
-
-def test_a_gradient_that_others_read_is_left() -> None:
-    """It is written for them, and the gather reads it."""
-
-    def kept(
-        norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]
-    ) -> Tensor:
-        with torch.enable_grad():
-            (dx,) = torch.autograd.grad(norm(x), x, grad)
-        return dx.permute(order)[..., indices] * dx.abs().sum()
-
-    check_kept(norm_of(nn.BatchNorm2d(6)), data(4, 6, 5, 7), gathers=0, kept=kept)
-
-
-def test_gathers_of_others_are_left() -> None:
-    fn = functools.partial(kept_of, norm_of(nn.BatchNorm1d(6)), order=None)
-    x, grad = data(8, 6).requires_grad_(), data(8, 6)
-    traced = trace(fn, x, grad, torch.tensor([4, 0]))
-    bn_pass = BatchNormGradients(None, dict)
-    bn_pass.transform(traced.graph)
-    assert bn_pass.gathers == 0
-
-
 class Net(nn.Module):
     """Convolutions before a norm, and one before none."""
 
@@ -346,6 +158,7 @@ class Net(nn.Module):
         pytest.param("l2", False, torch.float64, (2, 0, 0), marks=pytest.mark.slow),
         pytest.param("l2", True, torch.float64, (2, 2, 0), marks=pytest.mark.slow),
         ("l2", True, torch.float32, (2, 2, 2)),
+        pytest.param("l2", True, torch.bfloat16, (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("mean_abs", True, torch.float64, (0, 0, 0), marks=pytest.mark.slow),
     ],
 )
@@ -356,6 +169,7 @@ def test_gradients_under_inductor(
     dtype: torch.dtype,
     counts: tuple[int, int, int],
 ) -> None:
+    """In bfloat16 under autocast."""
     found: list[tuple[int, int, int]] = []
 
     class Recording(BatchNormGradients):
@@ -368,8 +182,10 @@ def test_gradients_under_inductor(
 
     monkeypatch.setattr("ssprop_fx.backend.BatchNormGradients", Recording)
     torch.manual_seed(0)
-    model = Net().to(dtype)
-    x = torch.randn(4, 3, 12, 12, dtype=dtype)
+    is_half = dtype == torch.bfloat16
+    stored = torch.float32 if is_half else dtype
+    model = Net().to(stored)
+    x = torch.randn(4, 3, 12, 12, dtype=stored)
     if channels_last:
         model, x = (part.to(memory_format=torch.channels_last) for part in (model, x))
     gradients = []
@@ -378,8 +194,14 @@ def test_gradients_under_inductor(
         config = SparsityConfig(score=score, gate=False)
         scheduler = SparsityScheduler(constant(0.7))
         compiled = ssprop_compile(model, scheduler, config=config, backend=backend)
-        compiled(x).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            output = compiled(x)
+        output.to(stored).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (1e-4, 1e-6)
+    rtol, atol = {
+        torch.float64: (1e-9, 1e-12),
+        torch.float32: (1e-4, 1e-6),
+        torch.bfloat16: (5e-2, 1e-3),
+    }[dtype]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=rtol, atol=atol)
     assert found == [counts]

@@ -234,8 +234,8 @@ def test_columns_are_gathered() -> None:
     torch.library.opcheck(gather_columns, (columns, indices), test_utils=CHECKS)
 
 
-def norm_case(*space: int, is_masked: bool = True) -> list[Any]:
-    g, relu, x = (torch.randn(*space, 21) for _ in range(3))
+def norm_case(*space: int, is_masked: bool = True, dtype: torch.dtype = torch.float32) -> list[Any]:
+    g, relu, x = (torch.randn(*space, 21).to(dtype) for _ in range(3))
     constants = [torch.randn(shape) for shape in ((21,), (1, 21, 1, 1), (1, 21, 1, 1), (21,))]
     return [g, relu if is_masked else None, x, constants, torch.tensor([20, 3, 4, 17, 0, 9, 11])]
 
@@ -245,19 +245,38 @@ def norm_expected(
 ) -> Tensor:
     scale, mean, mean_g, projection = (constant.view(-1) for constant in constants)
     passed = g if relu is None else torch.where(relu <= 0, 0, g)
-    return ((passed - (x - mean) * projection - mean_g) * scale)[..., at]
+    return ((passed - (x - mean) * projection - mean_g) * scale)[..., at].to(g.dtype)
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@DTYPES
 @pytest.mark.parametrize("space", [(5,), (2, 3, 4), (0, 3)])
 @pytest.mark.parametrize("is_masked", [True, False])
-def test_channels_of_a_norms_gradient(space: tuple[int, ...], is_masked: bool) -> None:
-    inputs = norm_case(*space, is_masked=is_masked)
+def test_channels_of_a_norms_gradient(
+    space: tuple[int, ...], is_masked: bool, dtype: torch.dtype
+) -> None:
+    inputs = norm_case(*space, is_masked=is_masked, dtype=dtype)
     torch.testing.assert_close(gather_norm_gradient(*inputs), norm_expected(*inputs))
     torch.library.opcheck(gather_norm_gradient, tuple(inputs), test_utils=CHECKS)
 
 
-def test_what_is_not_a_number_passes_the_mask_as_in_torch() -> None:
-    g, relu, *others = norm_case(5)
+def test_numbers_are_rounded_as_torch_rounds() -> None:
+    """Of two that are as near the even one: 1 + 2**-8 and 1 + 3 * 2**-8 lie between two each."""
+    halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), float("nan")])
+    scale = torch.cat([halves, -halves, 10 * torch.randn(13)])
+    none, g = torch.zeros(21), torch.randn(500, 21).to(torch.bfloat16)
+    g[0] = 1
+    constants = [scale, none, none, none]
+    found = gather_norm_gradient(g, None, g, constants, torch.arange(21))
+    expected = (g * scale).to(torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+def test_what_is_not_a_number_passes_the_mask_as_in_torch(dtype: torch.dtype) -> None:
+    g, relu, *others = norm_case(5, dtype=dtype)
     g[1, 20], relu[2, 3], relu[3, 4] = float("nan"), float("nan"), float("inf")
     found = gather_norm_gradient(g, relu, *others)
     torch.testing.assert_close(found, norm_expected(g, relu, *others), equal_nan=True)
@@ -278,16 +297,17 @@ def test_a_channel_that_a_norm_does_not_have(index: int) -> None:
         gather_norm_gradient(*inputs, indices.index_fill(0, torch.tensor(2), index))
 
 
+@DTYPES
 @pytest.mark.usefixtures("_no_kernel_yet")
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_channels_of_a_norms_gradient_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, is_masked: bool
+    monkeypatch: pytest.MonkeyPatch, is_masked: bool, dtype: torch.dtype
 ) -> None:
     def fail(source: str) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
-    inputs = norm_case(5, is_masked=is_masked)
+    inputs = norm_case(5, is_masked=is_masked, dtype=dtype)
     with pytest.warns(UserWarning, match="gather_norm_gradient does not compile.*no compiler"):
         found = gather_norm_gradient(*inputs)
     torch.testing.assert_close(found, norm_expected(*inputs))

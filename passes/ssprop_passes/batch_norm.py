@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass, Previous
-from ssprop_passes.norm_gather import norm_gradient
+from ssprop_passes.norm_gather import DTYPES, norm_gradient
 from ssprop_passes.norm_gradient import CASTS, NormGradient, match_norm_gradient_maybe
 from ssprop_passes.operators import gather_columns, gather_norm_gradient
 from ssprop_passes.rewrite import INSERTED_KEY, Replacer, replace_node
@@ -54,7 +54,7 @@ class Gather:
     gradient: NormGradient
     indices: fx.Node
     order: list[int]
-    written: tuple[fx.Node, fx.Node | None] | None
+    written: tuple[fx.Node, fx.Node, fx.Node | None] | None
 
 
 class BatchNormGradients(GraphPass):
@@ -105,8 +105,8 @@ class BatchNormGradients(GraphPass):
                 inputs = gather.indices, of.g, of.x, *of.constants
                 self._replace(node, _kept, (order, dtype), inputs)
             else:
-                g, *relu = (part for part in gather.written if part is not None)
-                inputs = gather.indices, g, of.x, *of.constants, *relu
+                g, x, *relu = (part for part in gather.written if part is not None)
+                inputs = gather.indices, g, x, *of.constants, *relu
                 self._replace(node, _kept_by_own_kernel, (order,), inputs)
                 self.own += 1
             self.gathers += 1
@@ -183,9 +183,8 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     if len(dtypes) > 1 or gradient.x.meta["val"].shape != gradient.g.meta["val"].shape:
         return None
     written = gradient.written_maybe
-    is_single = dtypes | {val.dtype} == {torch.float32}
-    if written is not None and is_single:
-        read = [part.meta["val"] for part in (*written, gradient.x) if part is not None]
+    if written is not None and val.dtype in DTYPES and dtypes == {torch.float32}:
+        read = [part.meta["val"] for part in written if part is not None]
         if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):
             return Gather(gradient, indices, order, written)
     return Gather(gradient, indices, order, None)

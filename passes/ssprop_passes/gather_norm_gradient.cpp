@@ -2,42 +2,74 @@
 //
 //   out[p, j] = ((g[p, c] - (x[p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j],  c = at[j]
 //
-// with 0 for g[p, c] where a ReLU's output, if one is given, is not above zero.
+// with 0 for g[p, c] where a ReLU's output, if one is given, is not above zero. Tensors are float32 or
+// bfloat16, and are read as the bits of either; what is one number a channel is float32.
 
 #include <omp.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
 
-template <bool MASKED>
+// The bits of a number as those of a float32.
+inline uint32_t widened(uint32_t bits) { return bits; }
+inline uint32_t widened(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
+
+inline float number(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void store(float value, uint32_t* to) { std::memcpy(to, &value, sizeof value); }
+
+// Rounds to the nearest, and of two that are as near to the even one; NaN stays NaN.
+inline void store(float value, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *to = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
+}
+
+template <typename Bits, bool MASKED>
 void gather(
-    const float* g, const float* relu, const float* x, const float* columns, const int32_t* at,
-    float* out, int64_t positions, int64_t channels, int64_t kept, int64_t threads) {
+    const Bits* g, const Bits* relu, const Bits* x, const float* columns, const int32_t* at,
+    Bits* out, int64_t positions, int64_t channels, int64_t kept, int64_t threads) {
   const float *scale = columns, *mean = scale + kept, *mean_g = mean + kept;
   const float* projection = mean_g + kept;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t p = 0; p < positions; ++p) {
     const int64_t first = p * channels;
-    float* row = out + p * kept;
+    Bits* row = out + p * kept;
 #pragma omp simd
     for (int64_t j = 0; j < kept; ++j) {
-      // Read whether it is masked or not: a branch would keep this loop from being vectorised.
-      float value = g[first + at[j]];
-      if (MASKED) value = relu[first + at[j]] <= 0.0f ? 0.0f : value;
-      row[j] = (value - (x[first + at[j]] - mean[j]) * projection[j] - mean_g[j]) * scale[j];
+      uint32_t bits = widened(g[first + at[j]]);
+      // A mask, as a branch or a choice would keep this loop from being vectorised.
+      if (MASKED) bits &= -static_cast<uint32_t>(!(number(widened(relu[first + at[j]])) <= 0.0f));
+      const float centred = number(widened(x[first + at[j]])) - mean[j];
+      store((number(bits) - centred * projection[j] - mean_g[j]) * scale[j], row + j);
     }
   }
+}
+
+template <typename Bits>
+void gather(
+    const void* g, const void* relu, const void* x, const float* columns, const int32_t* at,
+    void* out, int64_t positions, int64_t channels, int64_t kept, int64_t threads) {
+  (relu ? gather<Bits, true> : gather<Bits, false>)(
+      static_cast<const Bits*>(g), static_cast<const Bits*>(relu), static_cast<const Bits*>(x),
+      columns, at, static_cast<Bits*>(out), positions, channels, kept, threads);
 }
 
 }  // namespace
 
 extern "C" void gather_norm_gradient(
-    const float* g, const float* relu, const float* x, const float* columns,
-    const int64_t* indices, float* out, int64_t positions, int64_t channels, int64_t kept,
+    const void* g, const void* relu, const void* x, const float* columns, const int64_t* indices,
+    void* out, int64_t positions, int64_t channels, int64_t kept, int64_t is_single,
     int64_t threads) {
   const std::vector<int32_t> at(indices, indices + kept);
-  (relu ? gather<true> : gather<false>)(
+  (is_single ? gather<uint32_t> : gather<uint16_t>)(
       g, relu, x, columns, at.data(), out, positions, channels, kept, threads);
 }

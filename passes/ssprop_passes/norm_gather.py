@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ssprop_passes.native import COUNT, POINTER, kernel_maybe
 
-__all__ = ["gather_columns", "gather_norm_gradient", "norm_gradient"]
+__all__ = ["DTYPES", "gather_columns", "gather_norm_gradient", "norm_gradient"]
+
+# Of the tensors that the kernel reads.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def norm_gradient(g: Tensor, x: Tensor, constants: Sequence[Tensor]) -> Tensor:
@@ -31,11 +34,11 @@ def gather_norm_gradient(
     """Return the channels `indices` of a batch norm's gradient, [..., k].
 
     Args:
-        g: gradient of the norm's output, [..., C], float32, on a CPU; of the output of the ReLU
-            that the norm feeds where `relu` is given.
-        relu: output of that ReLU, in the shape of g.
-        x: the norm's input, in the shape of g.
-        constants: scale, mean, mean gradient and projection, of C elements each.
+        g: gradient of the norm's output, [..., C], of one of `DTYPES`, on a CPU; of the output of
+            the ReLU that the norm feeds where `relu` is given.
+        relu: output of that ReLU, in the shape and dtype of g.
+        x: the norm's input, in the shape and dtype of g.
+        constants: scale, mean, mean gradient and projection, of C elements each, float32.
         indices: of the channels, [k].
 
     Raises:
@@ -43,12 +46,12 @@ def gather_norm_gradient(
     """
     # Says so of indices that are out of range.
     columns = gather_columns(constants, indices)
-    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 4)
+    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 5)
     if kernel is None:
         kept = g[..., indices]
         if relu is not None:
             kept = torch.where(relu[..., indices] <= 0, 0, kept)
-        return norm_gradient(kept, x[..., indices], columns.unbind())
+        return norm_gradient(kept, x[..., indices], columns.unbind()).to(g.dtype)
     g, x, indices = g.contiguous(), x.contiguous(), indices.long().contiguous()
     relu = None if relu is None else relu.contiguous()
     channels = g.shape[-1]
@@ -63,6 +66,7 @@ def gather_norm_gradient(
         g.numel() // channels,
         channels,
         len(indices),
+        g.dtype is torch.float32,
         torch.get_num_threads(),
     )
     return out

@@ -60,23 +60,35 @@ class NormGradient:
         return self.scale, self.mean, self.mean_g, self.projection
 
     @property
-    def written_maybe(self) -> tuple[fx.Node, fx.Node | None] | None:
+    def written_maybe(self) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         """What the gradient can be read from that lies in memory anyway, None if that is not so.
 
         That is g, if others read it as well, or an operator returns it that no compiler fuses with
-        what reads it; or such a gradient of the output of a ReLU that the norm feeds, and the
-        output of that ReLU.
+        what reads it; or such a gradient of the output of a ReLU that the norm feeds. Then x, and
+        the output of that ReLU, if it is needed. Under autocast these are what was cast to be
+        summed, in the dtype that it has in memory.
         """
-        readers = [user for user in self.g.users if not user.meta.get(INSERTED_KEY)]
-        if self.g.target is operator.getitem or len(readers) > _READS:
-            return self.g, None
-        condition, zero, grad = _three(self.g, aten.where.self)
+        g, x = strip(self.g, CASTS), strip(self.x, CASTS)
+        if g.target is operator.getitem or self._is_read_elsewhere:
+            return g, x, None
+        condition, zero, grad = _three(g, aten.where.self)
         activation, bound = operands(condition, aten.le.Scalar)
         relu = strip(activation, _ALIASES)
         targets = [getattr(node, "target", None) for node in (relu, zero, grad)]
         if targets != [aten.relu.default, aten.scalar_tensor.default, operator.getitem]:
             return None
-        return (grad, relu) if bound == 0 and zero.args[0] == 0 else None
+        return (grad, x, relu) if bound == 0 and zero.args[0] == 0 else None
+
+    @property
+    def _is_read_elsewhere(self) -> bool:
+        """Whether anything but this norm reads g, or what g is cast from."""
+        node, own_reads = self.g, _READS
+        while True:
+            if sum(not user.meta.get(INSERTED_KEY) for user in node.users) > own_reads:
+                return True
+            if node.target not in CASTS:
+                return False
+            node, own_reads = cast(fx.Node, node.args[0]), 1
 
 
 def match_norm_gradient_maybe(node: Any) -> NormGradient | None:

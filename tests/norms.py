@@ -1,0 +1,52 @@
+"""Batch norms for tests, and a joint graph's pass run on what reads their gradients."""
+
+from collections.abc import Callable
+
+import torch
+from ssprop_passes.batch_norm import BatchNormGradients
+from ssprop_passes.rewrite import INSERTED_KEY
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ssprop_fx.compilers import inductor_decompositions
+
+Norm = Callable[[Tensor], Tensor]
+
+
+def trace(fn: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    tracer = make_fx(
+        fn, inductor_decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
+    )
+    return tracer(*inputs)
+
+
+def rewrite(
+    fn: Callable[..., Tensor], *inputs: Tensor
+) -> tuple[fx.GraphModule, BatchNormGradients]:
+    """Trace a function, run the pass on it as if squares and gathers were the sparse backward's."""
+    traced = trace(fn, *inputs)
+    for node in traced.graph.nodes:
+        if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
+            node.meta[INSERTED_KEY] = True
+    found = BatchNormGradients(None, inductor_decompositions)
+    found.transform(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    return traced, found
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return random numbers with another mean and spread a channel, the first one's tiny."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    channels = [-1 if d == 1 else 1 for d in range(len(shape))]
+    spread = torch.logspace(-3, 1, shape[1], dtype=torch.float64).view(channels)
+    mean = torch.linspace(-3, 4, shape[1], dtype=torch.float64).view(channels)
+    return (x * spread + mean).to(dtype)
+
+
+def norm_of(norm: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.linspace(-2, 3.5, parameter.numel()))
+    return norm.double()
