@@ -149,6 +149,7 @@ def test_caches_off_give_the_same(cache: Path, cold: dict) -> None:
     assert off["gradients"] == cold["gradients"]
 
 
+@pytest.mark.slow
 def test_a_cache_without_our_records_still_knows_its_sites(cache: Path, cold: dict) -> None:
     for record in (cache / "ssprop").iterdir():
         record.unlink()

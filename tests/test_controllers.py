@@ -193,7 +193,7 @@ def test_dense_phases_stay_dense_and_rates_of_layers_stay() -> None:
 
 
 @pytest.mark.parametrize("loads_first", [True, False])
-@pytest.mark.parametrize("at", [9, 14])
+@pytest.mark.parametrize("at", [9, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(at: int, loads_first: bool) -> None:
     """Between a backward that is told of and the decision on it, and else."""
 

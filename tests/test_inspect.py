@@ -52,6 +52,7 @@ class Broken(Net):
         return self.fc(self.norm(self.grouped(x)).mean((2, 3)))
 
 
+SLOWER = {"test_vit", "test_efficientnet"}
 MODELS = {
     "plain": (Net, (2, 3, 8, 8)),
     "two graphs": (Broken, (2, 3, 8, 8)),
@@ -62,7 +63,10 @@ MODELS = {
 
 
 @pytest.mark.filterwarnings("ignore::ssprop_passes.errors.NoEffectWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOWER else ()) for n in MODELS],
+)
 def test_the_sites_are_those_of_a_real_step(name: str) -> None:
     make, shape = MODELS[name]
     model = make()
@@ -254,6 +258,7 @@ def test_json_holds_what_the_help_says(capsys) -> None:
     }
 
 
+@pytest.mark.slow
 def test_one_gradient_alone_saves_half(capsys) -> None:
     saved = {}
     for gradients in ("both", "weight", "input"):

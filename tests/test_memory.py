@@ -67,7 +67,12 @@ def assert_same(compiled: SsPropModule, expected: nn.Module, bound: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [("mlp", "aot_eager"), ("conv", "aot_eager"), ("conv", "inductor")]
+    ("name", "backend"),
+    [
+        ("mlp", "aot_eager"),
+        ("conv", "aot_eager"),
+        pytest.param("conv", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_fifty_steps_equal_the_reference(name: str, backend: str) -> None:
     make, shape = MODELS[name]

@@ -12,7 +12,6 @@ from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compil
 
 MODELS = ("resnet18", "vgg11", "vgg11_bn", "densenet121", "regnety_002")
 SLOWER = ("vgg11", "vgg11_bn", "densenet121", "regnety_002")
-SPARED = ("regnety_002", 0.8)
 SIZE = 64
 
 
@@ -38,12 +37,8 @@ def error_of(name: str, drop_rate: float, backend: str) -> float:
 
 
 CASES = [
-    # The slower models and the lower rate among the slow tests, but for one.
-    pytest.param(
-        name,
-        rate,
-        marks=pytest.mark.slow if (name in SLOWER or rate < 0.8) and (name, rate) != SPARED else (),
-    )
+    # The slower models and the lower rate among the slow tests.
+    pytest.param(name, rate, marks=pytest.mark.slow if name in SLOWER or rate < 0.8 else ())
     for name in MODELS
     for rate in (0.5, 0.8)
 ]

@@ -83,8 +83,9 @@ def test_a_scaler_finds_every_value_that_is_not_finite(select: str, score: str, 
     assert len(rows(layer.weight)) == SMALLEST
 
 
-@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", ["conv", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", ["conv", "linear"])
 def test_a_value_that_is_not_finite_is_kept_under_inductor(name: str, bad: float) -> None:
     _, _, shape, dim = LAYERS[name]
     weights = torch.rand(shape)

@@ -69,6 +69,7 @@ def test_gradients_equal_ssprop_compile_and_the_oracle(backend: str) -> None:
     assert relative_error(gradients(model, x), gradients(twin, y)) == 0
 
 
+@pytest.mark.slow
 def test_a_drop_rate_of_zero_equals_torch_compile_bit_for_bit() -> None:
     model = small_net(16)
     twin = copy.deepcopy(model)

@@ -93,9 +93,13 @@ def test_thirty_steps_equal_the_reference(case: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("options", "as_reference"),
     [
-        ({"block": 2}, {"block": 2}),
+        pytest.param({"block": 2}, {"block": 2}, marks=pytest.mark.slow),
         ({"gradients": "weight", "telemetry": True}, {"gradients": "weight"}),
-        ({"gradients": "input", "specialize": False}, {"gradients": "input"}),
+        pytest.param(
+            {"gradients": "input", "specialize": False},
+            {"gradients": "input"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

@@ -123,10 +123,26 @@ def oracle(
     }
 
 
-@pytest.mark.parametrize("block", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("gradients", GRADIENTS)
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("select", SELECTORS)
+# One gradient alone with each selector once; the rest among the slow tests, as is all with blocks.
+QUICK = {("topk", "l2"), ("random", "l2_weight"), ("sampled", "mean_abs")}
+CASES = [
+    pytest.param(
+        select,
+        score,
+        gradients,
+        block,
+        marks=()
+        if block == 1 and (gradients == "both" or (select, score) in QUICK)
+        else pytest.mark.slow,
+    )
+    for select in SELECTORS
+    for score in SCORES
+    for gradients in GRADIENTS
+    for block in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("select", "score", "gradients", "block"), CASES)
 def test_gradients_equal_the_oracle(select: str, score: str, gradients: str, block: int) -> None:
     options = {"select": select, "score": score, "gradients": gradients, "block": block}
     check(options, "aot_eager", torch.contiguous_format)
@@ -144,7 +160,10 @@ def test_a_score_for_each_gradient_equals_the_oracle_under_inductor() -> None:
 
 
 @pytest.mark.parametrize("select", SELECTORS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "memory_format",
+    [pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last],
+)
 def test_blocks_equal_the_oracle(select: str, memory_format: torch.memory_format) -> None:
     check({"select": select, "score": "l2", "block": 2}, "aot_eager", memory_format)
 

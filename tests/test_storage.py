@@ -113,6 +113,7 @@ def test_half_a_row_is_left_out(tmp_path):
     assert read_rows(tmp_path / "nowhere.csv", EpochRow) == []
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_rows_and_those_of_a_resumed_run_once(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--output", str(tmp_path), "--experiment", "a", "--tensorboard", "--epochs", "1"]

@@ -87,7 +87,7 @@ def train_one_epoch(
     ("is_scaled", "accumulation"),
     [
         pytest.param(False, 1, id="bfloat16-1"),
-        pytest.param(True, 2, id="float16-2"),
+        pytest.param(True, 2, id="float16-2", marks=pytest.mark.slow),
         pytest.param(False, 2, id="bfloat16-2", marks=pytest.mark.slow),
         pytest.param(True, 1, id="float16-1", marks=pytest.mark.slow),
     ],

@@ -50,7 +50,10 @@ def test_the_moving_average_is_what_is_validated_and_what_timm_reads(tmp_path):
     assert of_weights["eval_loss"] != with_average["eval_loss"]
 
 
-@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+@pytest.mark.parametrize(
+    "mode",
+    ["norm", *[pytest.param(mode, marks=pytest.mark.slow) for mode in ("value", "agc")]],
+)
 def test_clipped_gradients_move_weights_less(tmp_path, mode):
     flags = [*TINY, "--epochs", "1", "--max-steps", "1", "--schedule", "none", "--weight-decay"]
     free, _ = _train(tmp_path, "free", *flags, "0")
@@ -77,6 +80,7 @@ def test_targets_say_which_layers_take_part(tmp_path):
     assert sparsity_config(TrainConfig(targets=("depthwise",))).targets == ("depthwise",)
 
 
+@pytest.mark.slow
 def test_how_channels_are_chosen_reaches_the_model(tmp_path):
     flags = [*NO_BATCH_NORM, "--schedule", "constant:rate=0.5", "--max-steps", "1"]
     runs = {"topk": [], "random": ["--select", "random"], "weight": ["--gradients", "weight"]}
@@ -84,6 +88,9 @@ def test_how_channels_are_chosen_reaches_the_model(tmp_path):
     first = {name: next(iter(run["state_dict"].values())) for name, run in weights.items()}
     assert not torch.equal(first["topk"], first["random"])
     assert not torch.equal(first["topk"], first["weight"])
+
+
+def test_how_channels_are_chosen_reaches_the_configuration():
     flags = TrainConfig(select="sampled", score="l2", gradients="input", block=2, gate=False)
     assert sparsity_config(TrainConfig(axis="sample")).axis == "sample"
     made = sparsity_config(flags)

@@ -42,7 +42,11 @@ def compiled_at(model: nn.Module, drop_rate: float, **kwargs: object) -> SsPropM
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)]
+    "name",
+    [
+        "test_resnet",
+        *[pytest.param(name, marks=pytest.mark.slow) for name in ("test_vit", "test_convnext")],
+    ],
 )
 def test_activation_checkpointing(name: str) -> None:
     model = timm.create_model(name, num_classes=5).double().train()
@@ -62,6 +66,7 @@ def test_activation_checkpointing(name: str) -> None:
     assert {site.reason for site in report(compiled).sites} == {""}
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_of_a_block_under_inductor() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
