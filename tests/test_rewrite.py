@@ -7,6 +7,7 @@ import pytest
 import torch
 from graphs import joint_graph, sparse_pass
 from ssprop_passes.conv import ConvMatch
+from ssprop_passes.linear import LinearMatch
 from ssprop_passes.rewrite import Replacer, replace_node
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -104,18 +105,36 @@ def test_copies_have_fake_values_of_their_own() -> None:
     assert all(node.meta["val"].shape == (4,) for node in exps)
 
 
+def convolutions(*tensors: Tensor) -> Tensor:
+    x, first, second, third = tensors
+    x = functional.conv2d(x, first, padding=1).tanh()
+    x = functional.conv2d(x, second, padding=1).tanh()
+    return functional.conv2d(x, third, padding=2, dilation=2)
+
+
+def linears(*tensors: Tensor) -> Tensor:
+    x, first, first_bias, second, second_bias, third = tensors
+    x = functional.linear(x, first, first_bias).tanh()
+    x = functional.linear(x, second, second_bias).tanh()
+    return functional.linear(x, third)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "match"),
+    [
+        (convolutions, [(2, 6, 5, 5), *[(6, 6, 3, 3)] * 3], ConvMatch),
+        (linears, [(2, 5, 6), *[(6, 6), (6,)] * 2, (6, 6)], LinearMatch),
+    ],
+    ids=["conv", "linear"],
+)
 def test_alike_layers_get_what_they_would_each_by_itself(
+    fn: Callable[..., Tensor],
+    shapes: list[tuple[int, ...]],
+    match: type,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(6, 6, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-
-    def fn(*tensors: Tensor) -> Tensor:
-        x, first, second, third = tensors
-        x = functional.conv2d(x, first, padding=1).tanh()
-        x = functional.conv2d(x, second, padding=1).tanh()
-        return functional.conv2d(x, third, padding=2, dilation=2)
-
+    """Two of the three are."""
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     traces: list[object] = []
     trace = Replacer._trace
 
@@ -126,14 +145,14 @@ def test_alike_layers_get_what_they_would_each_by_itself(
     monkeypatch.setattr(Replacer, "_trace", counted)
 
     def run(forms: Callable[..., Any]) -> tuple[list[str], tuple[Tensor | None, ...]]:
-        monkeypatch.setattr(ConvMatch, "form", forms)
+        monkeypatch.setattr(match, "form", forms)
         sparse = sparse_pass(6)
         sparse.constants = (2,)
-        graph, gradients = joint_graph(fn, [x, *weights], 1, sparse)
+        graph, gradients = joint_graph(fn, tensors, 1, sparse)
         values = ((node.format_node(), str(node.meta.get("val"))) for node in graph.nodes)
         return [" ".join(map(str, value)) for value in values], gradients
 
-    told = run(ConvMatch.form)
+    told = run(match.form)
     assert len(traces) == 2
     alone = run(property(lambda match: None))
     assert len(traces) == 2 + 3

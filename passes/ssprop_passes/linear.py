@@ -14,7 +14,7 @@ of attention, are not of a layer and have no slot.
               db = zeros.index_put([idx], sum(dy[:, idx], 0))
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -146,6 +146,12 @@ class LinearMatch(SiteMatch):
             self.grad_weight_node is not None,
             self.bias_sum is not None,
         )
+
+    @property
+    def form(self) -> Hashable:
+        """Which gradients are computed, and the shape of the bias's."""
+        bias_sum = self.bias_sum
+        return self.wanted, None if bias_sum is None else bias_sum.meta["val"].shape
 
     def flops_of(self, mask: Sequence[bool]) -> int:
         """Return the floating-point operations of products."""
