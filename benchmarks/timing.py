@@ -84,7 +84,12 @@ def alternate(
     prepare: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in turn, so that a drift of the machine meets all of them.
+    """Time each variant once a round, so that a drift of the machine meets all of them.
+
+    In an order that changes from round to round, as what a step leaves behind in memory and caches
+    is felt by the next: in as many rounds as there are variants each has every place once, and,
+    where their number is even, follows every other once (Williams, Experimental designs balanced
+    for the estimation of residual effects of treatments, 1949).
 
     Args:
         variants: name -> function that runs one step.
@@ -98,9 +103,11 @@ def alternate(
         Name -> timing.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    # First, last, second, last but one, and so on: neighbours at all distances from one another.
+    places = [i // 2 if i % 2 == 0 else -1 - i // 2 for i in range(len(names))]
     for run in range(warmup + rounds):
-        # Every other round runs backwards, so that no variant always follows the same one.
-        for name in list(variants)[:: 1 if run % 2 else -1]:
+        for name in (names[(place + run) % len(names)] for place in places):
             if prepare and name in prepare:
                 prepare[name]()
             synchronize()

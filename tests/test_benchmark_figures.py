@@ -1,5 +1,6 @@
 """What the figures of the benchmarks mean: arithmetic, attribution of time, memory, timing."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -163,9 +164,23 @@ def test_variants_take_turns() -> None:
     timings = alternate(
         variants, rounds=2, warmup=1, prepare={"b": lambda: order.append("prepare b")}
     )
-    backwards, forwards = ["prepare b", "b", "a"], ["a", "prepare b", "b"]
-    assert order == backwards + forwards + backwards
+    forwards, backwards = ["a", "prepare b", "b"], ["prepare b", "b", "a"]
+    assert order == forwards + backwards + forwards
     assert timings.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("names", ["abcd", "abcdefgh", "abcde"])
+def test_every_variant_follows_every_other(names: str) -> None:
+    order: list[str] = []
+    count = len(names)
+    alternate({name: lambda name=name: order.append(name) for name in names}, count, warmup=0)
+    rounds = [order[i : i + count] for i in range(0, len(order), count)]
+    assert [set(place) for place in zip(*rounds, strict=True)] == [set(names)] * count
+    pairs = [pair for one in rounds for pair in itertools.pairwise(one)]
+    if count % 2 == 0:
+        assert sorted(pairs) == list(itertools.permutations(names, 2))
+    else:
+        assert all(pairs.count(pair) <= 2 for pair in pairs)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
