@@ -211,7 +211,8 @@ class SparseBackwardPass(GraphPass):
             return *laid_out, *rows
 
         k = None if self.constants is None else self.constants[slot]
-        key = None if match.form is None else (match.form, str(orders), k)
+        form = match.form
+        key = None if form is None else (form, str(orders), k)
         outputs = self._replacer.insert(match.node, replacement, inputs, key)
         match.replace(outputs[:3])
         return outputs[3] if self.telemetry else None
