@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from ssprop_passes.sums import TwoStepSums
 from torch import Tensor, nn
 
+from benchmarks.dense_kernels import DenseKernels
 from benchmarks.peers import TopKConv2d, swap_convs
 from benchmarks.workload import Workload
 from ssprop_fx import (
@@ -22,9 +22,9 @@ from ssprop_fx import (
 __all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants"]
 
 DENSE = "dense"
-# Rows to compare with: dense eager, the module swap, and dense torch.compile with the pass on sums,
-# which tells what of a sparse step's gain is that of the pass.
-DENSE_PEERS = ("eager", "dense two-step sums")
+# Rows to compare with: dense eager, the module swap, and dense torch.compile with the kernels of a
+# sparse step, which tells what of its gain is theirs.
+DENSE_PEERS = ("eager", "dense own kernels")
 PEERS = (*DENSE_PEERS, "module swap eager", "module swap compiled")
 
 
@@ -123,11 +123,11 @@ def _peers(
     rates: Sequence[float],
     sparse_report: Callable[[], Report],
 ) -> Iterator[Variant]:
-    eager, with_sums, swap_eager, swap_compiled = PEERS
+    eager, own_kernels, swap_eager, swap_compiled = PEERS
     yield Variant(eager, 0.0, model, lambda: workload.step(model, images))
     if workload.backend == "inductor":
-        summed = torch.compile(model, options={"joint_custom_pre_pass": TwoStepSums()})
-        yield Variant(with_sums, 0.0, model, lambda: workload.step(summed, images))
+        faster = torch.compile(model, options={"joint_custom_pre_pass": DenseKernels()})
+        yield Variant(own_kernels, 0.0, model, lambda: workload.step(faster, images))
     for rate in rates:
         swapped = swap_convs(model, rate)
         compiled = torch.compile(swapped, backend=workload.backend)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes import grouped, operators
+from ssprop_passes import grad_weight, operators
 from ssprop_passes.native import kernel_maybe
 from ssprop_passes.operators import (
     gather_columns,
@@ -23,8 +23,9 @@ aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
-def of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "_MIN_WIDTH", 1)
+def _one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which gradients are ours depends on the processor; the kernel runs on all."""
+    monkeypatch.setattr(grad_weight, "_CAPABILITY", "AVX2")
 
 
 @pytest.fixture
@@ -106,31 +107,49 @@ def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     ],
     ids=str,
 )
-def test_weight_gradient_of_few_channels_a_group_is_not_atens(
-    geometry: dict[str, Any], dtype: torch.dtype
+@pytest.mark.parametrize("sizes", [(3, 16, 5), (7, 40, 1)], ids=["groups", "one group"])
+def test_weight_gradient_is_not_atens(
+    sizes: tuple[int, int, int], geometry: dict[str, Any], dtype: torch.dtype
 ) -> None:
     mask = geometry.get("mask", (True, True))
-    actual, expected, masks = gradients(3, 16, 5, dtype=dtype, **geometry)
+    actual, expected, masks = gradients(*sizes, dtype=dtype, **geometry)
     assert masks == ([[True, False]] if mask[0] else [])
     check(actual, expected)
     assert actual[1].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("sources", [4, 8, 12, 24, 32, 48])
+@pytest.mark.parametrize("sources", [4, 8, 12, 24, 32, 40, 48])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_any_count_of_kept_and_input_channels(channels: int, sources: int) -> None:
-    """Vectors of 4, 8 and 16 lanes, tiles of each size."""
+    """Blocks that are full and not, of two vectors and of taps, tiles of each size."""
     actual, expected, masks = gradients(channels, sources, 2, stride=(2, 2))
     assert masks == [[True, channels >= sources]]
     check(actual, expected)
 
 
+@pytest.mark.parametrize("sources", [16, 17, 24, 33, 64])
+@pytest.mark.parametrize("channels", [1, 6, 13, 25, 70])
+def test_any_count_of_channels_without_groups(channels: int, sources: int) -> None:
+    actual, expected, masks = gradients(channels, sources, 1)
+    assert masks == [[True, False]]
+    check(actual, expected)
+
+
+@pytest.mark.parametrize("space", [(40, 30), (2, 600), (600, 2)])
+def test_an_image_of_several_pieces(space: tuple[int, int]) -> None:
+    """Each piece of a sample meets rows of the input that belong to its neighbours."""
+    actual, expected, masks = gradients(2, 16, 1, space=space)
+    assert masks == [[True, False]]
+    check(actual, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 64])
-def test_threads_share_the_rows(threads: int) -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_threads_share_the_work(threads: int, groups: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual, expected, masks = gradients(3, 8, 3)
+        actual, expected, masks = gradients(3, 16, groups)
     finally:
         torch.set_num_threads(before)
     assert masks == [[True, False]]
@@ -154,9 +173,7 @@ def test_not_finite_gradients_stay_so() -> None:
     [
         {"channels": 4, "sources": 4, "groups": 3},
         {"channels": 2, "sources": 6, "groups": 3},
-        {"channels": 5, "sources": 16, "groups": 3},
-        {"channels": 9, "sources": 16, "groups": 3, "stride": (2, 2)},
-        {"channels": 2, "sources": 4, "groups": 1},
+        {"channels": 2, "sources": 15, "groups": 1},
         {"channels": 1, "sources": 1, "groups": 6},
         {"channels": 2, "sources": 4, "groups": 3, "dtype": torch.float64},
         {"channels": 2, "sources": 4, "groups": 3, "channels_last": False},
@@ -170,10 +187,33 @@ def test_what_the_kernel_does_not_take_is_one_call_of_atens(case: dict[str, Any]
     check(actual, expected)
 
 
-@pytest.mark.parametrize(("width", "is_ours"), [(6, False), (7, True)])
-def test_short_rows_are_atens(monkeypatch: pytest.MonkeyPatch, width: int, is_ours: bool) -> None:
-    monkeypatch.setattr(grouped, "_MIN_WIDTH", 7)
-    actual, expected, masks = gradients(3, 16, 5, space=(9, width))
+@pytest.mark.parametrize(
+    ("width", "stride", "is_ours"), [(14, 1, True), (15, 1, False), (30, 2, True)]
+)
+def test_products_of_long_rows_are_atens(width: int, stride: int, is_ours: bool) -> None:
+    actual, expected, masks = gradients(
+        3, 16, 1, kernel=(1, 1), padding=(0, 0), stride=(stride, stride), space=(9, width)
+    )
+    assert masks == [[True, not is_ours]]
+    check(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stride", "is_ours"),
+    [
+        ((4, 16, 3), 1, True),
+        ((5, 16, 3), 1, False),
+        ((8, 16, 3), 2, True),
+        ((9, 16, 3), 2, False),
+        ((4, 16, 1), 1, False),
+        ((4, 16, 1), 2, False),
+    ],
+)
+def test_with_avx512_few_channels_a_group_are_ours(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], stride: int, is_ours: bool
+) -> None:
+    monkeypatch.setattr(grad_weight, "_CAPABILITY", "AVX512")
+    actual, expected, masks = gradients(*sizes, stride=(stride, stride))
     assert masks == [[True, not is_ours]]
     check(actual, expected)
 

@@ -1,14 +1,17 @@
 """The module swap that the benchmarks compare with: its gradients against the oracle's."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import timm
 import torch
 from oracle import gradients, oracle_gradients, relative_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from benchmarks.dense_kernels import DenseKernels
 from benchmarks.peers import TopKConv2d, is_swappable, swap_convs
+from ssprop_fx.compilers import compile_aot_eager
 
 
 class Net(nn.Module):
@@ -114,3 +117,27 @@ def test_autocast_applies() -> None:
 def test_other_layers_are_not_swapped(module: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"ungrouped nn\.Conv2d"):
         swap_convs(nn.Sequential(module), 0.5)
+
+
+def test_a_dense_step_with_our_kernels_has_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = Net().double()
+    x = torch.randn(2, 3, 14, 14, dtype=torch.float64, requires_grad=True)
+    loss(model(x)).backward()
+    expected = gradients(model, x)
+    targets: list[object] = []
+
+    class Record(DenseKernels):
+        def transform(self, graph: fx.Graph) -> None:
+            super().transform(graph)
+            targets.extend(node.target for node in graph.nodes)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]):
+        return compile_aot_eager(gm, inputs, Record(), {})
+
+    model.zero_grad()
+    x.grad = None
+    loss(torch.compile(model, backend=backend)(x)).backward()
+    assert targets.count(torch.ops.ssprop.conv_backward.default) == 4
+    assert torch.ops.aten.convolution_backward.default not in targets
+    assert relative_error(gradients(model, x), expected) < 1e-12

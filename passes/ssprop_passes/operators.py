@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ssprop_passes import norm_gather
-from ssprop_passes.grouped import grouped_grad_weight, grouped_kernel_maybe
+from ssprop_passes.grad_weight import conv_grad_weight, grad_weight_kernel_maybe
 
 __all__ = [
     "conv_backward_flops",
@@ -50,10 +50,9 @@ def _conv_backward(
     output_mask: list[bool],
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    # Most convolutions have one group, and are asked no more in each step.
     kernel = None
-    if groups > 1 and output_mask[1] and not transposed:
-        kernel = grouped_kernel_maybe(grad_output, input, weight, stride, groups)
+    if output_mask[1] and not transposed:
+        kernel = grad_weight_kernel_maybe(grad_output, input, weight, stride, groups)
     unwanted = grad_output.new_empty(0)
     grad_input = grad_weight = unwanted
     if output_mask[0] or kernel is None:
@@ -71,7 +70,7 @@ def _conv_backward(
             [output_mask[0], output_mask[1] and kernel is None, False],
         )
     if kernel is not None:
-        grad_weight = grouped_grad_weight(
+        grad_weight = conv_grad_weight(
             grad_output, input, weight, stride, padding, dilation, groups, kernel
         )
     layout = _memory_format(input.ndim, channels_last)

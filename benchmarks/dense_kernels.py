@@ -1,0 +1,65 @@
+"""A peer: dense torch.compile with the kernels that sparse steps have.
+
+On a CPU a sparse step has two things of its own that are no gain of sparsity: sums in two steps
+(`ssprop_passes.sums`), and gradients of convolution weights by a kernel of our own
+(`ssprop_passes.grad_weight`). Here a dense step has both, which tells what they do by themselves.
+"""
+
+from collections.abc import Callable
+
+from ssprop_passes.conv import ConvMatch, match_conv_backward
+from ssprop_passes.graph_pass import GraphPass
+from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.rewrite import Replacer
+from ssprop_passes.selection import dims_order, is_channels_last, sum_channels, with_order
+from ssprop_passes.sums import TwoStepSums
+from torch import Tensor, fx
+
+__all__ = ["DenseKernels"]
+
+
+class DenseKernels(GraphPass):
+    """Computes the gradients of all channels by the operator of the reduced convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(previous=TwoStepSums())
+
+    def identity(self) -> str:
+        """Return the same for all: the rewrite depends on the graph alone."""
+        return "dense kernels"
+
+    def transform(self, graph: fx.Graph) -> None:
+        """Rewrite each backward of a convolution."""
+        replacer = Replacer(dict)
+        for node in list(graph.nodes):
+            match = match_conv_backward(node)
+            if match is not None:
+                match.replace(replacer.insert(node, _whole(match), match.inputs)[:3])
+
+
+def _whole(match: ConvMatch) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Return a function of grad_output, input and weight that computes what the match does."""
+    geometry, mask = match.geometry, match.output_mask
+    orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
+
+    def backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        found = reduced_conv_backward(
+            grad_output,
+            input,
+            weight,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding,
+            geometry.groups,
+            mask[:2],
+            is_channels_last(input) or is_channels_last(weight),
+        )
+        gradients = [*found, sum_channels(grad_output) if mask[2] else None]
+        return tuple(
+            with_order(gradient, order) if wanted and order is not None else None
+            for gradient, wanted, order in zip(gradients, mask, orders, strict=True)
+        )
+
+    return backward

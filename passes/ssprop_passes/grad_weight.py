@@ -1,0 +1,108 @@
+"""The weight's gradient of a convolution from few kept channels, on a CPU.
+
+oneDNN's vectors hold output channels, of one group. Where few of these are kept this gradient
+shrinks by less than what is kept, and with few in a group hardly at all. Here vectors hold input
+channels, and the time goes with the channels kept: `conv_grad_weight.cpp`.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ssprop_passes.native import COUNT, POINTER, kernel_maybe
+
+__all__ = ["conv_grad_weight", "grad_weight_kernel_maybe"]
+
+# Measured without AVX-512 (`_is_faster`); with it, of grouped convolutions alone.
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+
+# Fewer input channels, of a convolution of one group, and much of a vector is empty.
+_MIN_SOURCES = 16
+
+# A 1x1 convolution is a matrix product, at which oneDNN is faster where rows are longer than this.
+_MAX_WIDTH_OF_PRODUCT = 14
+
+# With AVX-512, more kept channels than these in a group, without and with a stride, and ATen is
+# faster.
+_MAX_KEPT, _MAX_KEPT_STRIDED = 4, 8
+
+
+def grad_weight_kernel_maybe(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride: Sequence[int], groups: int
+) -> Callable[..., None] | None:
+    """Return the kernel for `conv_grad_weight`; None where ATen is to compute the gradient.
+
+    That is for tensors the kernel does not take, where ATen is faster, and, after a warning, where
+    the kernel does not compile.
+    """
+    is_suited = (
+        grad_output.ndim == 4
+        and input.device.type == "cpu"
+        and input.dtype == grad_output.dtype
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and _is_faster(grad_output, weight, stride, groups)
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and grad_output.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not is_suited:
+        return None
+    return kernel_maybe("conv_grad_weight", *[POINTER] * 4, COUNT, COUNT)
+
+
+def _is_faster(grad_output: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+    kept, sources = weight.shape[0] // groups, weight.shape[1]
+    is_strided = max(stride) > 1
+    if groups > 1:
+        limit = sources - 1
+        if "AVX512" in _CAPABILITY:
+            limit = min(limit, _MAX_KEPT_STRIDED if is_strided else _MAX_KEPT)
+        return kept <= limit and sources % 4 == 0
+    is_product = max(weight.shape[2:]) == 1 and not is_strided
+    return (
+        _CAPABILITY == "AVX2"
+        and sources >= _MIN_SOURCES
+        and not (is_product and grad_output.shape[3] > _MAX_WIDTH_OF_PRODUCT)
+    )
+
+
+def conv_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    kernel: Callable[..., None],
+) -> Tensor:
+    """Return the weight's gradient of a 2-D convolution, summed in single precision.
+
+    Args:
+        grad_output: [N, C, H_out, W_out], float32 or bfloat16, channels last.
+        input: [N, C_in, H, W], as grad_output.
+        weight: [C, C_in / groups, *kernel], only for its shape and dtype.
+        stride: one entry a spatial dimension.
+        padding: one entry a spatial dimension.
+        dilation: one entry a spatial dimension.
+        groups: number of groups.
+        kernel: what `grad_weight_kernel_maybe` returns.
+
+    Returns:
+        The gradient, of the weight's shape and dtype, channels last.
+    """
+    sizes = [input.shape[0], groups, weight.shape[0] // groups, weight.shape[1]]
+    spaces = [*input.shape[2:], *grad_output.shape[2:], *weight.shape[2:]]
+    shape = [*sizes, *spaces, *stride, *padding, *dilation]
+    out = torch.empty(weight.shape, dtype=torch.float32, memory_format=torch.channels_last)
+    kernel(
+        (ctypes.c_int64 * len(shape))(*shape),
+        input.data_ptr(),
+        grad_output.data_ptr(),
+        out.data_ptr(),
+        input.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    grad_weight: Tensor = out.to(weight.dtype)
+    return grad_weight
