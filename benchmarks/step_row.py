@@ -70,7 +70,8 @@ class StepRow:
             and the backward products of the linear layers that take part.
         linear_backward_ms: the latter's part of it.
         bound: the speed-up at efficiency 1.
-        efficiency: saved time over the dropped share of `backward_ms`; NaN at drop rate 0.
+        efficiency: saved time, by `speedup`, over the dropped share of `backward_ms`; NaN at drop
+            rate 0.
         saved_flops: share of the backward's floating-point operations that is not computed.
         peak_mib: most memory that the step held above what was held before it.
         over_plain: this time over that of the first sparse configuration at the same drop rate, the
@@ -129,7 +130,11 @@ class StepRow:
             backward_ms=backward.total_ms,
             linear_backward_ms=backward.linear_ms,
             bound=bound(dense.median, backward.total_ms, drop_rate),
-            efficiency=efficiency(dense.median, timing.median, backward.total_ms, drop_rate),
+            # From the ratios of the rounds, as the speed-up is: where the machine's speed drifts,
+            # the medians of the two may be of different hours.
+            efficiency=efficiency(
+                dense.median, dense.median / speedup.median, backward.total_ms, drop_rate
+            ),
             saved_flops=saved_flops,
             peak_mib=peak_mib,
             over_plain=over.median,

@@ -38,6 +38,11 @@ def test_bound_and_efficiency() -> None:
     )
     assert (row.speedup, row.bound, row.efficiency) == (100 / 85, 100 / 70, 0.5)
     assert (row.over_plain, row.over_low, row.over_high) == (85 / 80,) * 3
+    # Where the machine's speed drifts the ratios of the rounds count, as for the speed-up.
+    drifting = [Timing.of(times) for times in ([50, 110, 40, 90], [100, 200, 80, 60])]
+    row = StepRow.of(workload, "ssprop", 0.5, *drifting, backward, 0.4, 1.0)
+    assert row.speedup == (2 + 200 / 110) / 2
+    assert row.efficiency == efficiency(90, 90 / row.speedup, 60, 0.5) > 1.4
     row = StepRow.of(workload, "dense", 0.0, timings[1], timings[1], backward, 0.0, 1.0)
     assert row.speedup_low == row.speedup == row.speedup_high == 1
     assert math.isnan(row.over_plain)
