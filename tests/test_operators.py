@@ -47,6 +47,7 @@ def gradients(
     mask: tuple[bool, bool] = (True, True),
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
+    batch: int = 3,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[list[bool]]]:
     """Return the operator's gradients, ATen's in float64, and the masks that it calls ATen with.
 
@@ -60,7 +61,10 @@ def gradients(
         x = torch.randint(-2, 3, shape).double()
         return x.contiguous(memory_format=layout)
 
-    x, weight = integers(3, sources * groups, *space), integers(channels * groups, sources, *kernel)
+    x, weight = (
+        integers(batch, sources * groups, *space),
+        integers(channels * groups, sources, *kernel),
+    )
     how = (list(stride), list(padding), list(dilation), False, [0] * ndim, groups)
     grad_output = integers(*aten.convolution(x, weight, None, *how).shape)
     expected = aten.convolution_backward(grad_output, x, weight, None, *how, [*mask, False])
@@ -178,6 +182,7 @@ def test_not_finite_gradients_stay_so() -> None:
         {"channels": 2, "sources": 4, "groups": 3, "dtype": torch.float64},
         {"channels": 2, "sources": 4, "groups": 3, "channels_last": False},
         {"channels": 2, "sources": 4, "groups": 3, "mask": (True, False)},
+        {"channels": 2, "sources": 16, "groups": 1, "batch": 0},
     ],
     ids=str,
 )

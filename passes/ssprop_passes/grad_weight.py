@@ -39,6 +39,7 @@ def grad_weight_kernel_maybe(
     """
     is_suited = (
         grad_output.ndim == 4
+        and grad_output.numel() > 0
         and input.device.type == "cpu"
         and input.dtype == grad_output.dtype
         and input.dtype in (torch.float32, torch.bfloat16)
