@@ -7,9 +7,8 @@ On a CPU a sparse step has two things of its own that are no gain of sparsity: s
 
 from collections.abc import Callable
 
-from ssprop_passes.conv import ConvMatch, match_conv_backward
+from ssprop_passes.conv import ConvMatch, conv_gradients, match_conv_backward
 from ssprop_passes.graph_pass import GraphPass
-from ssprop_passes.operators import reduced_conv_backward
 from ssprop_passes.rewrite import Replacer
 from ssprop_passes.selection import dims_order, is_channels_last, sum_channels, with_order
 from ssprop_passes.sums import TwoStepSums
@@ -43,19 +42,8 @@ def _whole(match: ConvMatch) -> Callable[..., tuple[Tensor | None, ...]]:
     orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
     def backward(grad_output: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-        found = reduced_conv_backward(
-            grad_output,
-            input,
-            weight,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding,
-            geometry.groups,
-            mask[:2],
-            is_channels_last(input) or is_channels_last(weight),
-        )
+        is_last = is_channels_last(input) or is_channels_last(weight)
+        found = conv_gradients(grad_output, input, weight, geometry, mask, is_last)
         gradients = [*found, sum_channels(grad_output) if mask[2] else None]
         return tuple(
             with_order(gradient, order) if wanted and order is not None else None

@@ -10,7 +10,7 @@ On the joint graph every convolution of every model is this one node, whatever i
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,13 @@ from ssprop_passes.selection import (
 )
 from ssprop_passes.sites import Gradients, SiteMatch, hinted
 
-__all__ = ["ConvGeometry", "ConvMatch", "match_conv_backward", "sparse_conv_backward"]
+__all__ = [
+    "ConvGeometry",
+    "ConvMatch",
+    "conv_gradients",
+    "match_conv_backward",
+    "sparse_conv_backward",
+]
 
 aten = torch.ops.aten
 
@@ -98,17 +104,12 @@ def sparse_conv_backward(
             kept_input, groups = gather_channels(input, sources), k
         elif geometry.transposed:
             kept_weight = rows_weight(kept_weight, groups)
-        grad_input, kept_grad = reduced_conv_backward(
+        grad_input, kept_grad = conv_gradients(
             kept,
             kept_input,
             kept_weight,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding,
-            groups,
-            output_mask[:2],
+            replace(geometry, groups=groups),
+            output_mask,
             is_channels_last(input) or is_channels_last(weight),
         )
         if output_mask[0] and is_depthwise:
@@ -151,23 +152,55 @@ def conv_backward_of_samples(
     grad_input = grad_weight = None
     if output_mask[0] or output_mask[1]:
         # Weighted on the input, which only the weight's gradient is made of.
-        rows, grad_weight = reduced_conv_backward(
+        rows, grad_weight = conv_gradients(
             kept,
             samples.weighted(samples.gather(input)),
             weight,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding,
-            geometry.groups,
-            output_mask[:2],
+            geometry,
+            output_mask,
             is_channels_last(input) or is_channels_last(weight),
         )
         if output_mask[0]:
             grad_input = samples.scatter(rows, input)
     grad_bias = sum_channels(samples.weighted(kept)) if output_mask[2] else None
     return grad_input, grad_weight if output_mask[1] else None, grad_bias
+
+
+def conv_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    output_mask: Sequence[bool],
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of input and weight by the operator of the reduced convolution.
+
+    Args:
+        grad_output: [N, C, *out_space].
+        input: [N, C_in, *space].
+        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
+        geometry: stride, padding and so on.
+        output_mask: which of the two are wanted.
+        channels_last: their layout.
+
+    Returns:
+        The gradients, empty tensors where not wanted.
+    """
+    gradients: tuple[Tensor, Tensor] = reduced_conv_backward(
+        grad_output,
+        input,
+        weight,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding,
+        geometry.groups,
+        output_mask[:2],
+        channels_last,
+    )
+    return gradients
 
 
 def weight_rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
