@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph_pass import GraphPass
-from torch import fx
+from ssprop_passes.native import start_compiling
+from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 __all__ = ["compile_aot_eager", "compile_error", "compile_inductor", "inductor_decompositions"]
@@ -35,6 +36,10 @@ def compile_inductor(
 ) -> Callable[..., Any]:
     """Compile a graph with Inductor, the passes in its joint-graph hook."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    # Two dimensions of a kernel: the weight of a convolution that our own kernels may be for.
+    if any(isinstance(i, nn.Parameter) and i.ndim == 4 and i.is_cpu for i in inputs):
+        start_compiling()
 
     @functools.wraps(compile_fx_inner)
     def compile_inner(*args: Any, **kwargs: Any) -> Any:

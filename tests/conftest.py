@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ssprop_passes.native import kernel_maybe, start_compiling
 from training_runs import TWO_PHASES
 
 from ssprop_fx import specialize
@@ -53,6 +54,16 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_kernel_yet() -> Iterator[None]:
+    """Kernels of C++ are loaded anew, and what a test makes of them is not kept."""
+    for known in (kernel_maybe, start_compiling):
+        known.cache_clear()
+    yield
+    for known in (kernel_maybe, start_compiling):
+        known.cache_clear()
 
 
 @pytest.fixture(autouse=True)
