@@ -4,14 +4,14 @@
     warm     first step of a second process with the cache that the first one left
     import   importing ssprop_fx once torch is imported
 
-Each in a process of its own, dense and sparse in turn. Compile time is that of the first step,
-less the time of the second. The ratio is that of the cold times, sparse over dense.
+Each in a process of its own, the variants in turn, in every second round in the opposite order.
+Compile time is that of the first step, less the time of the second. The ratio is that of the cold
+times, over dense: the median of the rounds, and its 95 % confidence interval.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from benchmarks.first_step import VARIANTS
 from benchmarks.machine import environment
 from benchmarks.results import save, table
+from benchmarks.timing import Timing
 from benchmarks.workload import Workload, add_workload_arguments, workload_of
 
 __all__ = ["CompileRow", "add_parser", "measure"]
@@ -30,6 +31,8 @@ FORMATS = {
     "cold_s": ".1f",
     "warm_s": ".1f",
     "ratio": ".2f",
+    "ratio_low": ".2f",
+    "ratio_high": ".2f",
     "import_s": ".2f",
 }
 
@@ -42,7 +45,8 @@ class CompileRow:
         model: name, resolution, batch, precision, layout.
         variant: `dense` or `sparse`.
         cold_s, warm_s: with an empty compile cache, and with the one that this left.
-        ratio: cold time over that of dense.
+        ratio: cold time over that of dense, in the same round.
+        ratio_low, ratio_high: its 95 % confidence interval.
         import_s: of importing ssprop_fx once torch is imported.
     """
 
@@ -51,6 +55,8 @@ class CompileRow:
     cold_s: float
     warm_s: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
     import_s: float
 
 
@@ -97,26 +103,31 @@ def measure(workload: Workload, rounds: int) -> list[CompileRow]:
     cold: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     warm: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     imports: list[float] = []
-    for _ in range(rounds):
-        for variant in VARIANTS:
+    for number in range(rounds):
+        for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
             with tempfile.TemporaryDirectory() as cache:
                 for times in (cold, warm):
                     measured = _first_step(workload, variant, cache)
                     times[variant].append(measured["compile_s"])
                     imports.append(measured["import_s"])
             print(f"compiled {workload.title}, {variant}", flush=True)
-    medians = {variant: statistics.median(cold[variant]) for variant in VARIANTS}
-    return [
-        CompileRow(
-            model=workload.title,
-            variant=variant,
-            cold_s=medians[variant],
-            warm_s=statistics.median(warm[variant]),
-            ratio=medians[variant] / medians[VARIANTS[0]],
-            import_s=statistics.median(imports),
+    rows: list[CompileRow] = []
+    for variant in VARIANTS:
+        timing = Timing.of(cold[variant])
+        ratio = timing.over(Timing.of(cold[VARIANTS[0]]))
+        rows.append(
+            CompileRow(
+                model=workload.title,
+                variant=variant,
+                cold_s=timing.median,
+                warm_s=Timing.of(warm[variant]).median,
+                ratio=ratio.median,
+                ratio_low=ratio.low,
+                ratio_high=ratio.high,
+                import_s=Timing.of(imports).median,
+            )
         )
-        for variant in VARIANTS
-    ]
+    return rows
 
 
 def _first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:

@@ -150,25 +150,31 @@ def test_an_unknown_layer_is_an_error() -> None:
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    """Three rounds, of which the machine takes twice as long for the second."""
+    seen: list[tuple[str, str]] = []
 
     def first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
-        is_warm = (variant, cache) in seen
+        slowness = 2.0 if 4 <= len(seen) < 8 else 1.0
+        cold_s = {"dense": 8.0, "sparse": 12.0 if len(seen) < 4 else 10.0}[variant]
+        seconds = 1.0 if (variant, cache) in seen else cold_s
         seen.append((variant, cache))
-        return {"compile_s": 1.0 if is_warm else {"dense": 8.0, "sparse": 10.0}[variant]} | {
-            "import_s": 0.1
-        }
+        return {"compile_s": slowness * seconds, "import_s": 0.1}
 
     monkeypatch.setattr(compile_time, "_first_step", first_step)
-    command = ["compile", "--models", "test_resnet", *TINY, "--output", str(tmp_path)]
-    args = parse(command)
+    command = ["compile", "--models", "test_resnet", *TINY[:-2], "--rounds", "3"]
+    args = parse([*command, "--output", str(tmp_path)])
     args.run(args)
     rows = rows_of(tmp_path, CompileRow)
     assert [(r["variant"], r["cold_s"], r["warm_s"], r["ratio"]) for r in rows] == [
         ("dense", 8.0, 1.0, 1.0),
-        ("sparse", 10.0, 1.0, 1.25),
+        ("sparse", 12.0, 1.0, 1.25),
     ]
-    assert len(set(seen)) == 4
+    assert (rows[1]["ratio_low"], rows[1]["ratio_high"]) == (1.25, 1.5)
+    # Each cold and then warm, with a cache of its own; the second round the other way round.
+    order = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
+    assert [variant for variant, _ in seen[::2]] == order
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) == 6
 
 
 @pytest.mark.slow
