@@ -11,13 +11,14 @@ of squares N var, and std^2 = var + eps,
     sum(dy^2)  ->  s^2 * (sum(g^2) - m * sum(g) - p * sum(g * (x - mean)) * (1 + eps / std^2))
 
 of which `sum(g^2)` alone is new, and is read with the two sums beside it. What is left to read dy
-is the gather of the kept channels, so that Inductor computes those alone, and never writes dy. On a
-CPU it would look up s, mean, m and p by index at every position. They are gathered first:
+is the gather of the kept channels, so that those alone need be computed, and dy is never written.
+By itself Inductor writes dy where it reads many tensors, as behind a residual connection, and on a
+CPU it looks s, mean, m and p up by index at every position. So all are gathered first,
 
     dy[:, idx]  ->  s' * (g[:, idx] - (x[:, idx] - mean') * p' - m'),   s' = s[idx] and so on
 
-in a kernel of our own where what it reads lies in memory anyway, of Inductor's where g is still to
-be computed.
+on a CPU in a kernel of our own where what it reads lies in memory anyway, of Inductor's where g is
+still to be computed.
 """
 
 import functools
@@ -144,8 +145,11 @@ def _kept(
 ) -> tuple[Tensor]:
     """Return the channels `indices` of the gradient, which are innermost in `order`."""
     g, x = g.permute(order), x.permute(order)
-    kept = norm_gradient(g[..., indices], x[..., indices], gather_columns(constants, indices))
-    return (kept.to(dtype),)
+    if g.is_cpu:
+        columns: Sequence[Tensor] = gather_columns(constants, indices)
+    else:
+        columns = [column.reshape(-1)[indices] for column in constants]
+    return (norm_gradient(g[..., indices], x[..., indices], columns).to(dtype),)
 
 
 def _kept_by_own_kernel(
@@ -160,8 +164,8 @@ def _kept_by_own_kernel(
 def _gather_maybe(node: fx.Node) -> Gather | None:
     """Return what a node gathers where that is better done from the gradient's parts.
 
-    None for any other node; for devices where looking up a number a channel costs nothing; where
-    channels are not innermost in memory; and where the gradient is written for others to read.
+    None for any other node; where channels are not innermost in memory; and where the gradient is
+    written for others to read.
     """
     source, (*before, indices) = cast(tuple[fx.Node, list[Any]], node.args)
     val: Tensor = source.meta["val"]
@@ -169,7 +173,7 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     if not node.meta.get(INSERTED_KEY) or not is_of_last or indices.meta["val"].ndim != 1:
         return None
     # A stride that is no number yet is not to be asked about.
-    if val.device.type != "cpu" or not isinstance(val.stride(-1), int) or val.stride(-1) != 1:
+    if not isinstance(val.stride(-1), int) or val.stride(-1) != 1:
         return None
     order, chain = list(range(val.ndim)), [source]
     if source.target is aten.permute.default:
@@ -182,7 +186,7 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     dtypes = {part.meta["val"].dtype for part in gradient.constants}
     if len(dtypes) > 1 or gradient.x.meta["val"].shape != gradient.g.meta["val"].shape:
         return None
-    written = gradient.written_maybe
+    written = gradient.written_maybe if val.is_cpu else None
     if written is not None and val.dtype in DTYPES and dtypes == {torch.float32}:
         read = [part.meta["val"] for part in written if part is not None]
         if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):
