@@ -275,6 +275,14 @@ def test_bias_gradient_split_off_by_the_compiler_follows_the_weights(gradients: 
         torch.testing.assert_close(grad, both[whole], rtol=1e-10, atol=1e-10)
 
 
+def test_a_keep_count_is_taken_for_a_fifth_of_the_channels() -> None:
+    inputs = [torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(40, 3, 3, 3)]
+    graph, _ = joint_graph(functional.conv2d, inputs, 1, sparse_pass(40))
+    (read,) = graph.find_nodes(op="call_function", target=aten._local_scalar_dense.default)
+    size = read.meta["val"].node
+    assert size.shape_env.var_to_hint_override[size.expr] == 8
+
+
 def test_smallest_keep_count_is_that_of_the_torch_release() -> None:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     assert (MIN_KEEP_COUNT == 1) == (release >= (2, 15))

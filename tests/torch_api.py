@@ -684,6 +684,23 @@ def inductor_compiles_our_cpp() -> None:
 # Elsewhere.
 
 
+@relies_on(".var_to_hint_override")
+def a_size_has_the_hint_that_its_environment_is_told() -> None:
+    """What Inductor takes an unbacked size for, where it chooses code, is
+    `shape_env.var_to_hint_override[symbol]`; where there is none, its `fallback`.
+    """
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    environment = ShapeEnv()
+    told, unknown = (environment.create_unbacked_symint().node.expr for _ in range(2))
+    environment.var_to_hint_override[told] = 7
+    sizes: Any = SizeVarAllocator(environment)
+    # Until torch 2.11 under another name.
+    hint = getattr(sizes, "optimization_hint", None) or sizes.size_hint
+    assert [hint(size, fallback=0) for size in (told, 3 * told, unknown)] == [7, 21, 0]
+
+
 @relies_on("torch.fx.experimental.symbolic_shapes.statically_known_true")
 def symbols_can_be_compared_without_a_guard() -> None:
     """`statically_known_true(expression)` is a bool, False where the answer depends on a symbol

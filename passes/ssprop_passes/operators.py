@@ -164,7 +164,11 @@ for _schema, _kernel, _fake in (
         _fake_gather_norm_gradient,
     ),
 ):
-    _name = _library.define(_schema)  # type: ignore[no-untyped-call]
+    # The exact strides, which torch asks for otherwise, are `max(k, 1)` and so on, where Inductor
+    # has k, and what differs in that is not fused.
+    _name = _library.define(  # type: ignore[no-untyped-call]
+        _schema, tags=torch.Tag.needs_fixed_stride_order
+    )
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"ssprop::{_name}", _fake, lib=_library)
 

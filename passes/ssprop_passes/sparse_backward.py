@@ -11,6 +11,8 @@ backward does not need is not saved, and what it adds is fused with its neighbou
 With a memory, another input of the graph, `sparse_backward` writes it in place. With telemetry, one
 more input, the graph ends with a write of what all sites tell. Where the keep counts are constants,
 k is a plain int, and the graph has no such input.
+
+Private torch: the shape environment's hint for the size that a keep count is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,9 @@ from ssprop_passes.sites import (
 from ssprop_passes.telemetry import observe, write_rows
 
 __all__ = ["SparseBackwardPass", "find_sites"]
+
+# Of a layer's channels, one in so many is what a keep count is taken for where code is chosen.
+_HINTED_SHARE = 5
 
 
 class SparseBackwardPass(GraphPass):
@@ -295,6 +300,9 @@ def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> i
     count = cast(int, blocks.item())
     torch._check(count >= min(MIN_KEEP_COUNT, limit // block))
     torch._check(count <= limit // block)
+    # Of a size that it knows nothing of, Inductor fuses no kernel that writes with one that reads.
+    node: Any = cast(torch.SymInt, count).node
+    node.shape_env.var_to_hint_override[node.expr] = max(limit // block // _HINTED_SHARE, 1)
     return count
 
 

@@ -1,0 +1,89 @@
+"""What becomes of a sparse step on a GPU, read from its code: this needs no GPU.
+
+That the code is right is for the tests that run on one (marker `gpu`). Here it is what it reads and
+writes, and that it can be compiled.
+"""
+
+import math
+import re
+from functools import cache
+
+import pytest
+import timm
+import torch
+from gpu_lowering import Lowered, compile_kernels, lower
+from torch import Tensor, nn
+
+from ssprop_fx import SparsityConfig
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.slow
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    # Of each stage one block, and one more, whose residual is no convolution's.
+    short = {"layers": (2, 1, 1, 1)} if name == "resnet50" else {}
+    return timm.create_model(name, num_classes=10, **short).to(memory_format=torch.channels_last)
+
+
+def images(img_size: int) -> Tensor:
+    return torch.randn(8, 3, img_size, img_size).to(memory_format=torch.channels_last)
+
+
+@cache
+def lowered(name: str, img_size: int, is_sparse: bool, autocast: bool = True) -> Lowered:
+    targets = ("linear",) if "vit" in name else ("conv", "depthwise")
+    config = SparsityConfig(gate=False, specialize=False, targets=targets)
+    return lower(build(name), images(img_size), config if is_sparse else None, autocast)
+
+
+MODELS = pytest.mark.parametrize(
+    ("name", "img_size"), [("test_resnet", 64), ("test_vit", 160), ("test_efficientnet", 64)]
+)
+
+
+@MODELS
+def test_the_backward_takes_nothing_of_the_cpu(name: str, img_size: int) -> None:
+    """Keep counts are read in the forward, on the CPU: no step waits for the GPU."""
+    step = lowered(name, img_size, True)
+    assert step.devices == [{"cpu", "cuda"}, {"cuda"}]
+    assert "ssprop" in step.graphs[1]
+
+
+@MODELS
+def test_kernels_compile(name: str, img_size: int) -> None:
+    assert compile_kernels(lowered(name, img_size, True)) > 20
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_gradients_of_norms_are_not_written(autocast: bool) -> None:
+    """The dense step writes one for each norm; what the sparse step writes is the rest of it."""
+
+    def written(is_sparse: bool) -> int:
+        of_backward = lowered("resnet50", 64, is_sparse, autocast).written[1]
+        sizes = [size for size, _ in of_backward if len(size) == 4 and size[0] == "8"]
+        return sum(math.prod(map(int, size)) for size in sizes if "".join(size).isdigit())
+
+    norms: list[int] = []
+    model = build("resnet50")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _module, _args, out: norms.append(out.numel()))
+    model(images(64))
+    rest = written(False) - sum(norms)
+    assert 0 < rest < written(False) / 4
+    assert written(True) < 1.1 * rest
+
+
+def test_kept_channels_are_written_once() -> None:
+    """In the precision that the reduced convolution reads, by the kernel that gathers them."""
+    step = lowered("test_resnet", 64, True)
+    kept = [
+        dtype
+        for size, dtype in step.written[1]
+        if len(size) == 4 and any(re.match(r"u\d", part) for part in size)
+    ]
+    sites = step.graphs[1].count("torch.ops.ssprop.conv_backward.default(")
+    assert kept == sites * [torch.bfloat16]
