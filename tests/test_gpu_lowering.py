@@ -13,6 +13,7 @@ import timm
 import torch
 from gpu_lowering import Lowered, compile_kernels, lower
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from ssprop_fx import SparsityConfig
 
@@ -77,6 +78,10 @@ def test_gradients_of_norms_are_not_written(autocast: bool) -> None:
     assert written(True) < 1.1 * rest
 
 
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.14"),
+    reason="some are written in single precision first: seen on torch 2.11, not on 2.14 and 2.15",
+)
 def test_kept_channels_are_written_once() -> None:
     """In the precision that the reduced convolution reads, by the kernel that gathers them."""
     step = lowered("test_resnet", 64, True)
