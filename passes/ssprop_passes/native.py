@@ -43,8 +43,6 @@ def start_compiling() -> Thread:
 
     While it runs, `kernel_maybe` waits for the kernel that it is asked for. Errors are left to it.
     """
-    from torch._inductor import codecache  # noqa: F401  (an import on two threads at once may fail)
-
     # Inductor's settings, and with them flags of the compiler, are the context's.
     thread = Thread(target=copy_context().run, args=[_compile_all], name="ssprop kernels")
     thread.start()
