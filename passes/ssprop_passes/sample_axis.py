@@ -7,14 +7,14 @@ other site's replacement.
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ssprop_passes.keep_counts import read_keep_count, size_hint
 from ssprop_passes.rewrite import Replacer
-from ssprop_passes.samples import Samples, choose_samples, size_hint
+from ssprop_passes.samples import Samples, choose_samples
 from ssprop_passes.selection import Selection, dims_order, with_order
-from ssprop_passes.sites import MIN_KEEP_COUNT, SiteMatch
+from ssprop_passes.sites import SiteMatch
 
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
 
@@ -89,10 +89,7 @@ class SampleAxis:
 
     def _choose(self, match: SiteMatch, keep_counts: fx.Node, slot: int, rows: int) -> None:
         def choice(keep_counts: Tensor, grad_output: Tensor, input_: Tensor) -> tuple[Tensor, ...]:
-            batch = grad_output.shape[0] // rows
-            k = cast(int, keep_counts[slot].item())
-            torch._check(k >= min(MIN_KEEP_COUNT, self.size))
-            torch._check(k <= batch)
+            k = read_keep_count(keep_counts, slot, grad_output.shape[0] // rows)
             indices, weights = choose_samples(self.selection, grad_output, input_, k, rows)
             return (indices,) if weights is None else (indices, weights)
 

@@ -18,14 +18,13 @@ expected gradient of every site's weight is the dense one where samples are not 
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ssprop_passes.selection import Selection, gather_rows
 
-__all__ = ["Samples", "choose_samples", "size_hint"]
+__all__ = ["Samples", "choose_samples"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,3 @@ def choose_samples(
 def _split(x: Tensor, rows: int) -> Tensor:
     """Return `x`, [N * m, *rest], as [N, m, *rest]."""
     return x.unsqueeze(1) if rows == 1 else x.reshape(-1, rows, *x.shape[1:])
-
-
-def size_hint(size: int) -> int:
-    """Return a size as an int, that of the example input where it is a SymInt."""
-    return size if isinstance(size, int) else cast(int, size.node.hint)

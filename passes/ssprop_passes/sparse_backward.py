@@ -11,19 +11,17 @@ backward does not need is not saved, and what it adds is fused with its neighbou
 With a memory, another input of the graph, `sparse_backward` writes it in place. With telemetry, one
 more input, the graph ends with a write of what all sites tell. Where the keep counts are constants,
 k is a plain int, and the graph has no such input.
-
-Private torch: the shape environment's hint for the size that a keep count is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ssprop_passes.gate import Gate, why_slower
 from ssprop_passes.graph_pass import GraphPass, Previous
+from ssprop_passes.keep_counts import find_keep_counts, read_keep_count
 from ssprop_passes.kinds import MATCHERS
 from ssprop_passes.memory import MEMORY_KEY, Remembered
 from ssprop_passes.operators import register_flops
@@ -31,7 +29,6 @@ from ssprop_passes.rewrite import INSERTED_KEY, Replacer
 from ssprop_passes.sample_axis import SampleAxis
 from ssprop_passes.selection import Selection, dims_order, with_order
 from ssprop_passes.sites import (
-    MIN_KEEP_COUNT,
     Site,
     SiteMatch,
     Slot,
@@ -42,9 +39,6 @@ from ssprop_passes.sites import (
 from ssprop_passes.telemetry import observe, write_rows
 
 __all__ = ["SparseBackwardPass", "find_sites"]
-
-# Of a layer's channels, one in so many is what a keep count is taken for where code is chosen.
-_HINTED_SHARE = 5
 
 
 class SparseBackwardPass(GraphPass):
@@ -285,47 +279,7 @@ def find_match_maybe(node: fx.Node) -> SiteMatch | None:
     return next((match for matcher in MATCHERS if (match := matcher(node))), None)
 
 
-def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int) -> int:
-    """Return a slot's keep count in blocks, an unbacked SymInt while this is traced.
-
-    In blocks, so that the count of channels is known to be a multiple of their size.
-
-    Args:
-        keep_counts: the runtime sparsity tensor.
-        slot: index in it.
-        limit: the largest keep count.
-        block: keep counts are multiples of this.
-    """
-    blocks = keep_counts[slot] if block == 1 else keep_counts[slot] // block
-    count = cast(int, blocks.item())
-    torch._check(count >= min(MIN_KEEP_COUNT, limit // block))
-    torch._check(count <= limit // block)
-    # Of a size that it knows nothing of, Inductor fuses no kernel that writes with one that reads.
-    node: Any = cast(torch.SymInt, count).node
-    node.shape_env.var_to_hint_override[node.expr] = max(limit // block // _HINTED_SHARE, 1)
-    return count
-
-
 def find_inputs(graph: fx.Graph) -> list[fx.Node]:
     """Return the placeholders of a joint graph that are inputs of the forward, in order."""
     placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
     return [node for node in placeholders if str(node.target).startswith("primals")]
-
-
-def find_keep_counts(inputs: Sequence[fx.Node], slot_count: int) -> fx.Node:
-    """Return the placeholder of the runtime sparsity tensor: the last of its form.
-
-    Args:
-        inputs: those of the forward.
-        slot_count: length of the tensor.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    for node in reversed(inputs):
-        val = node.meta["val"]
-        if isinstance(val, Tensor) and val.dtype == torch.int64 and val.shape == (slot_count,):
-            return node
-    raise RuntimeError(
-        f"the joint graph has no runtime sparsity tensor, int64 [{slot_count}], among its inputs"
-    )
