@@ -7,7 +7,8 @@ On a CPU a sparse step has two things of its own that are no gain of sparsity: s
 
 from collections.abc import Callable
 
-from ssprop_passes.conv import ConvMatch, conv_gradients, match_conv_backward
+from ssprop_passes.conv import conv_gradients
+from ssprop_passes.conv_match import ConvMatch, match_conv_backward
 from ssprop_passes.graph_pass import GraphPass
 from ssprop_passes.rewrite import Replacer
 from ssprop_passes.selection import dims_order, is_channels_last, sum_channels, with_order

@@ -1,6 +1,6 @@
-"""Convolutions: `aten.convolution_backward` from the strongest channels of grad_output.
+"""Convolutions: their gradients from the strongest channels of grad_output.
 
-On the joint graph every convolution of every model is this one node, whatever its source.
+Plain torch functions, which a pass traces into the graph and tests call as they are.
 
     before    dx, dw, _ = convolution_backward(dy, x, w)
 
@@ -9,16 +9,13 @@ On the joint graph every convolution of every model is this one node, whatever i
               dw = zeros.index_put([idx], dw_k)
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.operators import conv_backward_flops, reduced_conv_backward
-from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
+from ssprop_passes.operators import reduced_conv_backward
 from ssprop_passes.samples import Samples
 from ssprop_passes.selection import (
     Selection,
@@ -29,17 +26,9 @@ from ssprop_passes.selection import (
     scatter_rows,
     sum_channels,
 )
-from ssprop_passes.sites import Gradients, SiteMatch, hinted
+from ssprop_passes.sites import Gradients
 
-__all__ = [
-    "ConvGeometry",
-    "ConvMatch",
-    "conv_gradients",
-    "match_conv_backward",
-    "sparse_conv_backward",
-]
-
-aten = torch.ops.aten
+__all__ = ["ConvGeometry", "conv_backward_of_samples", "conv_gradients", "sparse_conv_backward"]
 
 
 @dataclass(frozen=True)
@@ -215,122 +204,3 @@ def rows_weight(rows: Tensor, groups: int) -> Tensor:
     """Return the weight of a transposed convolution, [C_in, C / groups, *kernel], from its rows."""
     by_group = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
     return by_group.transpose(1, 2).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class ConvMatch(SiteMatch):
-    """An `aten.convolution_backward` node.
-
-    Attributes:
-        node: the node.
-        grad_output, input, weight: nodes of its tensors.
-        geometry: its parameters.
-        output_mask: which of the gradients of input, weight and bias it computes.
-    """
-
-    node: fx.Node
-    grad_output: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    geometry: ConvGeometry
-    output_mask: tuple[bool, bool, bool]
-
-    @property
-    def kind(self) -> str:
-        """Such as `conv2d` or `conv_transpose1d`."""
-        transpose = "_transpose" if self.geometry.transposed else ""
-        return f"conv{transpose}{self.weight.meta['val'].ndim - 2}d"
-
-    @property
-    def channels(self) -> int:
-        """Output channels, C."""
-        return int(self.grad_output.meta["val"].shape[1])
-
-    @property
-    def groups(self) -> int:
-        """Number of groups that channels are selected in."""
-        return self.geometry.selection_groups(self.weight.meta["val"])
-
-    @property
-    def wanted(self) -> tuple[bool, bool, bool]:
-        """Which gradients are computed, that of the bias by this node or another."""
-        return (*self.output_mask[:2], self.output_mask[2] or self.bias_sum is not None)
-
-    @property
-    def form(self) -> Hashable:
-        """Its parameters, and which gradients are computed."""
-        return self.geometry, self.wanted
-
-    def flops_of(self, mask: Sequence[bool]) -> int:
-        """Return the floating-point operations of gradients of input and weight."""
-        grad_output, input_, weight = (hinted(node.meta["val"]).shape for node in self.inputs)
-        return conv_backward_flops(grad_output, input_, weight, self.geometry.transposed, mask)
-
-    @property
-    def nodes(self) -> Sequence[fx.Node]:
-        """The node."""
-        return (self.node,)
-
-    @property
-    def inputs(self) -> Sequence[fx.Node]:
-        """grad_output, input and weight."""
-        return self.grad_output, self.input, self.weight
-
-    @property
-    def bias_sum(self) -> fx.Node | None:
-        """The sum that is the bias gradient where Inductor split it off, as it does on GPU."""
-        return None if self.output_mask[2] else find_sum_maybe(self.grad_output, 1, self.node)
-
-    @property
-    def dense_gradients(self) -> Gradients:
-        """The fake values of the node's results."""
-        return cast(Gradients, tuple(self.node.meta["val"]))
-
-    def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
-    ) -> Gradients:
-        """Return the sparse gradients of input, weight and bias."""
-        grad_output, input_, weight = tensors
-        # One meaning of the bias gradient on every device: of the kept channels alone.
-        mask = selection.sparse(self.wanted)
-        return sparse_conv_backward(
-            grad_output, input_, weight, k, self.geometry, mask, selection, memory
-        )
-
-    def backward_of_samples(
-        self, samples: Samples, selection: Selection, *tensors: Tensor
-    ) -> Gradients:
-        """Return the gradients of input, weight and bias made of some samples."""
-        grad_output, input_, weight = tensors
-        mask = selection.sparse(self.wanted)
-        return conv_backward_of_samples(grad_output, input_, weight, samples, self.geometry, mask)
-
-    def replace(self, gradients: Sequence[fx.Node | None]) -> None:
-        """Put the sparse gradients in place of the node's results."""
-        if (bias_sum := self.bias_sum) is not None and gradients[2] is not None:
-            replace_node(bias_sum, gradients[2])
-        replace_outputs(self.node, gradients)
-        if self.node.users:
-            # It computes what stays dense, and is not to be matched again.
-            dense = [
-                wanted and g is None for wanted, g in zip(self.output_mask, gradients, strict=True)
-            ]
-            self.node.args = (*self.node.args[:-1], dense)
-            values = zip(self.node.meta["val"], dense, strict=True)
-            self.node.meta["val"] = tuple(val if is_dense else None for val, is_dense in values)
-            self.node.meta[INSERTED_KEY] = True
-        else:
-            self.node.graph.erase_node(self.node)
-
-
-def match_conv_backward(node: fx.Node) -> ConvMatch | None:
-    """Return the match of an `aten.convolution_backward` node, None for any other node."""
-    if node.op != "call_function" or node.target is not aten.convolution_backward.default:
-        return None
-    args: tuple[Any, ...] = node.args
-    grad_output, input_, weight, _bias_sizes, stride, padding, dilation = args[:7]
-    transposed, output_padding, groups, output_mask = args[7:]
-    geometry = ConvGeometry(
-        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
-    )
-    return ConvMatch(node, grad_output, input_, weight, geometry, tuple(output_mask))

@@ -1,11 +1,11 @@
-"""The kinds of site: one file each, listed here."""
+"""The kinds of site, listed here: a file each for what finds them, and for their arithmetic."""
 
 from collections.abc import Callable
 
 from torch import fx
 
-from ssprop_passes.conv import match_conv_backward
-from ssprop_passes.linear import match_linear_backward
+from ssprop_passes.conv_match import match_conv_backward
+from ssprop_passes.linear_match import match_linear_backward
 from ssprop_passes.sites import SiteMatch
 
 __all__ = ["MATCHERS"]

@@ -1,0 +1,227 @@
+"""The backward of linear layers in a joint graph.
+
+A linear call y = x w^T + b leaves three nodes in its backward part, two matrix products and a sum,
+found by the operands that they share with the forward product. Products of two activations, such
+as those of attention, are not of a layer and have no slot.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from ssprop_passes.linear import linear_backward_of_samples, sparse_linear_backward
+from ssprop_passes.memory import NOTHING, Remembered
+from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
+from ssprop_passes.samples import Samples
+from ssprop_passes.selection import Selection
+from ssprop_passes.sites import Gradients, SiteMatch, hinted
+
+__all__ = ["LinearMatch", "match_linear_backward"]
+
+aten = torch.ops.aten
+
+# What stands between the gradient that a bias was added to and that of the product.
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.clone.default)
+
+
+@dataclass(frozen=True)
+class LinearMatch(SiteMatch):
+    """The backward products of one linear call.
+
+    Attributes:
+        node: the first of them in the graph.
+        grad_output, input: [T, C] and [T, C_in].
+        transposed_weight: [C_in, C], as the forward product takes it.
+        grad_input_node, grad_weight_node: the products, None where not computed.
+    """
+
+    node: fx.Node
+    grad_output: fx.Node
+    input: fx.Node
+    transposed_weight: fx.Node
+    grad_input_node: fx.Node | None
+    grad_weight_node: fx.Node | None
+
+    @property
+    def kind(self) -> str:
+        """`linear`."""
+        return "linear"
+
+    @property
+    def channels(self) -> int:
+        """Output features, C."""
+        return int(self.transposed_weight.meta["val"].shape[1])
+
+    @property
+    def groups(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which of the products and the sum are there."""
+        return (
+            self.grad_input_node is not None,
+            self.grad_weight_node is not None,
+            self.bias_sum is not None,
+        )
+
+    @property
+    def form(self) -> Hashable:
+        """Which gradients are computed, and the shape of the bias's."""
+        bias_sum = self.bias_sum
+        return self.wanted, None if bias_sum is None else bias_sum.meta["val"].shape
+
+    def flops_of(self, mask: Sequence[bool]) -> int:
+        """Return the floating-point operations of products."""
+        outputs = hinted(self.grad_output.meta["val"]).numel()
+        features = int(self.transposed_weight.meta["val"].shape[0])
+        return 2 * int(outputs) * features * sum(mask[:2])
+
+    @property
+    def nodes(self) -> Sequence[fx.Node]:
+        """The products."""
+        nodes = (self.grad_input_node, self.grad_weight_node)
+        return tuple(node for node in nodes if node is not None)
+
+    @property
+    def inputs(self) -> Sequence[fx.Node]:
+        """grad_output, input and transposed weight."""
+        return self.grad_output, self.input, self.transposed_weight
+
+    @property
+    def bias_sum(self) -> fx.Node | None:
+        """The sum that is the bias gradient.
+
+        Of grad_output itself, or, where the bias was added before flattening the leading
+        dimensions, of what grad_output is a view of, or a contiguous copy.
+        """
+        source: Any = self.grad_output
+        while isinstance(source, fx.Node) and source.meta["val"].shape[-1] == self.channels:
+            found = find_sum_maybe(source, source.meta["val"].ndim - 1, self.node)
+            if found is not None or source.target not in _RESHAPES:
+                return found
+            source = source.args[0]
+        return None
+
+    @property
+    def dense_gradients(self) -> Gradients:
+        """The fake values of the products and the sum."""
+        nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
+        return cast(Gradients, tuple(None if n is None else n.meta["val"] for n in nodes))
+
+    def backward(
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
+    ) -> Gradients:
+        """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
+        grad_output, input_, transposed_weight = tensors
+        grad_input, grad_weight, grad_bias = sparse_linear_backward(
+            grad_output,
+            input_,
+            transposed_weight.t(),
+            k,
+            selection.sparse(self.wanted),
+            selection,
+            memory,
+        )
+        return grad_input, grad_weight, self._like_sum(grad_bias)
+
+    def backward_of_samples(
+        self, samples: Samples, selection: Selection, *tensors: Tensor
+    ) -> Gradients:
+        """Return the gradients made of some samples."""
+        grad_output, input_, transposed_weight = tensors
+        mask = selection.sparse(self.wanted)
+        grad_input, grad_weight, grad_bias = linear_backward_of_samples(
+            grad_output, input_, transposed_weight.t(), samples, mask
+        )
+        return grad_input, grad_weight, self._like_sum(grad_bias)
+
+    def _like_sum(self, grad_bias: Tensor | None) -> Tensor | None:
+        """Return the bias gradient in the shape of the sum that it replaces."""
+        if grad_bias is None:
+            return None
+        return grad_bias.view(cast(fx.Node, self.bias_sum).meta["val"].shape)
+
+    def replace(self, gradients: Sequence[fx.Node | None]) -> None:
+        """Put the sparse gradients in place of the products and the sum."""
+        nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
+        for node, gradient in zip(nodes, gradients, strict=True):
+            if gradient is not None:
+                replace_node(cast(fx.Node, node), gradient)
+            elif node is not None:
+                # It stays dense, and is not to be matched again.
+                node.meta[INSERTED_KEY] = True
+
+
+def match_linear_backward(node: fx.Node) -> LinearMatch | None:
+    """Return the match of a linear call's backward if `node` is one of its products, else None."""
+    if not _is_backward_product(node):
+        return None
+    left, right = cast(tuple[fx.Node, fx.Node], node.args)
+    # dw = mm(t(dy), x), whose x is the forward product's; dx = mm(dy, t(w^T)), whose w^T is.
+    if (grad_output := _transposed_maybe(left)) is not None:
+        forward = _forward_maybe(right, 0, node)
+    else:
+        grad_output, weight = left, _transposed_maybe(right)
+        forward = None if weight is None else _forward_maybe(weight, 1, node)
+    if forward is None:
+        return None
+    input_, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
+    products = [n for n in grad_output.users if _is_backward_product(n) and _same_call(n, node)]
+    products += [
+        n
+        for user in grad_output.users
+        if _transposed_maybe(user) is grad_output
+        for n in user.users
+        if _is_backward_product(n) and _same_call(n, node)
+    ]
+    by_weight = [n for n in products if _transposed_maybe(n.args[1]) is transposed_weight]
+    by_input = [n for n in products if n.args[1] is input_]
+    grad_input_node = by_weight[0] if by_weight else None
+    grad_weight_node = by_input[0] if by_input else None
+    if node not in (grad_input_node, grad_weight_node):
+        return None
+    return LinearMatch(
+        node, grad_output, input_, transposed_weight, grad_input_node, grad_weight_node
+    )
+
+
+def _is_backward_product(node: fx.Node) -> bool:
+    return (
+        node.target is aten.mm.default
+        and node.meta.get("partitioner_tag") == "is_backward"
+        and not node.meta.get(INSERTED_KEY)
+    )
+
+
+def _same_call(node: fx.Node, other: fx.Node) -> bool:
+    """Say whether two nodes stem from one autograd call."""
+    return node.meta.get("seq_nr") == other.meta.get("seq_nr")
+
+
+def _transposed_maybe(node: object) -> fx.Node | None:
+    """Return what a node is the matrix transpose of, None if it is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.t.default or (
+        node.target is aten.permute.default and node.args[1] == [1, 0]
+    ):
+        return cast(fx.Node, node.args[0])
+    return None
+
+
+def _forward_maybe(operand: fx.Node, position: int, backward: fx.Node) -> fx.Node | None:
+    """Return the forward product of the call that takes `operand` at `position`."""
+    for user in operand.users:
+        if (
+            user.target in (aten.mm.default, aten.addmm.default)
+            and user.args[-2:][position] is operand
+            and user.meta.get("partitioner_tag") == "is_forward"
+            and _same_call(user, backward)
+        ):
+            return user
+    return None
