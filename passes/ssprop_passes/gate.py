@@ -31,7 +31,7 @@ from ssprop_passes.identity import identity_maybe
 from ssprop_passes.memory import NOTHING, Remembered
 from ssprop_passes.samples import Samples
 from ssprop_passes.selection import Selection, gather_channels, scale_channels
-from ssprop_passes.sites import SiteMatch, Times, hinted
+from ssprop_passes.sites import SiteMatch, Times, hinted, size_hint
 
 __all__ = ["Gate", "measure", "why_slower"]
 
@@ -224,7 +224,7 @@ def _random_like(value: Tensor, shares: int = 1) -> Tensor:
 
 
 def _hinted_strides(value: Tensor) -> list[int]:
-    return [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+    return [size_hint(stride) for stride in value.stride()]
 
 
 def _key(match: SiteMatch, k: int, selection: Selection, batch: int | None) -> str:

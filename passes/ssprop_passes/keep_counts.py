@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.sites import MIN_KEEP_COUNT
+from ssprop_passes.sites import MIN_KEEP_COUNT, size_hint
 
-__all__ = ["find_keep_counts", "read_keep_count", "size_hint"]
+__all__ = ["find_keep_counts", "read_keep_count"]
 
 # Of what there is to keep, one in so many is what a keep count is taken for where code is chosen.
 _HINTED_SHARE = 5
@@ -56,8 +56,3 @@ def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int = 1) 
     node: Any = cast(torch.SymInt, count).node
     node.shape_env.var_to_hint_override[node.expr] = max(typical // _HINTED_SHARE, 1)
     return count
-
-
-def size_hint(size: int) -> int:
-    """Return a size as an int, that of the example input where it is a SymInt."""
-    return size if isinstance(size, int) else cast(int, size.node.hint)

@@ -10,11 +10,11 @@ from typing import Any, cast
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ssprop_passes.keep_counts import read_keep_count, size_hint
+from ssprop_passes.keep_counts import read_keep_count
 from ssprop_passes.rewrite import Replacer
 from ssprop_passes.samples import Samples, choose_samples
 from ssprop_passes.selection import Selection, dims_order, with_order
-from ssprop_passes.sites import SiteMatch
+from ssprop_passes.sites import SiteMatch, size_hint
 
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
 
@@ -30,7 +30,7 @@ class SampleAxis:
     Args:
         batch: samples of the batch, N; may be a SymInt.
         selection: how they are chosen.
-        decompositions: returns the decomposition table of the compiler that the graph is for.
+        replacer: inserts what is chosen, and the sites' backwards, into the graph.
     """
 
     def __init__(

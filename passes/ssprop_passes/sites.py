@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ __all__ = [
     "hinted",
     "layer_name",
     "matrix_product_flops",
+    "size_hint",
     "why_dense",
 ]
 
@@ -279,5 +280,9 @@ def hinted(val: Any) -> Any:
     """Return a meta tensor with plain int sizes in place of a fake tensor, others unchanged."""
     if not isinstance(val, Tensor):
         return val
-    sizes = [s if isinstance(s, int) else s.node.hint for s in val.shape]
-    return torch.empty(sizes, device="meta", dtype=val.dtype)
+    return torch.empty([*map(size_hint, val.shape)], device="meta", dtype=val.dtype)
+
+
+def size_hint(size: int) -> int:
+    """Return a size as an int, that of the example input where it is a SymInt."""
+    return size if isinstance(size, int) else cast(int, size.node.hint)
