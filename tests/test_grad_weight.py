@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes import grad_weight, operators
-from ssprop_passes.operators import (
-    reduced_conv_backward,
-)
+from ssprop_passes import operators
+from ssprop_passes.operators import reduced_conv_backward
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 
@@ -18,7 +16,7 @@ aten = torch.ops.aten
 @pytest.fixture(autouse=True)
 def _one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which gradients are ours depends on the processor; the kernel runs on all."""
-    monkeypatch.setattr(grad_weight, "_CAPABILITY", "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 def gradients(
@@ -86,8 +84,7 @@ def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         {"stride": (2, 2)},
         {"stride": (2, 3), "padding": (0, 2)},
         {"dilation": (2, 3), "padding": (2, 0)},
-        {"kernel": (1, 1), "padding": (0, 0)},
-        {"kernel": (1, 1), "padding": (1, 1), "stride": (3, 3)},
+        {"kernel": (1, 2), "padding": (1, 1), "stride": (3, 3)},
         {"kernel": (3, 5)},
         {"kernel": (7, 7), "padding": (3, 3)},
         {"kernel": (2, 4), "stride": (2, 1)},
@@ -178,14 +175,14 @@ def test_what_the_kernel_does_not_take_is_one_call_of_atens(case: dict[str, Any]
     check(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("width", "stride", "is_ours"), [(14, 1, True), (15, 1, False), (30, 2, True)]
-)
-def test_products_of_long_rows_are_atens(width: int, stride: int, is_ours: bool) -> None:
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_in_single_precision_are_atens(dtype: torch.dtype, groups: int) -> None:
+    """Those of 1x1 convolutions without padding have a test of their own."""
     actual, expected, masks = gradients(
-        3, 16, 1, kernel=(1, 1), padding=(0, 0), stride=(stride, stride), space=(9, width)
+        3, 16, groups, kernel=(1, 1), padding=(1, 1), stride=(3, 3), dtype=dtype
     )
-    assert masks == [[True, not is_ours]]
+    assert masks == [[True, groups == 1 and dtype == torch.float32]]
     check(actual, expected)
 
 
@@ -203,7 +200,7 @@ def test_products_of_long_rows_are_atens(width: int, stride: int, is_ours: bool)
 def test_with_avx512_few_channels_a_group_are_ours(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], stride: int, is_ours: bool
 ) -> None:
-    monkeypatch.setattr(grad_weight, "_CAPABILITY", "AVX512")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     actual, expected, masks = gradients(*sizes, stride=(stride, stride))
     assert masks == [[True, not is_ours]]
     check(actual, expected)

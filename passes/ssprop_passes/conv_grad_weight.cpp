@@ -9,6 +9,13 @@
 // stays in registers for the piece. Where a group's input channels would leave much of two vectors
 // empty, those of a tile are not neighbours but taps.
 
+// Products and sums in one instruction. Inductor's flags forbid it, for results that are eager's.
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
 #include <omp.h>
 
 #include <algorithm>
@@ -47,12 +54,24 @@ inline Float load(const float* from) {
   return lanes;
 }
 
+template <int SIZE>
+inline void copy_one(const float* from, float* to) {
+  std::memcpy(to, from, SIZE * sizeof *to);
+}
+
+template <int SIZE>
+inline void copy_one(const BFloat16* from, float* to) {
+  // Apart from `to`, which might lie where `from` does.
+  float values[SIZE];
+#pragma GCC unroll 32
+  for (int j = 0; j < SIZE; ++j) values[j] = value(from[j]);
+  std::memcpy(to, values, sizeof values);
+}
+
 // `count` times SIZE neighbours.
 template <class T, int SIZE>
 void copy_all(const T* from, int64_t next, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i, from += next, to += SIZE)
-#pragma GCC unroll 32
-    for (int j = 0; j < SIZE; ++j) to[j] = value(from[j]);
+  for (int64_t i = 0; i < count; ++i, from += next, to += SIZE) copy_one<SIZE>(from, to);
 }
 
 template <class T, int SIZE>

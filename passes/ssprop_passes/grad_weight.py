@@ -15,14 +15,8 @@ from ssprop_passes.native import COUNT, POINTER, kernel_maybe
 
 __all__ = ["conv_grad_weight", "grad_weight_kernel_maybe"]
 
-# Measured without AVX-512 (`_is_faster`); with it, of grouped convolutions alone.
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
-
 # Fewer input channels, of a convolution of one group, and much of a vector is empty.
 _MIN_SOURCES = 16
-
-# A 1x1 convolution is a matrix product, at which oneDNN is faster where rows are longer than this.
-_MAX_WIDTH_OF_PRODUCT = 14
 
 # With AVX-512, more kept channels than these in a group, without and with a stride, and ATen is
 # faster.
@@ -53,19 +47,17 @@ def grad_weight_kernel_maybe(
 
 
 def _is_faster(grad_output: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+    """Measured without AVX-512; with it, of grouped convolutions alone."""
     kept, sources = weight.shape[0] // groups, weight.shape[1]
-    is_strided = max(stride) > 1
+    capability = torch.backends.cpu.get_cpu_capability()
     if groups > 1:
         limit = sources - 1
-        if "AVX512" in _CAPABILITY:
-            limit = min(limit, _MAX_KEPT_STRIDED if is_strided else _MAX_KEPT)
+        if "AVX512" in capability:
+            limit = min(limit, _MAX_KEPT_STRIDED if max(stride) > 1 else _MAX_KEPT)
         return kept <= limit and sources % 4 == 0
-    is_product = max(weight.shape[2:]) == 1 and not is_strided
-    return (
-        _CAPABILITY == "AVX2"
-        and sources >= _MIN_SOURCES
-        and not (is_product and grad_output.shape[3] > _MAX_WIDTH_OF_PRODUCT)
-    )
+    # In single precision oneDNN is as fast at products.
+    is_product = max(weight.shape[2:]) == 1 and grad_output.dtype == torch.float32
+    return capability == "AVX2" and sources >= _MIN_SOURCES and not is_product
 
 
 def conv_grad_weight(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ssprop_passes import norm_gather
 from ssprop_passes.grad_weight import conv_grad_weight, grad_weight_kernel_maybe
+from ssprop_passes.pointwise import is_pointwise, pointwise_backward
 
 __all__ = [
     "conv_backward_flops",
@@ -50,11 +51,34 @@ def _conv_backward(
     output_mask: list[bool],
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    kernel = None
+    if not transposed and is_pointwise(grad_output, input, weight, padding, groups):
+        found = pointwise_backward(grad_output, input, weight, stride, output_mask)
+    else:
+        geometry = stride, padding, dilation, transposed, output_padding, groups
+        found = _spatial_backward(grad_output, input, weight, *geometry, output_mask)
+    layout = _memory_format(input.ndim, channels_last)
+    grad_input, grad_weight = (
+        grad_output.new_empty(0) if gradient is None else gradient.contiguous(memory_format=layout)
+        for gradient in found
+    )
+    return grad_input, grad_weight
+
+
+def _spatial_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_input = grad_weight = kernel = None
     if output_mask[1] and not transposed:
         kernel = grad_weight_kernel_maybe(grad_output, input, weight, stride, groups)
-    unwanted = grad_output.new_empty(0)
-    grad_input = grad_weight = unwanted
     if output_mask[0] or kernel is None:
         grad_input, grad_weight, _ = aten.convolution_backward(
             grad_output,
@@ -73,11 +97,7 @@ def _conv_backward(
         grad_weight = conv_grad_weight(
             grad_output, input, weight, stride, padding, dilation, groups, kernel
         )
-    layout = _memory_format(input.ndim, channels_last)
-    return (
-        grad_input.contiguous(memory_format=layout) if output_mask[0] else unwanted,
-        grad_weight.contiguous(memory_format=layout) if output_mask[1] else unwanted,
-    )
+    return grad_input, grad_weight
 
 
 def _fake_conv_backward(
