@@ -50,10 +50,11 @@ def pointwise_backward(
         stride: one entry a dimension of space.
         output_mask: which of the two are wanted.
     """
-    met = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    at = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    sources = input[at]
     grad_input, grad_weight, _ = aten.convolution_backward(
         _one_image(grad_output),
-        _one_image(input[met]),
+        _one_image(sources),
         weight.flatten(1)[:, :, None, None],
         None,
         [1, 1],
@@ -65,11 +66,11 @@ def pointwise_backward(
         [*output_mask, False],
     )
     if output_mask[0]:
-        sampled = grad_input.movedim(1, -1).reshape(input[met].movedim(1, -1).shape).movedim(-1, 1)
-        grad_input = sampled
+        grad_input = grad_input.movedim(1, -1).reshape(sources.movedim(1, -1).shape).movedim(-1, 1)
         if max(stride) > 1:
-            grad_input = torch.zeros_like(input)
-            grad_input[met] = sampled
+            whole = torch.zeros_like(input)
+            whole[at] = grad_input
+            grad_input = whole
     return grad_input, grad_weight.reshape(weight.shape) if output_mask[1] else None
 
 
