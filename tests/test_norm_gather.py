@@ -118,6 +118,43 @@ def test_what_lies_in_memory_is_for_the_kernel_of_our_own(
     assert len(traced.graph.find_nodes(op="call_function", target=gather_norm_gradient)) == own
 
 
+class Excitation(nn.Module):
+    """Squeeze and excitation of 6 channels."""
+
+    def __init__(self, is_spread: bool = True) -> None:
+        super().__init__()
+        self.excite = nn.Conv2d(6, 6, 1)
+        self.is_spread = is_spread
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeezed = x.mean((2, 3), keepdim=True)
+        return x * self.excite(squeezed if self.is_spread else squeezed.detach()).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("modules", "own"),
+    [
+        ((nn.ReLU(), Excitation(), nn.Conv2d(6, 4, 3)), 1),
+        ((Excitation(), nn.Conv2d(6, 4, 3)), 1),
+        ((Excitation(), nn.ReLU(), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.SiLU(), Excitation(), nn.Conv2d(6, 4, 3)), 0),
+        ((nn.ReLU(), Excitation(is_spread=False), nn.Conv2d(6, 4, 3)), 0),
+    ],
+    ids=["relu first", "no relu", "relu last", "silu", "factor alone"],
+)
+def test_squeeze_and_excitation_is_for_the_kernel_of_our_own(
+    modules: tuple[nn.Module, ...], own: int
+) -> None:
+    norm, x = feeds(*modules, dtype=torch.float32), plain(4, 6, 5, 7, dtype=torch.float32)
+    check_kept(norm, x, own=own, rtol=1e-5, atol=1e-5)
+
+
+def test_excitation_that_is_rounded_is_left() -> None:
+    modules = nn.ReLU(), Excitation(), nn.Conv2d(6, 4, 3)
+    norm, x = feeds(*modules, dtype=torch.bfloat16), plain(4, 6, 5, 7, dtype=torch.bfloat16)
+    check_kept(norm, x, own=0, rtol=3e-2, atol=3e-2)
+
+
 @PRECISIONS
 def test_a_gradient_that_others_read_too_lies_in_memory(
     dtype: torch.dtype, tolerance: float

@@ -39,18 +39,34 @@ def test_columns_are_gathered() -> None:
     torch.library.opcheck(gather_columns, (columns, indices), test_utils=CHECKS)
 
 
-def norm_case(*space: int, is_masked: bool = True, dtype: torch.dtype = torch.float32) -> list[Any]:
+def norm_case(
+    *space: int,
+    is_masked: bool = True,
+    is_excited: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> list[Any]:
     g, relu, x = (torch.randn(*space, 21).to(dtype) for _ in range(3))
     constants = [torch.randn(shape) for shape in ((21,), (1, 21, 1, 1), (1, 21, 1, 1), (21,))]
-    return [g, relu if is_masked else None, x, constants, torch.tensor([20, 3, 4, 17, 0, 9, 11])]
+    excitation = [torch.randn(space[0], 21, 1, 1) for _ in range(2)] if is_excited else []
+    indices = torch.tensor([20, 3, 4, 17, 0, 9, 11])
+    return [g, relu if is_masked else None, x, constants, excitation, indices]
 
 
 def norm_expected(
-    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], at: Tensor
+    g: Tensor,
+    relu: Tensor | None,
+    x: Tensor,
+    constants: list[Tensor],
+    excitation: list[Tensor],
+    at: Tensor,
 ) -> Tensor:
     scale, mean, mean_g, projection = (constant.view(-1) for constant in constants)
-    passed = g if relu is None else torch.where(relu <= 0, 0, g)
-    return ((passed - (x - mean) * projection - mean_g) * scale)[..., at].to(g.dtype)
+    passed, dtype = g, g.dtype
+    if excitation:
+        factor, addend = (part.view(len(g), *[1] * (g.ndim - 2), 21) for part in excitation)
+        passed = g.float() * factor + addend
+    passed = passed if relu is None else torch.where(relu <= 0, 0, passed)
+    return ((passed - (x - mean) * projection - mean_g) * scale)[..., at].to(dtype)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,10 +75,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @DTYPES
 @pytest.mark.parametrize("space", [(5,), (2, 3, 4), (0, 3)])
 @pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("is_excited", [True, False])
 def test_channels_of_a_norms_gradient(
-    space: tuple[int, ...], is_masked: bool, dtype: torch.dtype
+    space: tuple[int, ...], is_masked: bool, is_excited: bool, dtype: torch.dtype
 ) -> None:
-    inputs = norm_case(*space, is_masked=is_masked, dtype=dtype)
+    inputs = norm_case(*space, is_masked=is_masked, is_excited=is_excited, dtype=dtype)
     torch.testing.assert_close(gather_norm_gradient(*inputs), norm_expected(*inputs))
     torch.library.opcheck(gather_norm_gradient, tuple(inputs), test_utils=CHECKS)
 
@@ -74,7 +91,7 @@ def test_numbers_are_rounded_as_torch_rounds() -> None:
     none, g = torch.zeros(21), torch.randn(500, 21).to(torch.bfloat16)
     g[0] = 1
     constants = [scale, none, none, none]
-    found = gather_norm_gradient(g, None, g, constants, torch.arange(21))
+    found = gather_norm_gradient(g, None, g, constants, [], torch.arange(21))
     expected = (g * scale).to(torch.bfloat16)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -88,11 +105,11 @@ def test_what_is_not_a_number_passes_the_mask_as_in_torch(dtype: torch.dtype) ->
 
 
 def test_tensors_and_indices_that_lie_otherwise() -> None:
-    g, relu, x, constants, indices = norm_case(4, 3)
-    expected = norm_expected(g, relu, x, constants, indices)
+    g, relu, x, *others, indices = norm_case(4, 3, is_excited=True)
+    expected = norm_expected(g, relu, x, *others, indices)
     g, relu, x = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in (g, relu, x))
     indices = torch.stack([indices.int(), indices.int()], 1)[:, 0]
-    torch.testing.assert_close(gather_norm_gradient(g, relu, x, constants, indices), expected)
+    torch.testing.assert_close(gather_norm_gradient(g, relu, x, *others, indices), expected)
 
 
 @pytest.mark.parametrize("index", [21, -1])
@@ -105,14 +122,15 @@ def test_a_channel_that_a_norm_does_not_have(index: int) -> None:
 @DTYPES
 @pytest.mark.usefixtures("no_kernel_yet")
 @pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize("is_excited", [True, False])
 def test_channels_of_a_norms_gradient_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, is_masked: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, is_masked: bool, is_excited: bool, dtype: torch.dtype
 ) -> None:
     def fail(source: str) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
-    inputs = norm_case(5, is_masked=is_masked, dtype=dtype)
+    inputs = norm_case(5, 2, is_masked=is_masked, is_excited=is_excited, dtype=dtype)
     with pytest.warns(UserWarning, match="gather_norm_gradient does not compile.*no compiler"):
         found = gather_norm_gradient(*inputs)
     torch.testing.assert_close(found, norm_expected(*inputs))

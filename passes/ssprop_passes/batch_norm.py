@@ -31,7 +31,12 @@ from torch import Tensor, fx
 
 from ssprop_passes.graph_pass import GraphPass, Previous
 from ssprop_passes.norm_gather import DTYPES, norm_gradient
-from ssprop_passes.norm_gradient import CASTS, NormGradient, match_norm_gradient_maybe
+from ssprop_passes.norm_gradient import (
+    CASTS,
+    NormGradient,
+    Written,
+    match_norm_gradient_maybe,
+)
 from ssprop_passes.operators import gather_columns, gather_norm_gradient
 from ssprop_passes.rewrite import INSERTED_KEY, Replacer, replace_node
 from ssprop_passes.scores import all_but
@@ -55,7 +60,7 @@ class Gather:
     gradient: NormGradient
     indices: fx.Node
     order: list[int]
-    written: tuple[fx.Node, fx.Node, fx.Node | None] | None
+    written: Written | None
 
 
 class BatchNormGradients(GraphPass):
@@ -106,9 +111,12 @@ class BatchNormGradients(GraphPass):
                 inputs = gather.indices, of.g, of.x, *of.constants
                 self._replace(node, _kept, (order, dtype), inputs)
             else:
-                g, x, *relu = (part for part in gather.written if part is not None)
-                inputs = gather.indices, g, x, *of.constants, *relu
-                self._replace(node, _kept_by_own_kernel, (order,), inputs)
+                own = gather.written
+                factor, total, positions = own.excitation or (None, None, 1)
+                excitation = [] if factor is None or total is None else [factor, total]
+                settings = order, len(own.tensors), positions
+                inputs = gather.indices, *of.constants, *own.tensors, *excitation
+                self._replace(node, _kept_by_own_kernel, settings, inputs)
                 self.own += 1
             self.gathers += 1
 
@@ -153,12 +161,15 @@ def _kept(
 
 
 def _kept_by_own_kernel(
-    order: list[int], indices: Tensor, g: Tensor, x: Tensor, *constants: Tensor
+    order: list[int], count: int, positions: float, indices: Tensor, *tensors: Tensor
 ) -> tuple[Tensor]:
-    """Return the same from what lies in memory; the ReLU's output, if any, is the last."""
-    relu = constants[4].permute(order) if len(constants) > 4 else None
-    kept = gather_norm_gradient(g.permute(order), relu, x.permute(order), constants[:4], indices)
-    return (kept,)
+    """Return the same from what lies in memory: constants, tensors of a `Written`, excitation."""
+    constants, of_size, excitation = tensors[:4], tensors[4 : 4 + count], list(tensors[4 + count :])
+    g, x, *relu = (tensor.permute(order) for tensor in of_size)
+    if excitation:
+        excitation[1] = excitation[1] / positions
+    masked = relu[0] if relu else None
+    return (gather_norm_gradient(g, masked, x, constants, excitation, indices),)
 
 
 def _gather_maybe(node: fx.Node) -> Gather | None:
@@ -188,7 +199,11 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
         return None
     written = gradient.written_maybe if val.is_cpu else None
     if written is not None and val.dtype in DTYPES and dtypes == {torch.float32}:
-        read = [part.meta["val"] for part in written if part is not None]
+        # What bfloat16 is multiplied by is rounded in between, which the kernel does not do.
+        of_samples = () if written.excitation is None else written.excitation[:2]
+        if any(part.meta["val"].dtype != torch.float32 for part in of_samples):
+            return Gather(gradient, indices, order, None)
+        read = [part.meta["val"] for part in written.tensors]
         if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):
             return Gather(gradient, indices, order, written)
     return Gather(gradient, indices, order, None)

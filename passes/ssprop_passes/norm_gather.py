@@ -29,16 +29,24 @@ def gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
 
 
 def gather_norm_gradient(
-    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], indices: Tensor
+    g: Tensor,
+    relu: Tensor | None,
+    x: Tensor,
+    constants: list[Tensor],
+    excitation: list[Tensor],
+    indices: Tensor,
 ) -> Tensor:
-    """Return the channels `indices` of a batch norm's gradient, [..., k].
+    """Return the channels `indices` of a batch norm's gradient, [N, ..., k].
 
     Args:
-        g: gradient of the norm's output, [..., C], of one of `DTYPES`, on a CPU; of the output of
-            the ReLU that the norm feeds where `relu` is given.
+        g: gradient of the norm's output, [N, ..., C], of one of `DTYPES`, on a CPU; of the output
+            of the ReLU that the norm feeds where `relu` is given; of what that output becomes by
+            squeeze and excitation where `excitation` is.
         relu: output of that ReLU, in the shape and dtype of g.
         x: the norm's input, in the shape and dtype of g.
         constants: scale, mean, mean gradient and projection, of C elements each, float32.
+        excitation: what g is multiplied by and what is then added, of N * C elements each,
+            float32; nothing for neither.
         indices: of the channels, [k].
 
     Raises:
@@ -46,24 +54,31 @@ def gather_norm_gradient(
     """
     # Says so of indices that are out of range.
     columns = gather_columns(constants, indices)
-    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 5)
+    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 7, *[COUNT] * 6)
+    samples, channels = len(g), g.shape[-1]
+    excited = [x.reshape(samples, channels).index_select(1, indices) for x in excitation]
     if kernel is None:
         kept = g[..., indices]
+        if excited:
+            factor, addend = (x.view(samples, *[1] * (g.ndim - 2), -1) for x in excited)
+            kept = kept * factor + addend
         if relu is not None:
             kept = torch.where(relu[..., indices] <= 0, 0, kept)
         return norm_gradient(kept, x[..., indices], columns.unbind()).to(g.dtype)
     g, x, indices = g.contiguous(), x.contiguous(), indices.long().contiguous()
     relu = None if relu is None else relu.contiguous()
-    channels = g.shape[-1]
+    by_sample = torch.stack(excited) if excited else None
     out = g.new_empty(*g.shape[:-1], len(indices))
     kernel(
         g.data_ptr(),
         None if relu is None else relu.data_ptr(),
         x.data_ptr(),
         columns.data_ptr(),
+        None if by_sample is None else by_sample.data_ptr(),
         indices.data_ptr(),
         out.data_ptr(),
-        g.numel() // channels,
+        samples,
+        g.numel() // max(samples * channels, 1),
         channels,
         len(indices),
         g.dtype is torch.float32,

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ssprop_passes.rewrite import INSERTED_KEY
 from ssprop_passes.scores import all_but
@@ -21,6 +22,30 @@ _ALIASES = (aten.alias.default, aten.detach.default)
 
 # The norm itself reads g for its sum, for its products with x and in the gradient.
 _READS = 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tensors that a batch norm's gradient can be read from, which lie in memory anyway.
+
+    Attributes:
+        g: gradient of the norm's output; or of what a ReLU, or squeeze and excitation, or both in
+            this order, make of that output.
+        x: the norm's input.
+        relu: the ReLU's output.
+        excitation: what g is multiplied by, and what is then added and over how many positions it
+            is spread, one number a sample and channel each.
+    """
+
+    g: fx.Node
+    x: fx.Node
+    relu: fx.Node | None = None
+    excitation: tuple[fx.Node, fx.Node, float] | None = None
+
+    @property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        """Those of the gradient's own size."""
+        return (self.g, self.x) if self.relu is None else (self.g, self.x, self.relu)
 
 
 @dataclass(frozen=True)
@@ -60,24 +85,24 @@ class NormGradient:
         return self.scale, self.mean, self.mean_g, self.projection
 
     @property
-    def written_maybe(self) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    def written_maybe(self) -> Written | None:
         """What the gradient can be read from that lies in memory anyway, None if that is not so.
 
         That is g, if others read it as well, or an operator returns it that no compiler fuses with
-        what reads it; or such a gradient of the output of a ReLU that the norm feeds. Then x, and
-        the output of that ReLU, if it is needed. Under autocast these are what was cast to be
-        summed, in the dtype that it has in memory.
+        what reads it; or such a gradient of what a ReLU, and squeeze and excitation, make of the
+        norm's output. Under autocast these are what was cast to be summed, in the dtype that it
+        has in memory.
         """
         g, x = strip(self.g, CASTS), strip(self.x, CASTS)
         if g.target is operator.getitem or self._is_read_elsewhere:
-            return g, x, None
-        condition, zero, grad = _three(g, aten.where.self)
-        activation, bound = operands(condition, aten.le.Scalar)
-        relu = strip(activation, _ALIASES)
-        targets = [getattr(node, "target", None) for node in (relu, zero, grad)]
-        if targets != [aten.relu.default, aten.scalar_tensor.default, operator.getitem]:
+            return Written(g, x)
+        relu, grad = _masked_maybe(g)
+        excited, excitation = _excited_maybe(g if relu is None else grad)
+        if excitation is not None:
+            grad = excited
+        if getattr(grad, "target", None) is not operator.getitem:
             return None
-        return (grad, x, relu) if bound == 0 and zero.args[0] == 0 else None
+        return Written(grad, x, relu, excitation)
 
     @property
     def _is_read_elsewhere(self) -> bool:
@@ -126,6 +151,36 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
     if any(part.meta["val"].numel() != val.shape[1] for part in known):
         return None
     return NormGradient(g, x, *known, eps)
+
+
+def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:
+    """Return a ReLU's output, and the gradient of it that `g` masks; None, None if it does not."""
+    condition, zero, grad = _three(g, aten.where.self)
+    activation, bound = operands(condition, aten.le.Scalar)
+    relu = strip(activation, _ALIASES)
+    targets = [getattr(node, "target", None) for node in (relu, zero)]
+    if targets != [aten.relu.default, aten.scalar_tensor.default]:
+        return None, None
+    return (relu, grad) if bound == 0 and zero.args[0] == 0 else (None, None)
+
+
+def _excited_maybe(g: Any) -> tuple[Any, tuple[fx.Node, fx.Node, float] | None]:
+    """Return what squeeze and excitation multiply in `g`, with the rest; None, None if not so."""
+    product, spread = operands(g, aten.add.Tensor)
+    grad, factor = operands(product, aten.mul.Tensor)
+    expanded, positions = operands(spread, aten.div.Scalar)
+    total, _ = operands(expanded, aten.expand.default)
+    if grad is None or total is None or not isinstance(positions, (int, float)):
+        return None, None
+    size = grad.meta["val"].shape
+    of_samples = [*size[:2], *[1] * (len(size) - 2)]
+    for node in (factor, total):
+        # Sizes that are no numbers yet are not to be asked about.
+        found = node.meta["val"].shape if isinstance(node, fx.Node) else ()
+        is_same = [statically_known_true(a == b) for a, b in zip(found, of_samples, strict=False)]
+        if len(found) != len(size) or not all(is_same):
+            return None, None
+    return grad, (factor, total, positions)
 
 
 def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:

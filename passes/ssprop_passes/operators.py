@@ -149,7 +149,12 @@ def _fake_gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
 
 
 def _fake_gather_norm_gradient(
-    g: Tensor, relu: Tensor | None, x: Tensor, constants: list[Tensor], indices: Tensor
+    g: Tensor,
+    relu: Tensor | None,
+    x: Tensor,
+    constants: list[Tensor],
+    excitation: list[Tensor],
+    indices: Tensor,
 ) -> Tensor:
     return g.new_empty(*g.shape[:-1], indices.shape[0])
 
@@ -179,7 +184,7 @@ for _schema, _kernel, _fake in (
     ),
     (
         "gather_norm_gradient(Tensor g, Tensor? relu, Tensor x, Tensor[] constants,"
-        " Tensor indices) -> Tensor",
+        " Tensor[] excitation, Tensor indices) -> Tensor",
         norm_gather.gather_norm_gradient,
         _fake_gather_norm_gradient,
     ),
