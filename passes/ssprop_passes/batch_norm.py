@@ -112,10 +112,8 @@ class BatchNormGradients(GraphPass):
                 self._replace(node, _kept, (order, dtype), inputs)
             else:
                 own = gather.written
-                factor, total, positions = own.excitation or (None, None, 1)
-                excitation = [] if factor is None or total is None else [factor, total]
-                settings = order, len(own.tensors), positions
-                inputs = gather.indices, *of.constants, *own.tensors, *excitation
+                settings = order, len(own.tensors), own.positions
+                inputs = gather.indices, *of.constants, *own.tensors, *own.excitation
                 self._replace(node, _kept_by_own_kernel, settings, inputs)
                 self.own += 1
             self.gathers += 1
@@ -200,8 +198,7 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     written = gradient.written_maybe if val.is_cpu else None
     if written is not None and val.dtype in DTYPES and dtypes == {torch.float32}:
         # What bfloat16 is multiplied by is rounded in between, which the kernel does not do.
-        of_samples = () if written.excitation is None else written.excitation[:2]
-        if any(part.meta["val"].dtype != torch.float32 for part in of_samples):
+        if any(part.meta["val"].dtype != torch.float32 for part in written.excitation):
             return Gather(gradient, indices, order, None)
         read = [part.meta["val"] for part in written.tensors]
         if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):

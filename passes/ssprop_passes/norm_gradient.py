@@ -33,14 +33,16 @@ class Written:
             this order, make of that output.
         x: the norm's input.
         relu: the ReLU's output.
-        excitation: what g is multiplied by, and what is then added and over how many positions it
-            is spread, one number a sample and channel each.
+        excitation: what g is multiplied by, and what is then added, spread over `positions`; one
+            number a sample and channel each. Neither without squeeze and excitation.
+        positions: of a sample.
     """
 
     g: fx.Node
     x: fx.Node
     relu: fx.Node | None = None
-    excitation: tuple[fx.Node, fx.Node, float] | None = None
+    excitation: tuple[fx.Node, ...] = ()
+    positions: float = 1
 
     @property
     def tensors(self) -> tuple[fx.Node, ...]:
@@ -97,12 +99,10 @@ class NormGradient:
         if g.target is operator.getitem or self._is_read_elsewhere:
             return Written(g, x)
         relu, grad = _masked_maybe(g)
-        excited, excitation = _excited_maybe(g if relu is None else grad)
-        if excitation is not None:
-            grad = excited
+        grad, excitation, positions = _excited(g if relu is None else grad)
         if getattr(grad, "target", None) is not operator.getitem:
             return None
-        return Written(grad, x, relu, excitation)
+        return Written(grad, x, relu, excitation, positions)
 
     @property
     def _is_read_elsewhere(self) -> bool:
@@ -164,14 +164,14 @@ def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:
     return (relu, grad) if bound == 0 and zero.args[0] == 0 else (None, None)
 
 
-def _excited_maybe(g: Any) -> tuple[Any, tuple[fx.Node, fx.Node, float] | None]:
-    """Return what squeeze and excitation multiply in `g`, with the rest; None, None if not so."""
+def _excited(g: Any) -> tuple[Any, tuple[fx.Node, ...], float]:
+    """Return `g` as a `Written` has it: its g, excitation and positions; itself if that is all."""
     product, spread = operands(g, aten.add.Tensor)
     grad, factor = operands(product, aten.mul.Tensor)
     expanded, positions = operands(spread, aten.div.Scalar)
     total, _ = operands(expanded, aten.expand.default)
     if grad is None or total is None or not isinstance(positions, (int, float)):
-        return None, None
+        return g, (), 1
     size = grad.meta["val"].shape
     of_samples = [*size[:2], *[1] * (len(size) - 2)]
     for node in (factor, total):
@@ -179,8 +179,8 @@ def _excited_maybe(g: Any) -> tuple[Any, tuple[fx.Node, fx.Node, float] | None]:
         found = node.meta["val"].shape if isinstance(node, fx.Node) else ()
         is_same = [statically_known_true(a == b) for a, b in zip(found, of_samples, strict=False)]
         if len(found) != len(size) or not all(is_same):
-            return None, None
-    return grad, (factor, total, positions)
+            return g, (), 1
+    return grad, (factor, total), positions
 
 
 def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
