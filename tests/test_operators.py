@@ -1,5 +1,6 @@
 """The operators that a sparse backward calls, against what torch computes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -44,12 +45,14 @@ def norm_case(
     is_masked: bool = True,
     is_excited: bool = False,
     dtype: torch.dtype = torch.float32,
+    channels: int = 21,
+    indices: Sequence[int] = (20, 3, 4, 17, 0, 9, 11),
 ) -> list[Any]:
-    g, relu, x = (torch.randn(*space, 21).to(dtype) for _ in range(3))
-    constants = [torch.randn(shape) for shape in ((21,), (1, 21, 1, 1), (1, 21, 1, 1), (21,))]
-    excitation = [torch.randn(space[0], 21, 1, 1) for _ in range(2)] if is_excited else []
-    indices = torch.tensor([20, 3, 4, 17, 0, 9, 11])
-    return [g, relu if is_masked else None, x, constants, excitation, indices]
+    g, relu, x = (torch.randn(*space, channels).to(dtype) for _ in range(3))
+    flat, spread = (channels,), (1, channels, 1, 1)
+    constants = [torch.randn(shape) for shape in (flat, spread, spread, flat)]
+    excitation = [torch.randn(space[0], channels, 1, 1) for _ in range(2)] if is_excited else []
+    return [g, relu if is_masked else None, x, constants, excitation, torch.tensor(indices)]
 
 
 def norm_expected(
@@ -63,7 +66,9 @@ def norm_expected(
     scale, mean, mean_g, projection = (constant.view(-1) for constant in constants)
     passed, dtype = g, g.dtype
     if excitation:
-        factor, addend = (part.view(len(g), *[1] * (g.ndim - 2), 21) for part in excitation)
+        factor, addend = (
+            part.view(len(g), *[1] * (g.ndim - 2), g.shape[-1]) for part in excitation
+        )
         passed = g.float() * factor + addend
     passed = passed if relu is None else torch.where(relu <= 0, 0, passed)
     return ((passed - (x - mean) * projection - mean_g) * scale)[..., at].to(dtype)
@@ -83,6 +88,24 @@ def test_channels_of_a_norms_gradient(
     torch.testing.assert_close(gather_norm_gradient(*inputs), norm_expected(*inputs))
     if is_excited == is_masked:
         torch.library.opcheck(gather_norm_gradient, tuple(inputs), test_utils=CHECKS)
+
+
+@DTYPES
+@pytest.mark.parametrize("is_masked", [True, False])
+@pytest.mark.parametrize(
+    "indices",
+    [[69], [0, 15, 16, 31, 32, 33, 63, 64, 69], [40, 3], [3, 3, 40], [*range(70)], []],
+    ids=["last", "in order", "not in order", "twice", "all", "none"],
+)
+def test_channels_in_whatever_order(
+    indices: list[int], is_masked: bool, dtype: torch.dtype
+) -> None:
+    """Those in order are picked from vectors of 16 or 32 channels, where the processor can."""
+    inputs = norm_case(
+        7, 5, is_masked=is_masked, is_excited=True, dtype=dtype, channels=70, indices=indices
+    )
+    inputs[-1] = inputs[-1].long()
+    torch.testing.assert_close(gather_norm_gradient(*inputs), norm_expected(*inputs))
 
 
 def test_numbers_are_rounded_as_torch_rounds() -> None:

@@ -1,4 +1,4 @@
-"""Gradients of a 1x1 convolution from all positions as one image, against ATen's."""
+"""Gradients of a 1x1 convolution from all positions at once, against ATen's."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 @pytest.fixture(autouse=True)
 def _one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 @pytest.fixture
@@ -67,27 +68,26 @@ def check(
             assert gradient.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        {},
-        {"mask": (True, False)},
-        {"mask": (False, True)},
-        {"stride": (2, 2)},
-        {"stride": (2, 3), "mask": (True, False)},
-        {"stride": (1, 4), "space": (1, 1)},
-        {"stride": (9, 9)},
-        {"stride": (1, 7)},
-        {"batch": 1},
-        {"channels": (1, 8)},
-        {"channels": (5, 1)},
-        {"channels": (1, 1)},
-        {"space": (1, 1)},
-        {"space": (2, 3, 4), "stride": (1, 1, 1), "padding": (0, 0, 0)},
-        {"space": (2, 3, 4), "stride": (2, 1, 3), "padding": (0, 0, 0)},
-    ],
-    ids=str,
-)
+POINTWISE: list[dict[str, Any]] = [
+    {},
+    {"mask": (True, False)},
+    {"mask": (False, True)},
+    {"stride": (2, 2)},
+    {"stride": (2, 3), "mask": (True, False)},
+    {"stride": (1, 4), "space": (1, 1)},
+    {"stride": (9, 9)},
+    {"stride": (1, 7)},
+    {"batch": 1},
+    {"channels": (1, 8)},
+    {"channels": (5, 1)},
+    {"channels": (1, 1)},
+    {"space": (1, 1)},
+    {"space": (2, 3, 4), "stride": (1, 1, 1), "padding": (0, 0, 0)},
+    {"space": (2, 3, 4), "stride": (2, 1, 3), "padding": (0, 0, 0)},
+]
+
+
+@pytest.mark.parametrize("case", POINTWISE, ids=str)
 def test_positions_are_one_image(case: dict[str, Any], images: list[Tensor]) -> None:
     check(**case)
     (image,) = images
@@ -98,6 +98,27 @@ def test_positions_are_one_image(case: dict[str, Any], images: list[Tensor]) -> 
     batch, (_, sources) = case.get("batch", 3), case.get("channels", (5, 8))
     assert image.shape == (1, sources, batch, positions)
     assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs that `pointwise_backward` multiplies as matrices, on a processor with bfloat16."""
+    found: list[Tensor] = []
+    by_products = pointwise._by_products
+
+    def spy(dy: Tensor, x: Tensor, *args: Any) -> Any:
+        found.append(x)
+        return by_products(dy, x, *args)
+
+    monkeypatch.setattr(pointwise, "_by_products", spy)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize("case", POINTWISE, ids=str)
+def test_positions_are_rows_in_bfloat16(case: dict[str, Any], rows: list[Tensor]) -> None:
+    check(**case, dtype=torch.bfloat16)
+    assert len(rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,12 @@ def test_positions_are_one_image(case: dict[str, Any], images: list[Tensor]) -> 
 def test_other_convolutions_are_not(case: dict[str, Any], images: list[Tensor]) -> None:
     check(**case)
     assert not images
+
+
+@pytest.mark.parametrize("case", [{"kernel": 2}, {"groups": 2}, {"is_last": False}], ids=str)
+def test_nor_in_bfloat16(case: dict[str, Any], rows: list[Tensor]) -> None:
+    check(**case, dtype=torch.bfloat16)
+    assert not rows
 
 
 def test_with_avx512_they_are_not(images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

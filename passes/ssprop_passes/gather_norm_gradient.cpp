@@ -6,11 +6,23 @@
 // ReLU's output, if one is given, is not above zero. Tensors are float32 or bfloat16, and are read as
 // the bits of either; what is one number a channel, or a sample and channel, is float32.
 
+// Inductor's flags keep GCC from it, loops marked `omp simd` included.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")
+#endif
+
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
+
+#if defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+#include <immintrin.h>
+#define SSPROP_COMPRESSES
+#endif
 
 namespace {
 
@@ -43,41 +55,121 @@ struct Sizes {
   int64_t samples, positions, channels, kept, threads;
 };
 
-template <typename Bits, bool MASKED, bool EXCITED>
+// Rows whose kept channels are picked before the first of them is computed with: stores that overlap
+// are to have left for the cache when they are read.
+constexpr int64_t PICKED_ROWS = 16;
+
+#ifdef SSPROP_COMPRESSES
+constexpr bool CAN_PICK = true;
+inline __m512i packed(uint32_t lanes, const uint16_t* from) {
+  return _mm512_maskz_compress_epi16(lanes, _mm512_maskz_loadu_epi16(lanes, from));
+}
+inline __m512i packed(uint32_t lanes, const uint32_t* from) {
+  return _mm512_maskz_compress_epi32(lanes, _mm512_maskz_loadu_epi32(lanes, from));
+}
+#else
+constexpr bool CAN_PICK = false;
+#endif
+
+// Copies the channels kept of a row, in the order in which they lie there, a vector at a time.
+template <typename Bits>
+class Picker {
+ public:
+  static constexpr int64_t LANES = 64 / sizeof(Bits);
+
+  Picker(const int32_t* at, int64_t kept) {
+    for (int64_t j = 0; j < kept; ++j) {
+      const int32_t first = at[j] / LANES * LANES;
+      if (vectors_.empty() || vectors_.back().first != first) vectors_.push_back({first, 0});
+      vectors_.back().lanes |= uint32_t{1} << (at[j] - first);
+    }
+  }
+
+  // Writes up to LANES numbers more than are kept.
+  void pick(const Bits* row, Bits* to) const {
+#ifdef SSPROP_COMPRESSES
+    for (const Vector& vector : vectors_) {
+      _mm512_storeu_si512(to, packed(vector.lanes, row + vector.first));
+      to += __builtin_popcount(vector.lanes);
+    }
+#endif
+  }
+
+ private:
+  struct Vector {
+    int32_t first;
+    uint32_t lanes;
+  };
+  std::vector<Vector> vectors_;
+};
+
+template <typename Bits, bool MASKED, bool EXCITED, bool PICKED>
 void gather(
     const Sizes& sizes, const Bits* g, const Bits* relu, const Bits* x, const float* columns,
     const float* excitation, const int32_t* at, Bits* out) {
-  const int64_t kept = sizes.kept;
+  const int64_t kept = sizes.kept, rows = sizes.samples * sizes.positions;
   const float *scale = columns, *mean = scale + kept, *mean_g = mean + kept;
   const float* projection = mean_g + kept;
-#pragma omp parallel for num_threads(sizes.threads) schedule(static) collapse(2)
-  for (int64_t n = 0; n < sizes.samples; ++n)
-    for (int64_t p = 0; p < sizes.positions; ++p) {
-      const int64_t row = n * sizes.positions + p, first = row * sizes.channels;
-      const float* factor = EXCITED ? excitation + n * kept : nullptr;
-      const float* addend = EXCITED ? factor + sizes.samples * kept : nullptr;
-      Bits* to = out + row * kept;
-#pragma omp simd
-      for (int64_t j = 0; j < kept; ++j) {
-        uint32_t bits = widened(g[first + at[j]]);
-        if (EXCITED) bits = bits_of(number(bits) * factor[j] + addend[j]);
-        // A mask, as a branch or a choice would keep this loop from being vectorised.
-        if (MASKED) bits &= -static_cast<uint32_t>(!(number(widened(relu[first + at[j]])) <= 0.0f));
-        const float centred = number(widened(x[first + at[j]])) - mean[j];
-        store((number(bits) - centred * projection[j] - mean_g[j]) * scale[j], to + j);
+  const Picker<Bits> picker(at, PICKED ? kept : 0);
+#pragma omp parallel num_threads(sizes.threads)
+  {
+    const int64_t room = PICKED ? PICKED_ROWS * kept + Picker<Bits>::LANES : 0;
+    std::vector<Bits> picked(3 * room);
+    Bits *g_picked = picked.data(), *x_picked = g_picked + room, *relu_picked = x_picked + room;
+#pragma omp for schedule(static)
+    for (int64_t begin = 0; begin < rows; begin += PICKED_ROWS) {
+      const int64_t end = std::min(begin + PICKED_ROWS, rows);
+      if (PICKED)
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t from = row * sizes.channels, to = (row - begin) * kept;
+          picker.pick(g + from, g_picked + to);
+          picker.pick(x + from, x_picked + to);
+          if (MASKED) picker.pick(relu + from, relu_picked + to);
+        }
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = PICKED ? (row - begin) * kept : row * sizes.channels;
+        const Bits* g_row = (PICKED ? g_picked : g) + first;
+        const Bits* x_row = (PICKED ? x_picked : x) + first;
+        const Bits* relu_row = MASKED ? (PICKED ? relu_picked : relu) + first : nullptr;
+        const float* factor = EXCITED ? excitation + row / sizes.positions * kept : nullptr;
+        const float* addend = EXCITED ? factor + sizes.samples * kept : nullptr;
+        Bits* to = out + row * kept;
+#pragma omp simd if (PICKED)
+        for (int64_t j = 0; j < kept; ++j) {
+          const int64_t c = PICKED ? j : at[j];
+          uint32_t bits = widened(g_row[c]);
+          if (EXCITED) bits = bits_of(number(bits) * factor[j] + addend[j]);
+          // A mask, as a branch or a choice would keep this loop from being vectorised.
+          if (MASKED) bits &= -static_cast<uint32_t>(!(number(widened(relu_row[c])) <= 0.0f));
+          const float centred = number(widened(x_row[c])) - mean[j];
+          store((number(bits) - centred * projection[j] - mean_g[j]) * scale[j], to + j);
+        }
       }
     }
+  }
+}
+
+template <typename Bits, bool MASKED, bool EXCITED>
+auto kernel_of(bool is_picked) {
+  return is_picked ? gather<Bits, MASKED, EXCITED, CAN_PICK> : gather<Bits, MASKED, EXCITED, false>;
+}
+
+template <typename Bits, bool MASKED>
+auto kernel_of(bool is_excited, bool is_picked) {
+  return is_excited ? kernel_of<Bits, MASKED, true>(is_picked)
+                    : kernel_of<Bits, MASKED, false>(is_picked);
 }
 
 template <typename Bits>
 void gather(
     const Sizes& sizes, const void* g, const void* relu, const void* x, const float* columns,
-    const float* excitation, const int32_t* at, void* out) {
-  const auto kernel = relu ? (excitation ? gather<Bits, true, true> : gather<Bits, true, false>)
-                           : (excitation ? gather<Bits, false, true> : gather<Bits, false, false>);
+    const float* excitation, const std::vector<int32_t>& at, void* out) {
+  const bool is_picked = std::is_sorted(at.begin(), at.end(), std::less_equal<int32_t>());
+  const auto kernel = relu ? kernel_of<Bits, true>(excitation, is_picked)
+                           : kernel_of<Bits, false>(excitation, is_picked);
   kernel(
       sizes, static_cast<const Bits*>(g), static_cast<const Bits*>(relu),
-      static_cast<const Bits*>(x), columns, excitation, at, static_cast<Bits*>(out));
+      static_cast<const Bits*>(x), columns, excitation, at.data(), static_cast<Bits*>(out));
 }
 
 }  // namespace
@@ -88,6 +180,5 @@ extern "C" void gather_norm_gradient(
     int64_t kept, int64_t is_single, int64_t threads) {
   const std::vector<int32_t> at(indices, indices + kept);
   (is_single ? gather<uint32_t> : gather<uint16_t>)(
-      {samples, positions, channels, kept, threads}, g, relu, x, columns, excitation, at.data(),
-      out);
+      {samples, positions, channels, kept, threads}, g, relu, x, columns, excitation, at, out);
 }

@@ -1,7 +1,8 @@
 """Gradients of a 1x1 convolution, on a CPU: which positions make an image does not matter to them.
 
 oneDNN takes one image at a time, and where images are small its vectors and blocks are not full at
-their ends. Here all positions of a batch are one image, of those that a stride leaves.
+their ends. Here all positions of a batch, of those that a stride leaves, are one image, or, in
+bfloat16, the rows of matrices.
 """
 
 from collections.abc import Sequence
@@ -19,19 +20,25 @@ def is_pointwise(
 ) -> bool:
     """Say whether `pointwise_backward` takes these tensors, and is as fast as ATen.
 
-    That was measured in float32 and without AVX-512.
+    Measured in float32 without AVX-512, and in bfloat16 where the processor computes in it.
     """
     return (
         max(weight.shape[2:]) == 1
         and max(padding) == 0
         and groups == 1
         and input.device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        and input.dtype == grad_output.dtype == torch.float32
+        and input.dtype == grad_output.dtype == weight.dtype
+        and _is_measured(input.dtype)
         and grad_output.numel() > 0
         and grad_output.movedim(1, -1).is_contiguous()
         and input.movedim(1, -1).is_contiguous()
     )
+
+
+def _is_measured(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def pointwise_backward(
@@ -51,11 +58,40 @@ def pointwise_backward(
         output_mask: which of the two are wanted.
     """
     at = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-    sources = input[at]
-    grad_input, grad_weight, _ = aten.convolution_backward(
-        _one_image(grad_output),
-        _one_image(sources),
-        weight.flatten(1)[:, :, None, None],
+    sources = input[at].movedim(1, -1)
+    backward = _by_products if input.dtype == torch.bfloat16 else _by_one_image
+    grad_input, grad_weight = backward(
+        grad_output.movedim(1, -1).flatten(1, -2),
+        sources.flatten(1, -2).contiguous(),
+        weight.flatten(1),
+        output_mask,
+    )
+    if grad_input is not None:
+        grad_input = grad_input.reshape(sources.shape).movedim(-1, 1)
+        if max(stride) > 1:
+            whole = torch.zeros_like(input)
+            whole[at] = grad_input
+            grad_input = whole
+    return grad_input, None if grad_weight is None else grad_weight.reshape(weight.shape)
+
+
+def _by_products(
+    dy: Tensor, x: Tensor, weight: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x, [N, positions, C_in], and of weight, [C, C_in]."""
+    dy = dy.flatten(0, 1)
+    grad_x = dy @ weight if output_mask[0] else None
+    return grad_x, dy.t() @ x.flatten(0, 1) if output_mask[1] else None
+
+
+def _by_one_image(
+    dy: Tensor, x: Tensor, weight: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_by_products`."""
+    grad_x, grad_weight, _ = aten.convolution_backward(
+        dy[None].movedim(-1, 1),
+        x[None].movedim(-1, 1),
+        weight[:, :, None, None],
         None,
         [1, 1],
         [0, 0],
@@ -65,15 +101,4 @@ def pointwise_backward(
         1,
         [*output_mask, False],
     )
-    if output_mask[0]:
-        grad_input = grad_input.movedim(1, -1).reshape(sources.movedim(1, -1).shape).movedim(-1, 1)
-        if max(stride) > 1:
-            whole = torch.zeros_like(input)
-            whole[at] = grad_input
-            grad_input = whole
-    return grad_input, grad_weight.reshape(weight.shape) if output_mask[1] else None
-
-
-def _one_image(x: Tensor) -> Tensor:
-    """Return [N, C, *space] as [1, C, N, positions], channels last."""
-    return x.movedim(1, -1).flatten(1, -2).contiguous()[None].movedim(-1, 1)
+    return None if grad_x is None else grad_x.movedim(1, -1), grad_weight
