@@ -186,22 +186,35 @@ def test_products_in_single_precision_are_atens(dtype: torch.dtype, groups: int)
     check(actual, expected)
 
 
+PRODUCT = {"kernel": (1, 1), "padding": (0, 0)}
+
+
 @pytest.mark.parametrize(
-    ("sizes", "stride", "is_ours"),
+    ("sizes", "case", "is_ours"),
     [
-        ((4, 16, 3), 1, True),
-        ((5, 16, 3), 1, False),
-        ((8, 16, 3), 2, True),
-        ((9, 16, 3), 2, False),
-        ((4, 16, 1), 1, False),
-        ((4, 16, 1), 2, False),
+        ((15, 16, 3), {}, True),
+        ((16, 16, 3), {}, False),
+        ((10, 16, 3), {"dtype": torch.bfloat16}, True),
+        ((11, 16, 3), {"dtype": torch.bfloat16}, False),
+        ((15, 16, 1), {}, True),
+        ((16, 16, 1), {}, False),
+        ((16, 128, 1), {}, True),
+        ((15, 128, 1), {"dtype": torch.bfloat16}, False),
+        ((16, 128, 1), {**PRODUCT, "space": (9, 9)}, False),
+        ((16, 16, 1), {**PRODUCT, "space": (8, 8)}, True),
+        ((16, 16, 1), {**PRODUCT, "space": (18, 18), "stride": (1, 2)}, True),
+        ((15, 15, 1), {"stride": (2, 2)}, False),
     ],
+    ids=str,
 )
-def test_with_avx512_few_channels_a_group_are_ours(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], stride: int, is_ours: bool
+def test_with_avx512_fewer_are_ours(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int, int],
+    case: dict[str, Any],
+    is_ours: bool,
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    actual, expected, masks = gradients(*sizes, stride=(stride, stride))
+    actual, expected, masks = gradients(*sizes, **case)
     assert masks == [[True, not is_ours]]
     check(actual, expected)
 

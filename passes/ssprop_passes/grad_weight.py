@@ -18,9 +18,14 @@ __all__ = ["conv_grad_weight", "grad_weight_kernel_maybe"]
 # Fewer input channels, of a convolution of one group, and much of a vector is empty.
 _MIN_SOURCES = 16
 
-# With AVX-512, more kept channels than these in a group, without and with a stride, and ATen is
-# faster.
-_MAX_KEPT, _MAX_KEPT_STRIDED = 4, 8
+# With AVX-512. In bfloat16, ATen is faster with more kept channels in a group.
+_MAX_KEPT = 10
+
+# In float32, and one group, it is where its vectors are full and input channels are fewer,
+_VECTOR, _MANY_SOURCES = 16, 128
+
+# and, of 1x1 convolutions without a stride, where images have more positions.
+_FEW_POSITIONS = 64
 
 
 def grad_weight_kernel_maybe(
@@ -47,17 +52,24 @@ def grad_weight_kernel_maybe(
 
 
 def _is_faster(grad_output: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
-    """Measured without AVX-512; with it, of grouped convolutions alone."""
+    """As measured: with AVX-512, and with AVX2 alone."""
     kept, sources = weight.shape[0] // groups, weight.shape[1]
     capability = torch.backends.cpu.get_cpu_capability()
+    has_avx512, is_single = "AVX512" in capability, grad_output.dtype == torch.float32
     if groups > 1:
-        limit = sources - 1
-        if "AVX512" in capability:
-            limit = min(limit, _MAX_KEPT_STRIDED if max(stride) > 1 else _MAX_KEPT)
-        return kept <= limit and sources % 4 == 0
-    # In single precision oneDNN is as fast at products.
-    is_product = max(weight.shape[2:]) == 1 and grad_output.dtype == torch.float32
-    return capability == "AVX2" and sources >= _MIN_SOURCES and not is_product
+        limit = _MAX_KEPT if has_avx512 and not is_single else sources
+        return kept <= min(limit, sources - 1) and sources % 4 == 0
+    if sources < _MIN_SOURCES:
+        return False
+    is_product = max(weight.shape[2:]) == 1
+    if not has_avx512:
+        # In single precision oneDNN is as fast at products.
+        return capability == "AVX2" and not (is_product and is_single)
+    if is_product:
+        is_faster = max(stride) > 1 or grad_output[0, 0].numel() <= _FEW_POSITIONS
+    else:
+        is_faster = sources >= _MANY_SOURCES or kept % _VECTOR != 0
+    return is_single and is_faster
 
 
 def conv_grad_weight(
