@@ -89,6 +89,13 @@ def feeds(*modules: nn.Module, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(norm, *others).to(memory_format=torch.channels_last)
 
 
+class Shift(nn.Module):
+    """Adds what gets no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5
+
+
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
@@ -106,8 +113,9 @@ PRECISIONS = pytest.mark.parametrize(
         ((nn.Threshold(1, 0), nn.Conv2d(6, 4, 3)), 0),
         ((nn.Threshold(0, 1), nn.Conv2d(6, 4, 3)), 0),
         ((nn.ReLU(), nn.AvgPool2d(1), nn.Conv2d(6, 4, 3)), 0),
+        ((Shift(), nn.ReLU(), nn.Conv2d(6, 4, 3)), 0),
     ],
-    ids=["relu", "nothing between", "relu alone", "silu", "relu6", "bound", "filled", "pooled"],
+    ids=["relu", "none", "alone", "silu", "relu6", "bound", "filled", "pooled", "shifted"],
 )
 def test_what_lies_in_memory_is_for_the_kernel_of_our_own(
     modules: tuple[nn.Module, ...], own: int, dtype: torch.dtype, tolerance: float

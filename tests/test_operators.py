@@ -48,29 +48,27 @@ def norm_case(
     channels: int = 21,
     indices: Sequence[int] = (20, 3, 4, 17, 0, 9, 11),
 ) -> list[Any]:
-    g, relu, x = (torch.randn(*space, channels).to(dtype) for _ in range(3))
+    g, x = (torch.randn(*space, channels).to(dtype) for _ in range(2))
     flat, spread = (channels,), (1, channels, 1, 1)
-    constants = [torch.randn(shape) for shape in (flat, spread, spread, flat)]
+    shapes = [flat, spread, spread, flat, *([spread, flat, flat] if is_masked else [])]
     excitation = [torch.randn(space[0], channels, 1, 1) for _ in range(2)] if is_excited else []
-    return [g, relu if is_masked else None, x, constants, excitation, torch.tensor(indices)]
+    constants = [torch.randn(shape) for shape in shapes]
+    return [g, x, constants, excitation, torch.tensor(indices)]
 
 
 def norm_expected(
-    g: Tensor,
-    relu: Tensor | None,
-    x: Tensor,
-    constants: list[Tensor],
-    excitation: list[Tensor],
-    at: Tensor,
+    g: Tensor, x: Tensor, constants: list[Tensor], excitation: list[Tensor], at: Tensor
 ) -> Tensor:
-    scale, mean, mean_g, projection = (constant.view(-1) for constant in constants)
+    scale, mean, mean_g, projection, *affine = (constant.view(-1) for constant in constants)
     passed, dtype = g, g.dtype
     if excitation:
         factor, addend = (
             part.view(len(g), *[1] * (g.ndim - 2), g.shape[-1]) for part in excitation
         )
         passed = g.float() * factor + addend
-    passed = passed if relu is None else torch.where(relu <= 0, 0, passed)
+    if affine:
+        inverse_std, weight, bias = affine
+        passed = torch.where(torch.relu((x - mean) * inverse_std * weight + bias) <= 0, 0, passed)
     return ((passed - (x - mean) * projection - mean_g) * scale)[..., at].to(dtype)
 
 
@@ -115,25 +113,40 @@ def test_numbers_are_rounded_as_torch_rounds() -> None:
     none, g = torch.zeros(21), torch.randn(500, 21).to(torch.bfloat16)
     g[0] = 1
     constants = [scale, none, none, none]
-    found = gather_norm_gradient(g, None, g, constants, [], torch.arange(21))
+    found = gather_norm_gradient(g, g, constants, [], torch.arange(21))
     expected = (g * scale).to(torch.bfloat16)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @DTYPES
 def test_what_is_not_a_number_passes_the_mask_as_in_torch(dtype: torch.dtype) -> None:
-    g, relu, *others = norm_case(5, dtype=dtype)
-    g[1, 20], relu[2, 3], relu[3, 4] = float("nan"), float("nan"), float("inf")
-    found = gather_norm_gradient(g, relu, *others)
-    torch.testing.assert_close(found, norm_expected(g, relu, *others), equal_nan=True)
+    g, x, *others = norm_case(5, dtype=dtype)
+    g[1, 20], x[2, 3], x[3, 4], x[4, 17] = torch.nan, torch.nan, torch.inf, -torch.inf
+    found = gather_norm_gradient(g, x, *others)
+    torch.testing.assert_close(found, norm_expected(g, x, *others), equal_nan=True)
+
+
+def test_the_mask_is_that_of_the_forward() -> None:
+    """Which rounds each product and sum: that of what cancels depends on every bit."""
+    x = torch.randn(5000, 21)
+    mean, inverse_std, weight = (torch.randn(21).abs() + 0.5 for _ in range(3))
+    bias = -((x[7] - mean) * inverse_std * weight)
+    x[::2] = x[7]
+    one, none = torch.ones(21), torch.zeros(21)
+    g = torch.ones_like(x)
+    constants = [one, mean, none, none, inverse_std, weight, bias]
+    found = gather_norm_gradient(g, x, constants, [], torch.arange(21))
+    passed = torch.relu((x - mean) * inverse_std * weight + bias) > 0
+    assert not passed[::2].any()
+    torch.testing.assert_close(found, passed.float(), rtol=0, atol=0)
 
 
 def test_tensors_and_indices_that_lie_otherwise() -> None:
-    g, relu, x, *others, indices = norm_case(4, 3, is_excited=True)
-    expected = norm_expected(g, relu, x, *others, indices)
-    g, relu, x = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in (g, relu, x))
+    g, x, *others, indices = norm_case(4, 3, is_excited=True)
+    expected = norm_expected(g, x, *others, indices)
+    g, x = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in (g, x))
     indices = torch.stack([indices.int(), indices.int()], 1)[:, 0]
-    torch.testing.assert_close(gather_norm_gradient(g, relu, x, *others, indices), expected)
+    torch.testing.assert_close(gather_norm_gradient(g, x, *others, indices), expected)
 
 
 @pytest.mark.parametrize("index", [21, -1])

@@ -112,8 +112,9 @@ class BatchNormGradients(GraphPass):
                 self._replace(node, _kept, (order, dtype), inputs)
             else:
                 own = gather.written
-                settings = order, len(own.tensors), own.positions
-                inputs = gather.indices, *of.constants, *own.tensors, *own.excitation
+                settings = order, len(own.affine), own.positions
+                constants = *of.constants, *own.affine
+                inputs = gather.indices, own.g, own.x, *constants, *own.excitation
                 self._replace(node, _kept_by_own_kernel, settings, inputs)
                 self.own += 1
             self.gathers += 1
@@ -159,15 +160,16 @@ def _kept(
 
 
 def _kept_by_own_kernel(
-    order: list[int], count: int, positions: float, indices: Tensor, *tensors: Tensor
+    order: list[int], affine: int, positions: float, indices: Tensor, *tensors: Tensor
 ) -> tuple[Tensor]:
-    """Return the same from what lies in memory: constants, tensors of a `Written`, excitation."""
-    constants, of_size, excitation = tensors[:4], tensors[4 : 4 + count], list(tensors[4 + count :])
-    g, x, *relu = (tensor.permute(order) for tensor in of_size)
+    """Return the same from what a `Written` names, the constants before its `affine`."""
+    g, x, *rest = tensors
+    constants, excitation = rest[: 4 + affine], rest[4 + affine :]
     if excitation:
         excitation[1] = excitation[1] / positions
-    masked = relu[0] if relu else None
-    return (gather_norm_gradient(g, masked, x, constants, excitation, indices),)
+    return (
+        gather_norm_gradient(g.permute(order), x.permute(order), constants, excitation, indices),
+    )
 
 
 def _gather_maybe(node: fx.Node) -> Gather | None:
@@ -196,12 +198,14 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
     if len(dtypes) > 1 or gradient.x.meta["val"].shape != gradient.g.meta["val"].shape:
         return None
     written = gradient.written_maybe if val.is_cpu else None
-    if written is not None and val.dtype in DTYPES and dtypes == {torch.float32}:
+    if written is not None and val.dtype in DTYPES:
         # What bfloat16 is multiplied by is rounded in between, which the kernel does not do.
-        if any(part.meta["val"].dtype != torch.float32 for part in written.excitation):
-            return Gather(gradient, indices, order, None)
-        read = [part.meta["val"] for part in written.tensors]
-        if all(x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read):
+        by_channel = *gradient.constants, *written.affine, *written.excitation
+        is_single = all(part.meta["val"].dtype == torch.float32 for part in by_channel)
+        read = [part.meta["val"] for part in (written.g, written.x)]
+        if is_single and all(
+            x.dtype == val.dtype and x.permute(order).is_contiguous() for x in read
+        ):
             return Gather(gradient, indices, order, written)
     return Gather(gradient, indices, order, None)
 

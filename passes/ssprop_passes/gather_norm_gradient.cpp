@@ -2,9 +2,13 @@
 //
 //   out[n, p, j] = ((h - (x[n, p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j],  c = at[j]
 //
-// with h = g[n, p, c], or g[n, p, c] * factor[n, j] + addend[n, j] where these are given, and 0 where a
-// ReLU's output, if one is given, is not above zero. Tensors are float32 or bfloat16, and are read as
-// the bits of either; what is one number a channel, or a sample and channel, is float32.
+// with h = g[n, p, c], or g[n, p, c] * factor[n, j] + addend[n, j] where these are given, and 0 where
+// the norm feeds a ReLU and its output
+//
+//   (x[n, p, c] - mean[j]) * inverse_std[j] * weight[j] + bias[j]
+//
+// is not above zero, which is rounded as in the forward. Tensors are float32 or bfloat16, and are read
+// as the bits of either; what is one number a channel, or a sample and channel, is float32.
 
 // Inductor's flags keep GCC from it, loops marked `omp simd` included.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -105,32 +109,30 @@ class Picker {
 
 template <typename Bits, bool MASKED, bool EXCITED, bool PICKED>
 void gather(
-    const Sizes& sizes, const Bits* g, const Bits* relu, const Bits* x, const float* columns,
-    const float* excitation, const int32_t* at, Bits* out) {
+    const Sizes& sizes, const Bits* g, const Bits* x, const float* columns, const float* excitation,
+    const int32_t* at, Bits* out) {
   const int64_t kept = sizes.kept, rows = sizes.samples * sizes.positions;
   const float *scale = columns, *mean = scale + kept, *mean_g = mean + kept;
-  const float* projection = mean_g + kept;
+  const float *projection = mean_g + kept, *inverse_std = projection + kept;
+  const float *weight = inverse_std + kept, *bias = weight + kept;
   const Picker<Bits> picker(at, PICKED ? kept : 0);
 #pragma omp parallel num_threads(sizes.threads)
   {
     const int64_t room = PICKED ? PICKED_ROWS * kept + Picker<Bits>::LANES : 0;
-    std::vector<Bits> picked(3 * room);
-    Bits *g_picked = picked.data(), *x_picked = g_picked + room, *relu_picked = x_picked + room;
+    std::vector<Bits> picked(2 * room);
+    Bits *g_picked = picked.data(), *x_picked = g_picked + room;
 #pragma omp for schedule(static)
     for (int64_t begin = 0; begin < rows; begin += PICKED_ROWS) {
       const int64_t end = std::min(begin + PICKED_ROWS, rows);
       if (PICKED)
         for (int64_t row = begin; row < end; ++row) {
-          const int64_t from = row * sizes.channels, to = (row - begin) * kept;
-          picker.pick(g + from, g_picked + to);
-          picker.pick(x + from, x_picked + to);
-          if (MASKED) picker.pick(relu + from, relu_picked + to);
+          picker.pick(g + row * sizes.channels, g_picked + (row - begin) * kept);
+          picker.pick(x + row * sizes.channels, x_picked + (row - begin) * kept);
         }
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = PICKED ? (row - begin) * kept : row * sizes.channels;
         const Bits* g_row = (PICKED ? g_picked : g) + first;
         const Bits* x_row = (PICKED ? x_picked : x) + first;
-        const Bits* relu_row = MASKED ? (PICKED ? relu_picked : relu) + first : nullptr;
         const float* factor = EXCITED ? excitation + row / sizes.positions * kept : nullptr;
         const float* addend = EXCITED ? factor + sizes.samples * kept : nullptr;
         Bits* to = out + row * kept;
@@ -138,10 +140,13 @@ void gather(
         for (int64_t j = 0; j < kept; ++j) {
           const int64_t c = PICKED ? j : at[j];
           uint32_t bits = widened(g_row[c]);
-          if (EXCITED) bits = bits_of(number(bits) * factor[j] + addend[j]);
-          // A mask, as a branch or a choice would keep this loop from being vectorised.
-          if (MASKED) bits &= -static_cast<uint32_t>(!(number(widened(relu_row[c])) <= 0.0f));
           const float centred = number(widened(x_row[c])) - mean[j];
+          if (EXCITED) bits = bits_of(number(bits) * factor[j] + addend[j]);
+          if (MASKED) {
+            const float activated = centred * inverse_std[j] * weight[j] + bias[j];
+            // A mask, as a branch or a choice would keep this loop from being vectorised.
+            bits &= -static_cast<uint32_t>(!(activated <= 0.0f));
+          }
           store((number(bits) - centred * projection[j] - mean_g[j]) * scale[j], to + j);
         }
       }
@@ -162,23 +167,23 @@ auto kernel_of(bool is_excited, bool is_picked) {
 
 template <typename Bits>
 void gather(
-    const Sizes& sizes, const void* g, const void* relu, const void* x, const float* columns,
-    const float* excitation, const std::vector<int32_t>& at, void* out) {
+    const Sizes& sizes, const void* g, const void* x, const float* columns, const float* excitation,
+    bool is_masked, const std::vector<int32_t>& at, void* out) {
   const bool is_picked = std::is_sorted(at.begin(), at.end(), std::less_equal<int32_t>());
-  const auto kernel = relu ? kernel_of<Bits, true>(excitation, is_picked)
-                           : kernel_of<Bits, false>(excitation, is_picked);
+  const auto kernel = is_masked ? kernel_of<Bits, true>(excitation, is_picked)
+                                : kernel_of<Bits, false>(excitation, is_picked);
   kernel(
-      sizes, static_cast<const Bits*>(g), static_cast<const Bits*>(relu),
-      static_cast<const Bits*>(x), columns, excitation, at.data(), static_cast<Bits*>(out));
+      sizes, static_cast<const Bits*>(g), static_cast<const Bits*>(x), columns, excitation,
+      at.data(), static_cast<Bits*>(out));
 }
 
 }  // namespace
 
 extern "C" void gather_norm_gradient(
-    const void* g, const void* relu, const void* x, const float* columns, const float* excitation,
+    const void* g, const void* x, const float* columns, const float* excitation,
     const int64_t* indices, void* out, int64_t samples, int64_t positions, int64_t channels,
-    int64_t kept, int64_t is_single, int64_t threads) {
+    int64_t kept, int64_t is_masked, int64_t is_single, int64_t threads) {
   const std::vector<int32_t> at(indices, indices + kept);
   (is_single ? gather<uint32_t> : gather<uint16_t>)(
-      {samples, positions, channels, kept, threads}, g, relu, x, columns, excitation, at, out);
+      {samples, positions, channels, kept, threads}, g, x, columns, excitation, is_masked, at, out);
 }

@@ -16,6 +16,9 @@ __all__ = ["DTYPES", "gather_columns", "gather_norm_gradient", "norm_gradient"]
 # Of the tensors that the kernel reads.
 DTYPES = (torch.float32, torch.bfloat16)
 
+# Constants of a gradient that no ReLU masks.
+_UNMASKED = 4
+
 
 def norm_gradient(g: Tensor, x: Tensor, constants: Sequence[Tensor]) -> Tensor:
     """Return a batch norm's gradient, in the shape of g, from what a `NormGradient` names."""
@@ -30,7 +33,6 @@ def gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
 
 def gather_norm_gradient(
     g: Tensor,
-    relu: Tensor | None,
     x: Tensor,
     constants: list[Tensor],
     excitation: list[Tensor],
@@ -40,11 +42,11 @@ def gather_norm_gradient(
 
     Args:
         g: gradient of the norm's output, [N, ..., C], of one of `DTYPES`, on a CPU; of the output
-            of the ReLU that the norm feeds where `relu` is given; of what that output becomes by
-            squeeze and excitation where `excitation` is.
-        relu: output of that ReLU, in the shape and dtype of g.
+            of a ReLU that the norm feeds, where there are seven constants; of what that output
+            becomes by squeeze and excitation where `excitation` is.
         x: the norm's input, in the shape and dtype of g.
-        constants: scale, mean, mean gradient and projection, of C elements each, float32.
+        constants: scale, mean, mean gradient and projection, of C elements each, float32; with a
+            ReLU, also the norm's 1 / std, weight and bias.
         excitation: what g is multiplied by and what is then added, of N * C elements each,
             float32; nothing for neither.
         indices: of the channels, [k].
@@ -54,24 +56,24 @@ def gather_norm_gradient(
     """
     # Says so of indices that are out of range.
     columns = gather_columns(constants, indices)
-    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 7, *[COUNT] * 6)
-    samples, channels = len(g), g.shape[-1]
+    kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 7)
+    samples, channels, is_masked = len(g), g.shape[-1], len(columns) > _UNMASKED
     excited = [x.reshape(samples, channels).index_select(1, indices) for x in excitation]
     if kernel is None:
-        kept = g[..., indices]
+        kept, sources = g[..., indices], x[..., indices]
         if excited:
             factor, addend = (x.view(samples, *[1] * (g.ndim - 2), -1) for x in excited)
             kept = kept * factor + addend
-        if relu is not None:
-            kept = torch.where(relu[..., indices] <= 0, 0, kept)
-        return norm_gradient(kept, x[..., indices], columns.unbind()).to(g.dtype)
+        if is_masked:
+            inverse_std, weight, bias = columns[_UNMASKED:]
+            activated = (sources - columns[1]) * inverse_std * weight + bias
+            kept = torch.where(activated <= 0, 0, kept)
+        return norm_gradient(kept, sources, columns[:_UNMASKED].unbind()).to(g.dtype)
     g, x, indices = g.contiguous(), x.contiguous(), indices.long().contiguous()
-    relu = None if relu is None else relu.contiguous()
     by_sample = torch.stack(excited) if excited else None
     out = g.new_empty(*g.shape[:-1], len(indices))
     kernel(
         g.data_ptr(),
-        None if relu is None else relu.data_ptr(),
         x.data_ptr(),
         columns.data_ptr(),
         None if by_sample is None else by_sample.data_ptr(),
@@ -81,6 +83,7 @@ def gather_norm_gradient(
         g.numel() // max(samples * channels, 1),
         channels,
         len(indices),
+        is_masked,
         g.dtype is torch.float32,
         torch.get_num_threads(),
     )

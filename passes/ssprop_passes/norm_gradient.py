@@ -32,7 +32,9 @@ class Written:
         g: gradient of the norm's output; or of what a ReLU, or squeeze and excitation, or both in
             this order, make of that output.
         x: the norm's input.
-        relu: the ReLU's output.
+        affine: with a ReLU, what the norm multiplies its input by once that is centred: first
+            1 / std, then its weight; and its bias. One number a channel each, in any shape that
+            broadcasts. The ReLU's own output is not read: it may lie nowhere in memory.
         excitation: what g is multiplied by, and what is then added, spread over `positions`; one
             number a sample and channel each. Neither without squeeze and excitation.
         positions: of a sample.
@@ -40,14 +42,9 @@ class Written:
 
     g: fx.Node
     x: fx.Node
-    relu: fx.Node | None = None
+    affine: tuple[fx.Node, ...] = ()
     excitation: tuple[fx.Node, ...] = ()
     positions: float = 1
-
-    @property
-    def tensors(self) -> tuple[fx.Node, ...]:
-        """Those of the gradient's own size."""
-        return (self.g, self.x) if self.relu is None else (self.g, self.x, self.relu)
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,24 @@ class NormGradient:
         g, x = strip(self.g, CASTS), strip(self.x, CASTS)
         if g.target is operator.getitem or self._is_read_elsewhere:
             return Written(g, x)
-        relu, grad = _masked_maybe(g)
-        grad, excitation, positions = _excited(g if relu is None else grad)
+        activated, grad = _masked_maybe(g)
+        affine = self._affine_maybe(activated)
+        grad, excitation, positions = _excited(g if affine is None else grad)
         if getattr(grad, "target", None) is not operator.getitem:
             return None
-        return Written(grad, x, relu, excitation, positions)
+        return Written(grad, x, affine or (), excitation, positions)
+
+    def _affine_maybe(self, node: Any) -> tuple[fx.Node, ...] | None:
+        """Return the `affine` of a `Written` where a node is the norm's output, else None."""
+        scaled, bias = operands(strip(node, CASTS), aten.add.Tensor)
+        normalised, weight = operands(scaled, aten.mul.Tensor)
+        centred, inverse_std = operands(normalised, aten.mul.Tensor)
+        x, mean = operands(centred, aten.sub.Tensor)
+        pairs = (x, self.x), (mean, self.mean), (inverse_std, self.inverse_std)
+        looked_through = _VIEWS + CASTS
+        if any(strip(a, looked_through) is not strip(b, looked_through) for a, b in pairs):
+            return None
+        return inverse_std, weight, bias
 
     @property
     def _is_read_elsewhere(self) -> bool:
@@ -154,14 +164,14 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
 
 
 def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:
-    """Return a ReLU's output, and the gradient of it that `g` masks; None, None if it does not."""
+    """Return a ReLU's input, and the gradient of its output that `g` masks; None, None if none."""
     condition, zero, grad = _three(g, aten.where.self)
     activation, bound = operands(condition, aten.le.Scalar)
     relu = strip(activation, _ALIASES)
     targets = [getattr(node, "target", None) for node in (relu, zero)]
     if targets != [aten.relu.default, aten.scalar_tensor.default]:
         return None, None
-    return (relu, grad) if bound == 0 and zero.args[0] == 0 else (None, None)
+    return (relu.args[0], grad) if bound == 0 and zero.args[0] == 0 else (None, None)
 
 
 def _excited(g: Any) -> tuple[Any, tuple[fx.Node, ...], float]:

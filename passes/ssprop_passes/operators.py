@@ -150,7 +150,6 @@ def _fake_gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
 
 def _fake_gather_norm_gradient(
     g: Tensor,
-    relu: Tensor | None,
     x: Tensor,
     constants: list[Tensor],
     excitation: list[Tensor],
@@ -183,7 +182,7 @@ for _schema, _kernel, _fake in (
         _fake_gather_columns,
     ),
     (
-        "gather_norm_gradient(Tensor g, Tensor? relu, Tensor x, Tensor[] constants,"
+        "gather_norm_gradient(Tensor g, Tensor x, Tensor[] constants,"
         " Tensor[] excitation, Tensor indices) -> Tensor",
         norm_gather.gather_norm_gradient,
         _fake_gather_norm_gradient,
