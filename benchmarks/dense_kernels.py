@@ -2,8 +2,8 @@
 
 On a CPU a sparse step has three things of its own that are no gain of sparsity: sums in two steps
 (`ssprop_passes.sums`), gradients of convolution weights by a kernel of our own
-(`ssprop_passes.grad_weight`), and 1x1 convolutions of one image (`ssprop_passes.pointwise`). Here a
-dense step has them all, which tells what they do by themselves.
+(`ssprop_passes.grad_weight`), and 1x1 convolutions of all positions at once
+(`ssprop_passes.pointwise`). Here a dense step has them all, which tells what they do by themselves.
 """
 
 from collections.abc import Callable

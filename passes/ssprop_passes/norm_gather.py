@@ -1,7 +1,8 @@
 """Channels gathered from a batch norm's gradient on a CPU, by `gather_norm_gradient.cpp`.
 
 Inductor has a kernel of its own for each shape, which takes a second to compile and looks the
-channels up one by one. This one is compiled once for all of them, and looks up vectors of channels.
+channels up one by one. This one is compiled once for all of them, and with AVX-512 picks the
+channels from vectors.
 """
 
 from collections.abc import Sequence

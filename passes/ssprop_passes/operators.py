@@ -8,8 +8,8 @@ the layout of the results.
 Gathers and scatters of weights: of Inductor each shape gets kernels of its own, which are no faster
 than ATen's and take seconds to compile. `gather_weight` and `scatter_rows` are opaque to it. And a
 look-up of a few numbers a channel, which Inductor would repeat at every position that they are used
-at, one by one. What `gather_columns` has looked up is read by vectors; `gather_norm_gradient` looks
-up by vectors.
+at, one by one. What `gather_columns` has looked up is read by vectors, in `gather_norm_gradient` as
+in Inductor's kernels.
 """
 
 import math
