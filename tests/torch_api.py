@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -679,6 +680,16 @@ def inductor_compiles_our_cpp() -> None:
         }
     """
     assert CppCodeCache.load(source).largest_team(2) == 2
+
+
+@relies_on("torch.cpu._is_avx512_bf16_supported")
+def processors_that_compute_in_bfloat16_are_known() -> None:
+    """`_is_avx512_bf16_supported()` says whether the processor has instructions for it."""
+    found = torch.cpu._is_avx512_bf16_supported()
+    assert isinstance(found, bool)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        assert found == ("avx512_bf16" in cpuinfo.read_text().split())
 
 
 # Elsewhere.
