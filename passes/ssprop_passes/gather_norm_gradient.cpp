@@ -10,7 +10,7 @@
 // is not above zero, which is rounded as in the forward. Tensors are float32 or bfloat16, and are read
 // as the bits of either; what is one number a channel, or a sample and channel, is float32.
 
-// Inductor's flags keep GCC from it, loops marked `omp simd` included.
+// Inductor's flags keep GCC from vectorising loops, those marked `omp simd` included.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")
 #endif
