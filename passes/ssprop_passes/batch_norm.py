@@ -112,8 +112,8 @@ class BatchNormGradients(GraphPass):
                 self._replace(node, _kept, (order, dtype), inputs)
             else:
                 own = gather.written
-                settings = order, len(own.affine), own.positions
                 constants = *of.constants, *own.affine
+                settings = order, len(constants), own.positions
                 inputs = gather.indices, own.g, own.x, *constants, *own.excitation
                 self._replace(node, _kept_by_own_kernel, settings, inputs)
                 self.own += 1
@@ -160,11 +160,11 @@ def _kept(
 
 
 def _kept_by_own_kernel(
-    order: list[int], affine: int, positions: float, indices: Tensor, *tensors: Tensor
+    order: list[int], count: int, positions: float, indices: Tensor, *tensors: Tensor
 ) -> tuple[Tensor]:
-    """Return the same from what a `Written` names, the constants before its `affine`."""
+    """Return the same from g and x of a `Written`, `count` constants, and its excitation."""
     g, x, *rest = tensors
-    constants, excitation = rest[: 4 + affine], rest[4 + affine :]
+    constants, excitation = rest[:count], rest[count:]
     if excitation:
         excitation[1] = excitation[1] / positions
     return (
