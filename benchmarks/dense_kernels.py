@@ -1,19 +1,19 @@
 """A peer: dense torch.compile with the kernels that sparse steps have.
 
 On a CPU a sparse step has three things of its own that are no gain of sparsity: sums in two steps
-(`ssprop_passes.sums`), gradients of convolution weights by a kernel of our own
-(`ssprop_passes.grad_weight`), and 1x1 convolutions of all positions at once
-(`ssprop_passes.pointwise`). Here a dense step has them all, which tells what they do by themselves.
+(`ssprop_passes.transforms.two_step_sums`), gradients of convolution weights by a kernel of our own
+(`ssprop_passes.kernels.conv_grad_weight`), and 1x1 convolutions of all positions at once
+(`ssprop_passes.kernels.conv1x1`). Here a dense step has them all, which tells what they do by themselves.
 """
 
 from collections.abc import Callable
 
-from ssprop_passes.conv import conv_gradients
-from ssprop_passes.conv_match import ConvMatch, match_conv_backward
-from ssprop_passes.graph_pass import GraphPass
-from ssprop_passes.rewrite import Replacer
-from ssprop_passes.selection import dims_order, is_channels_last, sum_channels, with_order
-from ssprop_passes.sums import TwoStepSums
+from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.rewrite import Replacer
+from ssprop_passes.replacements.conv import conv_gradients
+from ssprop_passes.selection.policy import dims_order, is_channels_last, sum_channels, with_order
+from ssprop_passes.sites.conv_match import ConvMatch, match_conv_backward
+from ssprop_passes.transforms.two_step_sums import TwoStepSums
 from torch import Tensor, fx
 
 __all__ = ["DenseKernels"]

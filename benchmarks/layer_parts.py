@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
-from ssprop_passes.linear import sparse_linear_backward
-from ssprop_passes.operators import reduced_conv_backward
-from ssprop_passes.selection import Selection, gather_channels, gather_weight, scatter_rows
+from ssprop_passes.kernels.operators import reduced_conv_backward
+from ssprop_passes.replacements.conv import ConvGeometry, sparse_conv_backward
+from ssprop_passes.replacements.linear import sparse_linear_backward
+from ssprop_passes.selection.policy import Selection, gather_channels, gather_weight, scatter_rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Collection
 
 import torch
-from ssprop_passes.ranks import Ranks, find_ranks_maybe
+from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from torch import distributed
 from torch.utils._python_dispatch import _disable_current_modes
 

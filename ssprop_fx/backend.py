@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from ssprop_passes.batch_norm import BatchNormGradients
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.gate import Gate
-from ssprop_passes.graph_pass import sources_hash
-from ssprop_passes.ranks import Ranks, find_ranks_maybe
-from ssprop_passes.selection import Selection
-from ssprop_passes.sparse_backward import SparseBackwardPass
-from ssprop_passes.sums import TwoStepSums
+from ssprop_passes.fingerprint import sources_hash
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
+from ssprop_passes.transforms.batch_norm import BatchNormGradients
+from ssprop_passes.transforms.gate import Gate
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
+from ssprop_passes.transforms.two_step_sums import TwoStepSums
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import CaptureError
-from ssprop_passes.graph_pass import is_joint_graph
+from ssprop_passes.graph.graph_pass import is_joint_graph
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.graph_pass import GraphPass
-from ssprop_passes.native import start_compiling
+from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.kernels.cpp_loader import start_compiling
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 

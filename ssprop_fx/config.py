@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssprop_passes.scores import SCORES, Score
-from ssprop_passes.selection import AXES, GRADIENTS, Selection
-from ssprop_passes.selectors import SELECTORS, Selector, random, sampled
+from ssprop_passes.selection.policy import AXES, GRADIENTS, Selection
+from ssprop_passes.selection.scores import SCORES, Score
+from ssprop_passes.selection.selectors import SELECTORS, Selector, random, sampled
 from torch import nn
 
 __all__ = ["RANKS", "TARGETS", "SparsityConfig"]
@@ -37,7 +37,7 @@ class SparsityConfig:
         select: which channels are kept, given their scores: `"topk"`, those with the largest;
             `"random"`, any; `"sampled"`, drawn with probability in proportion to the score and
             weighted so that the expected gradients are the dense ones; or a function of your own,
-            as `ssprop_passes.selectors` describes and the second example shows.
+            as `ssprop_passes.selection.selectors` describes and the second example shows.
         axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: all layers keep
             the same samples of the batch, of all channels, chosen in each backward by the gradient
             at the participating layer nearest the loss; the drop rate is then of samples, and
@@ -53,7 +53,7 @@ class SparsityConfig:
             where a batch norm follows, whose backward has the sums; `"mean_abs"`, the mean
             magnitude of that, the published code's score; `"l2_weight"`, the norm times that of the
             channel's row of the weight, which is what it matters to the gradient of the input; or a
-            function of your own, as `ssprop_passes.scores` describes. A pair of these, such as
+            function of your own, as `ssprop_passes.selection.scores` describes. A pair of these, such as
             `("l2", "l2_weight")`, chooses channels twice: by the first for the gradients of weight
             and bias, by the second for that of the input. Of samples, `"l2_weight"` takes the norm
             of the layer's input in place of the weight's.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from ssprop_passes.sites import SITE_KEY
+from ssprop_passes.sites.site import SITE_KEY
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 

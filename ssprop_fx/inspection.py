@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ssprop_passes.sites import Site
+from ssprop_passes.sites.site import Site
 from torch import fx, nn
 
 from ssprop_fx.config import SparsityConfig
@@ -176,7 +176,7 @@ def inspect_sites(
         0.75
     """
     # They import the compiler, which takes seconds.
-    from ssprop_passes.sparse_backward import find_sites
+    from ssprop_passes.transforms.sparse_backward import find_sites
 
     from ssprop_fx.capture import capture_joint_graphs
 

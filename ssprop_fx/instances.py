@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.sites import Site
+from ssprop_passes.sites.site import Site
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 

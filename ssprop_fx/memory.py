@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from ssprop_passes.memory import MEMORY_KEY
-from ssprop_passes.selection import is_channels_last
-from ssprop_passes.sites import layer_name
+from ssprop_passes.selection.error_feedback import MEMORY_KEY
+from ssprop_passes.selection.policy import is_channels_last
+from ssprop_passes.sites.site import layer_name
 from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes

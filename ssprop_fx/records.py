@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssprop_passes.sites import Site, Times
+from ssprop_passes.sites.site import Site, Times
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 

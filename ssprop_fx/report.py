@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssprop_passes.sites import Site
+from ssprop_passes.sites.site import Site
 from torch import nn
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ssprop_passes.sample_axis import SAMPLES_KEY
-from ssprop_passes.sites import layer_name
+from ssprop_passes.sites.site import layer_name
+from ssprop_passes.transforms.sample_axis import SAMPLES_KEY
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional

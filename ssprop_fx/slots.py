@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import torch
-from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from ssprop_passes.sites.site import MIN_KEEP_COUNT, Slot
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ssprop_passes.telemetry import FIELDS
+from ssprop_passes.selection.observe import FIELDS
 from torch import Tensor
 
 if TYPE_CHECKING:

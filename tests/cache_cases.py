@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssprop_passes.sparse_backward import SparseBackwardPass
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ssprop_passes.native import kernel_maybe, start_compiling
+from ssprop_passes.kernels.cpp_loader import kernel_maybe, start_compiling
 from training_runs import TWO_PHASES
 
 from ssprop_fx import specialize

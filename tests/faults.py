@@ -99,10 +99,13 @@ def boxed(gm: torch.fx.GraphModule) -> Any:
 
 
 PLACES = (
-    Place("the pass, under AOT eager", replace("ssprop_passes.sparse_backward.find_keep_counts")),
+    Place(
+        "the pass, under AOT eager",
+        replace("ssprop_passes.transforms.sparse_backward.find_keep_counts"),
+    ),
     Place(
         "the pass, under Inductor",
-        replace("ssprop_passes.sparse_backward.find_keep_counts"),
+        replace("ssprop_passes.transforms.sparse_backward.find_keep_counts"),
         "inductor",
     ),
     Place(

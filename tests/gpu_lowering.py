@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch._inductor.compile_fx
-from ssprop_passes.graph_pass import GraphPass
+from ssprop_passes.graph.graph_pass import GraphPass
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.device_interface import CudaInterface

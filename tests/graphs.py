@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from ssprop_passes.selection import Selection
-from ssprop_passes.sites import SITE_KEY, Slot
-from ssprop_passes.sparse_backward import SparseBackwardPass
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.sites.site import SITE_KEY, Slot
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config

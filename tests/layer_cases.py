@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import keep_count, mask_channels
-from ssprop_passes.conv import ConvGeometry, sparse_conv_backward
-from ssprop_passes.linear import sparse_linear_backward
+from ssprop_passes.replacements.conv import ConvGeometry, sparse_conv_backward
+from ssprop_passes.replacements.linear import sparse_linear_backward
 from torch import Tensor
 from torch.nn import functional
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from ssprop_passes.batch_norm import BatchNormGradients
-from ssprop_passes.rewrite import INSERTED_KEY
+from ssprop_passes.graph.rewrite import INSERTED_KEY
+from ssprop_passes.transforms.batch_norm import BatchNormGradients
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 

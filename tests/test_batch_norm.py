@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from norms import Norm, data, norm_of, rewrite, trace
-from ssprop_passes.batch_norm import BatchNormGradients
+from ssprop_passes.transforms.batch_norm import BatchNormGradients
 from torch import Tensor, fx, nn
 from torch.nn import functional
 

@@ -12,7 +12,7 @@ PROGRAM = """
 import itertools, json, sys
 import torch
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-from ssprop_passes.sparse_backward import SparseBackwardPass
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import nn
 
 runs = []

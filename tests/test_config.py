@@ -4,9 +4,9 @@ import dataclasses
 import pickle
 
 import pytest
-from ssprop_passes.scores import l2, l2_weight
-from ssprop_passes.selection import Selection
-from ssprop_passes.selectors import sampled, topk
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.scores import l2, l2_weight
+from ssprop_passes.selection.selectors import sampled, topk
 
 from ssprop_fx import SparsityConfig
 

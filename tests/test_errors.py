@@ -3,9 +3,9 @@
 import pytest
 import torch
 from graphs import small_net
-from ssprop_passes import sparse_backward
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
-from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.kernels.operators import reduced_conv_backward
+from ssprop_passes.transforms import sparse_backward
 from torch import Tensor, nn
 from torch._dynamo.exc import SkipFrame
 from torch._subclasses.fake_tensor import (

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ssprop_passes.gate
+import ssprop_passes.transforms.gate
 import torch
 from ssprop_passes.errors import NoEffectWarning
-from ssprop_passes.gate import Gate
-from ssprop_passes.selection import gather_channels
-from ssprop_passes.sites import Site, Times
+from ssprop_passes.selection.policy import gather_channels
+from ssprop_passes.sites.site import Site, Times
+from ssprop_passes.transforms.gate import Gate
 from torch import Tensor, nn
 
 import ssprop_fx.records
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.gate
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No times known, and no compiled graphs: those of Inductor's kernels alone."""
-    monkeypatch.setattr(ssprop_passes.gate, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(ssprop_passes.transforms.gate, "cache_dir", lambda: str(tmp_path))
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -52,7 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(match.channels)
         return Times(dense=1.0, sparse=1.5 if match.channels == 64 else 0.5, kept=k)
 
-    monkeypatch.setattr(ssprop_passes.gate, "measure", measure)
+    monkeypatch.setattr(ssprop_passes.transforms.gate, "measure", measure)
     return calls
 
 
@@ -78,7 +78,7 @@ def test_processes_that_measure_at_the_same_time_decide_alike(
         Gate({0: k}).times(match, 0, selection, batch)
         return Times(dense=1.0, sparse=1.5, kept=k)
 
-    monkeypatch.setattr(ssprop_passes.gate, "measure", measure)
+    monkeypatch.setattr(ssprop_passes.transforms.gate, "measure", measure)
     model, x = compile_two_layers(constant(0.5))
     model(x).sum().backward()
     assert len(report(model).sparse_sites) == len(kept) == 2
@@ -211,7 +211,7 @@ def test_channels_are_gathered_once_whatever_number_of_runs(
         gathers.append(len(indices))
         return gather_channels(x, indices)
 
-    monkeypatch.setattr(ssprop_passes.gate, "gather_channels", gather)
+    monkeypatch.setattr(ssprop_passes.transforms.gate, "gather_channels", gather)
     shape = (4, 6) if isinstance(layer, nn.Linear) else (4, 8, 6, 6)
     config = SparsityConfig(min_channels=1, score=score)
     model = ssprop_compile(layer, SparsityScheduler(constant(0.5)), config=config)
@@ -236,8 +236,10 @@ def test_long_runs_are_repeated_less(
     def run() -> None:
         clock[0] += next(runs) / 1e3
 
-    monkeypatch.setattr(ssprop_passes.gate.time, "perf_counter", lambda: clock[0])
-    assert ssprop_passes.gate._time_ms(run, torch.device("cpu")) == pytest.approx(expected)
+    monkeypatch.setattr(ssprop_passes.transforms.gate.time, "perf_counter", lambda: clock[0])
+    assert ssprop_passes.transforms.gate._time_ms(run, torch.device("cpu")) == pytest.approx(
+        expected
+    )
     assert list(runs) == []
 
 
@@ -264,11 +266,13 @@ def test_gate_must_be_a_bool() -> None:
 def test_random_tensors_lie_as_those_they_stand_for() -> None:
     """And no two channels are alike, though few numbers are drawn."""
     x = torch.empty(5, 8, 64, 64).to(memory_format=torch.channels_last)
-    found = ssprop_passes.gate._random_like(x, shares=2)
+    found = ssprop_passes.transforms.gate._random_like(x, shares=2)
     assert found.shape == (3, 8, 64, 64)
     assert found.stride() == x.stride()
     channels = found.transpose(0, 1).flatten(1)
     assert len(channels.unique(dim=0)) == 8
     assert bool((channels.std(1) - 1).abs().max() < 0.05)
-    row = ssprop_passes.gate._random_like(torch.empty(6, 1, dtype=torch.float64).expand(6, 4))
+    row = ssprop_passes.transforms.gate._random_like(
+        torch.empty(6, 1, dtype=torch.float64).expand(6, 4)
+    )
     assert (row.stride(), row.dtype) == ((1, 0), torch.float64)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes import operators
-from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.kernels import operators
+from ssprop_passes.kernels.operators import reduced_conv_backward
 from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 

@@ -12,10 +12,10 @@ import ssprop_fx
 # What they rely on is in `torch_api.py`.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
-    "passes/ssprop_passes/gate.py",
-    "passes/ssprop_passes/graph_pass.py",
-    "passes/ssprop_passes/native.py",
-    "passes/ssprop_passes/rewrite.py",
+    "passes/ssprop_passes/transforms/gate.py",
+    "passes/ssprop_passes/graph/graph_pass.py",
+    "passes/ssprop_passes/kernels/cpp_loader.py",
+    "passes/ssprop_passes/graph/rewrite.py",
     "ssprop_fx/backend.py",
     "ssprop_fx/capture.py",
     "ssprop_fx/compilers.py",

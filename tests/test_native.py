@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes.native import COUNT, POINTER, kernel_maybe, start_compiling
+from ssprop_passes.kernels.cpp_loader import COUNT, POINTER, kernel_maybe, start_compiling
 from torch import nn
 from torch._inductor.codecache import CppCodeCache
 

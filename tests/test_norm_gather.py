@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from norms import Norm, data, norm_of, rewrite, trace
-from ssprop_passes.batch_norm import BatchNormGradients
-from ssprop_passes.operators import gather_columns, gather_norm_gradient
+from ssprop_passes.kernels.operators import gather_columns, gather_norm_gradient
+from ssprop_passes.transforms.batch_norm import BatchNormGradients
 from torch import Tensor, fx, nn
 
 

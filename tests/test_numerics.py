@@ -9,10 +9,10 @@ from graphs import small_net
 from no_edit import EXACT, everywhere, loss
 from oracle import SMALLEST, gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import NoEffectWarning
-from ssprop_passes.linear import sparse_linear_backward
-from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import Selection
-from ssprop_passes.selectors import SELECTORS
+from ssprop_passes.replacements.linear import sparse_linear_backward
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.scores import SCORES
+from ssprop_passes.selection.selectors import SELECTORS
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes import operators
-from ssprop_passes.operators import (
+from ssprop_passes.kernels import operators
+from ssprop_passes.kernels.operators import (
     gather_columns,
     gather_norm_gradient,
     gather_weight,

@@ -5,14 +5,14 @@ import torch
 from graphs import count, joint_graph, sparse_pass
 from oracle import mask_channels
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.graph_pass import is_joint_graph
-from ssprop_passes.operators import reduced_conv_backward
-from ssprop_passes.ranks import Ranks
-from ssprop_passes.rewrite import INSERTED_KEY
-from ssprop_passes.scores import mean_abs
-from ssprop_passes.selection import Selection
-from ssprop_passes.selectors import sampled
-from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from ssprop_passes.graph.graph_pass import is_joint_graph
+from ssprop_passes.graph.rewrite import INSERTED_KEY
+from ssprop_passes.kernels.operators import reduced_conv_backward
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.ranks import Ranks
+from ssprop_passes.selection.scores import mean_abs
+from ssprop_passes.selection.selectors import sampled
+from ssprop_passes.sites.site import MIN_KEEP_COUNT, Slot
 from torch import fx
 from torch.nn import functional
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes import pointwise
-from ssprop_passes.operators import reduced_conv_backward
+from ssprop_passes.kernels import conv1x1 as pointwise
+from ssprop_passes.kernels.operators import reduced_conv_backward
 from torch import Tensor
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import relative_error
 from rank_cases import OPTIONS, backward, batches, compiled, gradients, net, run_ranks
-from ssprop_passes.ranks import Ranks
+from ssprop_passes.selection.ranks import Ranks
 
 from ssprop_fx import SparsityConfig
 

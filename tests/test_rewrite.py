@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from graphs import joint_graph, sparse_pass
-from ssprop_passes.conv_match import ConvMatch
-from ssprop_passes.linear_match import LinearMatch
-from ssprop_passes.rewrite import Replacer, replace_node
+from ssprop_passes.graph.rewrite import Replacer, replace_node
+from ssprop_passes.sites.conv_match import ConvMatch
+from ssprop_passes.sites.linear_match import LinearMatch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional

@@ -8,11 +8,11 @@ import pytest
 import torch
 from oracle import SMALLEST, find_factors, inclusion_probabilities, relative_error
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.linear import linear_backward_of_samples
-from ssprop_passes.samples import Samples, choose_samples
-from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import GRADIENTS, Selection
-from ssprop_passes.selectors import SELECTORS
+from ssprop_passes.replacements.linear import linear_backward_of_samples
+from ssprop_passes.selection.policy import GRADIENTS, Selection
+from ssprop_passes.selection.samples import Samples, choose_samples
+from ssprop_passes.selection.scores import SCORES
+from ssprop_passes.selection.selectors import SELECTORS
 from torch import Tensor, nn
 
 from ssprop_fx import (

@@ -10,9 +10,9 @@ from oracle import (
     scaled_gradients,
     selection_groups,
 )
-from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import GRADIENTS
-from ssprop_passes.selectors import SELECTORS
+from ssprop_passes.selection.policy import GRADIENTS
+from ssprop_passes.selection.scores import SCORES
+from ssprop_passes.selection.selectors import SELECTORS
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile

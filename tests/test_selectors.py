@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from oracle import inclusion_probabilities
-from ssprop_passes.linear import sparse_linear_backward
-from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import Selection
-from ssprop_passes.selectors import SELECTORS, random, sampled
+from ssprop_passes.replacements.linear import sparse_linear_backward
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.scores import SCORES
+from ssprop_passes.selection.selectors import SELECTORS, random, sampled
 from torch import Tensor
 
 DRAWS = 20_000

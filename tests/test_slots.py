@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import SMALLEST
-from ssprop_passes.sites import MIN_KEEP_COUNT, Slot
+from ssprop_passes.sites.site import MIN_KEEP_COUNT, Slot
 from torch import nn
 
 from ssprop_fx import SparsityConfig

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from ssprop_passes import sums
-from ssprop_passes.sums import TwoStepSums
+from ssprop_passes.transforms import two_step_sums as sums
+from ssprop_passes.transforms.two_step_sums import TwoStepSums
 from torch import Tensor, fx, nn
 
 from ssprop_fx.compilers import compile_aot_eager

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from blocks import Block
-from ssprop_passes.selectors import SELECTORS
+from ssprop_passes.selection.selectors import SELECTORS
 from torch import Tensor, nn
 
 from ssprop_fx import (

@@ -134,7 +134,7 @@ def test_a_canary_that_fails_explains_itself() -> None:
     canary = Canary(("torch._ops.OpOverload",), "It does this.", check)
     message = (
         rf"torch {re.escape(torch.__version__)} has changed torch._ops.OpOverload\."
-        r".* passes/ssprop_passes/rewrite.py rely on this: It does this\."
+        r".* passes/ssprop_passes/graph/rewrite.py rely on this: It does this\."
     )
     with pytest.raises(AssertionError, match=message):
         run(canary)

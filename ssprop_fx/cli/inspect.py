@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from ssprop_passes.errors import CaptureError
-from ssprop_passes.selection import GRADIENTS
+from ssprop_passes.selection.policy import GRADIENTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 

@@ -4,9 +4,9 @@ import argparse
 import ast
 from typing import Any
 
-from ssprop_passes.scores import SCORES
-from ssprop_passes.selection import AXES, GRADIENTS
-from ssprop_passes.selectors import SELECTORS
+from ssprop_passes.selection.policy import AXES, GRADIENTS
+from ssprop_passes.selection.scores import SCORES
+from ssprop_passes.selection.selectors import SELECTORS
 
 from ssprop_fx.config import RANKS, TARGETS
 from ssprop_fx.training.config import TrainConfig

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import fx
 
-from ssprop_passes.conv_match import match_conv_backward
-from ssprop_passes.linear_match import match_linear_backward
-from ssprop_passes.sites import SiteMatch
+from ssprop_passes.sites.conv_match import match_conv_backward
+from ssprop_passes.sites.linear_match import match_linear_backward
+from ssprop_passes.sites.site import SiteMatch
 
 __all__ = ["MATCHERS"]
 

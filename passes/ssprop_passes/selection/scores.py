@@ -7,7 +7,7 @@ A score is a function `score(grad_output, weight) -> scores` of
     scores       [C]; NaN or infinite for a channel that holds such a value, so that selectors
                  keep it and a `GradScaler` finds it
 
-Where samples are chosen (`ssprop_passes.samples`), what is said of channels is of samples:
+Where samples are chosen (`ssprop_passes.selection.samples`), what is said of channels is of samples:
 dimension 1 of grad_output, [m, N, C, *space] with m rows a sample, and the leading one of "weight",
 which is then the layer's input, [N, m, C_in, *space].
 

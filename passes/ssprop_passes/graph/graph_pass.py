@@ -6,29 +6,18 @@ Private torch: `CustomGraphPass` and the cache's demand for a truthy uuid.
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.fingerprint import sources_hash
 
-__all__ = ["GraphPass", "Previous", "sources_hash"]
+__all__ = ["GraphPass", "Previous"]
 
 # What may already sit in `torch._inductor.config.joint_custom_pre_pass`.
 Previous = Callable[[fx.Graph], None] | Sequence[Callable[[fx.Graph], None]] | None
-
-
-@cache
-def sources_hash() -> str:
-    """Return a hash of this package's sources: an edited pass must miss the compile cache."""
-    digest = hashlib.sha256()
-    files = Path(__file__).parent.rglob("*")
-    for path in sorted(file for file in files if file.suffix in (".py", ".cpp")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class GraphPass(CustomGraphPass):

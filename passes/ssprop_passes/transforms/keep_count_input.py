@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.sites import MIN_KEEP_COUNT, size_hint
+from ssprop_passes.sites.site import MIN_KEEP_COUNT, size_hint
 
 __all__ = ["find_keep_counts", "read_keep_count"]
 

@@ -19,16 +19,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ssprop_passes.gate import Gate, why_slower
-from ssprop_passes.graph_pass import GraphPass, Previous
-from ssprop_passes.keep_counts import find_keep_counts, read_keep_count
-from ssprop_passes.kinds import MATCHERS
-from ssprop_passes.memory import MEMORY_KEY, Remembered
-from ssprop_passes.operators import register_flops
-from ssprop_passes.rewrite import INSERTED_KEY, Replacer
-from ssprop_passes.sample_axis import SampleAxis
-from ssprop_passes.selection import Selection, dims_order, with_order
-from ssprop_passes.sites import (
+from ssprop_passes.graph.graph_pass import GraphPass, Previous
+from ssprop_passes.graph.rewrite import INSERTED_KEY, Replacer
+from ssprop_passes.kernels.operators import register_flops
+from ssprop_passes.selection.error_feedback import MEMORY_KEY, Remembered
+from ssprop_passes.selection.observe import observe, write_rows
+from ssprop_passes.selection.policy import Selection, dims_order, with_order
+from ssprop_passes.sites.matchers import MATCHERS
+from ssprop_passes.sites.site import (
     Site,
     SiteMatch,
     Slot,
@@ -36,7 +34,9 @@ from ssprop_passes.sites import (
     matrix_product_flops,
     why_dense,
 )
-from ssprop_passes.telemetry import observe, write_rows
+from ssprop_passes.transforms.gate import Gate, why_slower
+from ssprop_passes.transforms.keep_count_input import find_keep_counts, read_keep_count
+from ssprop_passes.transforms.sample_axis import SampleAxis
 
 __all__ = ["SparseBackwardPass", "find_sites"]
 

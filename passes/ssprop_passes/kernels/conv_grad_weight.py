@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ssprop_passes.native import COUNT, POINTER, kernel_maybe
+from ssprop_passes.kernels.cpp_loader import COUNT, POINTER, kernel_maybe
 
 __all__ = ["conv_grad_weight", "grad_weight_kernel_maybe"]
 

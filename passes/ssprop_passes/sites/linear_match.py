@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.linear import linear_backward_of_samples, sparse_linear_backward
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection
-from ssprop_passes.sites import Gradients, SiteMatch, hinted
+from ssprop_passes.graph.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
+from ssprop_passes.replacements.linear import linear_backward_of_samples, sparse_linear_backward
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.samples import Samples
+from ssprop_passes.sites.site import Gradients, SiteMatch, hinted
 
 __all__ = ["LinearMatch", "match_linear_backward"]
 

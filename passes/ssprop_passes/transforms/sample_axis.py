@@ -1,6 +1,6 @@
 """SampleAxis: rewrites the sites of a joint graph to samples that are chosen once.
 
-Apart from `ssprop_passes.samples`, which is plain torch, this is what knows the graph: the first
+Apart from `ssprop_passes.selection.samples`, which is plain torch, this is what knows the graph: the first
 site that is rewritten, nearest the loss, chooses; the nodes of its choice are inputs of every
 other site's replacement.
 """
@@ -10,11 +10,11 @@ from typing import Any, cast
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ssprop_passes.keep_counts import read_keep_count
-from ssprop_passes.rewrite import Replacer
-from ssprop_passes.samples import Samples, choose_samples
-from ssprop_passes.selection import Selection, dims_order, with_order
-from ssprop_passes.sites import SiteMatch, size_hint
+from ssprop_passes.graph.rewrite import Replacer
+from ssprop_passes.selection.policy import Selection, dims_order, with_order
+from ssprop_passes.selection.samples import Samples, choose_samples
+from ssprop_passes.sites.site import SiteMatch, size_hint
+from ssprop_passes.transforms.keep_count_input import read_keep_count
 
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
 

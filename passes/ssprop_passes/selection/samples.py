@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssprop_passes.selection import Selection, gather_rows
+from ssprop_passes.selection.policy import Selection, gather_rows
 
 __all__ = ["Samples", "choose_samples"]
 

@@ -29,17 +29,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.graph_pass import GraphPass, Previous
-from ssprop_passes.norm_gather import DTYPES, norm_gradient
-from ssprop_passes.norm_gradient import (
+from ssprop_passes.graph.graph_pass import GraphPass, Previous
+from ssprop_passes.graph.rewrite import INSERTED_KEY, Replacer, replace_node
+from ssprop_passes.kernels.gather_norm_gradient import DTYPES, norm_gradient
+from ssprop_passes.kernels.operators import gather_columns, gather_norm_gradient
+from ssprop_passes.selection.scores import all_but
+from ssprop_passes.transforms.norm_match import (
     CASTS,
     NormGradient,
     Written,
     match_norm_gradient_maybe,
 )
-from ssprop_passes.operators import gather_columns, gather_norm_gradient
-from ssprop_passes.rewrite import INSERTED_KEY, Replacer, replace_node
-from ssprop_passes.scores import all_but
 
 __all__ = ["BatchNormGradients"]
 

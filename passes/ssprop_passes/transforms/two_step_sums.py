@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.graph_pass import GraphPass
-from ssprop_passes.rewrite import Replacer, replace_node
+from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.rewrite import Replacer, replace_node
 
 __all__ = ["TwoStepSums"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ssprop_passes.rewrite import INSERTED_KEY
-from ssprop_passes.scores import all_but
+from ssprop_passes.graph.rewrite import INSERTED_KEY
+from ssprop_passes.selection.scores import all_but
 
 __all__ = ["CASTS", "NormGradient", "match_norm_gradient_maybe", "operands", "strip"]
 

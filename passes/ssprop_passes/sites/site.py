@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.samples import Samples
 
 __all__ = [
     "MIN_KEEP_COUNT",
@@ -119,7 +119,7 @@ class SiteMatch(ABC):
     """A backward node, or group of nodes, that a kind of site recognised.
 
     A kind of site is a subclass in a file of its own, with a function `match_x(node)` that
-    returns an instance or None, listed in `ssprop_passes.kinds`.
+    returns an instance or None, listed in `ssprop_passes.sites.matchers`.
 
     Attributes:
         node: the first of `nodes`: the replacement is inserted before it, with its metadata.
@@ -180,7 +180,7 @@ class SiteMatch(ABC):
             k: keep count of each group; may be a SymInt.
             selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
-            memory: what earlier steps left behind, updated in place; see `ssprop_passes.memory`.
+            memory: what earlier steps left behind, updated in place; see `ssprop_passes.selection.error_feedback`.
         """
 
     def backward_of_parts(

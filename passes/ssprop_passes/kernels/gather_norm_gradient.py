@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssprop_passes.native import COUNT, POINTER, kernel_maybe
+from ssprop_passes.kernels.cpp_loader import COUNT, POINTER, kernel_maybe
 
 __all__ = ["DTYPES", "gather_columns", "gather_norm_gradient", "norm_gradient"]
 

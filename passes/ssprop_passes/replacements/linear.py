@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection, gather_weight, scatter_rows, sum_channels
-from ssprop_passes.sites import Gradients
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import Selection, gather_weight, scatter_rows, sum_channels
+from ssprop_passes.selection.samples import Samples
+from ssprop_passes.sites.site import Gradients
 
 __all__ = ["linear_backward_of_samples", "sparse_linear_backward"]
 

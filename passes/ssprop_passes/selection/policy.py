@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssprop_passes import operators
-from ssprop_passes.identity import identity_maybe
-from ssprop_passes.memory import NOTHING, Remembered, average, left_out, recall
-from ssprop_passes.ranks import Ranks
-from ssprop_passes.scores import Score, all_but, l2, power_over_ranks
-from ssprop_passes.selectors import Selector, topk
+from ssprop_passes.fingerprint import identity_maybe
+from ssprop_passes.kernels import operators
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered, average, left_out, recall
+from ssprop_passes.selection.ranks import Ranks
+from ssprop_passes.selection.scores import Score, all_but, l2, power_over_ranks
+from ssprop_passes.selection.selectors import Selector, topk
 
 __all__ = [
     "AXES",
@@ -49,21 +49,21 @@ class Selection:
     """How channels are chosen, and for which gradients.
 
     Attributes:
-        score: what each channel is worth; see `ssprop_passes.scores`.
-        select: which are kept, given that; see `ssprop_passes.selectors`.
+        score: what each channel is worth; see `ssprop_passes.selection.scores`.
+        select: which are kept, given that; see `ssprop_passes.selection.selectors`.
         gradients: `"both"`, or `"weight"` or `"input"` alone; the other one is then dense, and
             exact. The gradient of the bias follows that of the weight.
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
-            `ssprop_passes.memory`.
-        score_decay: weight in [0, 1) of the scores of earlier steps; see `ssprop_passes.memory`.
-        ranks: the processes that keep the same channels; see `ssprop_passes.ranks`. None where
+            `ssprop_passes.selection.error_feedback`.
+        score_decay: weight in [0, 1) of the scores of earlier steps; see `ssprop_passes.selection.error_feedback`.
+        ranks: the processes that keep the same channels; see `ssprop_passes.selection.ranks`. None where
             each keeps its own.
         observer: is told of each choice: grad_output, scores, indices and weights. It must not
             change what is computed, and is no part of the identity.
         input_score: that of channels for the gradient of the input, where it is another than
             for those of weight and bias; needs `gradients="both"` and nothing remembered.
-        axis: `"channel"`, or `"sample"`: see `ssprop_passes.samples`.
+        axis: `"channel"`, or `"sample"`: see `ssprop_passes.selection.samples`.
     """
 
     score: Score = l2

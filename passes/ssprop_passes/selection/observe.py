@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ssprop_passes.scores import sum_by_channel
+from ssprop_passes.selection.scores import sum_by_channel
 
 __all__ = ["FIELDS", "observe", "write_rows"]
 

@@ -11,13 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.conv import ConvGeometry, conv_backward_of_samples, sparse_conv_backward
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.operators import conv_backward_flops
-from ssprop_passes.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection
-from ssprop_passes.sites import Gradients, SiteMatch, hinted
+from ssprop_passes.graph.rewrite import INSERTED_KEY, find_sum_maybe, replace_node, replace_outputs
+from ssprop_passes.kernels.operators import conv_backward_flops
+from ssprop_passes.replacements.conv import (
+    ConvGeometry,
+    conv_backward_of_samples,
+    sparse_conv_backward,
+)
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.samples import Samples
+from ssprop_passes.sites.site import Gradients, SiteMatch, hinted
 
 __all__ = ["ConvMatch", "match_conv_backward"]
 

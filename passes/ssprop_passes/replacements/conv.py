@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.operators import reduced_conv_backward
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import (
+from ssprop_passes.kernels.operators import reduced_conv_backward
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import (
     Selection,
     add_channels,
     gather_channels,
@@ -26,7 +25,8 @@ from ssprop_passes.selection import (
     scatter_rows,
     sum_channels,
 )
-from ssprop_passes.sites import Gradients
+from ssprop_passes.selection.samples import Samples
+from ssprop_passes.sites.site import Gradients
 
 __all__ = ["ConvGeometry", "conv_backward_of_samples", "conv_gradients", "sparse_conv_backward"]
 

@@ -6,11 +6,13 @@ import functools
 import hashlib
 import types
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["identity_maybe"]
+__all__ = ["identity_maybe", "sources_hash"]
 
 # Their sources are part of the compile cache's key by their release, ours by `sources_hash`.
 _KNOWN_PACKAGES = ("_operator", "builtins", "math", "operator", "ssprop_passes", "torch")
@@ -23,6 +25,16 @@ _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dt
 
 class _UnknownError(Exception):
     """Something that a function uses cannot be told from what it may be another time."""
+
+
+@cache
+def sources_hash() -> str:
+    """Return a hash of this package's sources: an edited pass must miss the compile cache."""
+    digest = hashlib.sha256()
+    files = Path(__file__).parent.rglob("*")
+    for path in sorted(file for file in files if file.suffix in (".py", ".cpp")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def identity_maybe(fn: Callable[..., Any]) -> str | None:

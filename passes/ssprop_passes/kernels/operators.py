@@ -19,9 +19,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ssprop_passes import norm_gather
-from ssprop_passes.grad_weight import conv_grad_weight, grad_weight_kernel_maybe
-from ssprop_passes.pointwise import is_pointwise, pointwise_backward
+from ssprop_passes.kernels import gather_norm_gradient as norm_gather
+from ssprop_passes.kernels.conv1x1 import is_pointwise, pointwise_backward
+from ssprop_passes.kernels.conv_grad_weight import conv_grad_weight, grad_weight_kernel_maybe
 
 __all__ = [
     "conv_backward_flops",

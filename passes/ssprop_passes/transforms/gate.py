@@ -26,12 +26,11 @@ from torch import Tensor, fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ssprop_passes.graph_pass import sources_hash
-from ssprop_passes.identity import identity_maybe
-from ssprop_passes.memory import NOTHING, Remembered
-from ssprop_passes.samples import Samples
-from ssprop_passes.selection import Selection, gather_channels, scale_channels
-from ssprop_passes.sites import SiteMatch, Times, hinted, size_hint
+from ssprop_passes.fingerprint import identity_maybe, sources_hash
+from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.selection.policy import Selection, gather_channels, scale_channels
+from ssprop_passes.selection.samples import Samples
+from ssprop_passes.sites.site import SiteMatch, Times, hinted, size_hint
 
 __all__ = ["Gate", "measure", "why_slower"]
 

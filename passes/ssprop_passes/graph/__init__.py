@@ -1,0 +1,1 @@
+"""Graph: what every pass on a graph shares."""

@@ -1,0 +1,1 @@
+"""Kernels: operators, and the C++ behind some of them."""

@@ -1,0 +1,1 @@
+"""Replacements: the sparse backward of each kind of layer, in plain torch."""

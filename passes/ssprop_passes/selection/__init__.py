@@ -1,0 +1,1 @@
+"""Selection: which channels or samples a backward keeps."""

@@ -1,0 +1,1 @@
+"""Sites: what finds the backward of a layer in a graph."""

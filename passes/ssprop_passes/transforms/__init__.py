@@ -1,0 +1,1 @@
+"""Transforms: the passes on the AOTAutograd joint graph."""
