@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale_model import Part
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
+from ssprop_fx.integrations.ddp import KeptRows, kept_rows_hook
 
 __all__ = ["Communication", "Job", "Kept", "measure"]
 

@@ -3,7 +3,8 @@
 On a CPU a sparse step has three things of its own that are no gain of sparsity: sums in two steps
 (`ssprop_passes.transforms.two_step_sums`), gradients of convolution weights by a kernel of our own
 (`ssprop_passes.kernels.conv_grad_weight`), and 1x1 convolutions of all positions at once
-(`ssprop_passes.kernels.conv1x1`). Here a dense step has them all, which tells what they do by themselves.
+(`ssprop_passes.kernels.conv1x1`). Here a dense step has them all, which tells what they do by
+themselves.
 """
 
 from collections.abc import Callable

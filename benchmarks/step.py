@@ -33,7 +33,7 @@ from benchmarks.timing import alternate, synchronize
 from benchmarks.variants import make_variants
 from benchmarks.workload import Workload, add_workload_arguments, workload_of
 from ssprop_fx import SparsityConfig
-from ssprop_fx.slots import find_slots
+from ssprop_fx.compiler.slots import find_slots
 
 __all__ = ["add_parser", "measure"]
 

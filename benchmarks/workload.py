@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssprop_fx.backend import BACKENDS
+from ssprop_fx.compiler.backend import BACKENDS
 
 __all__ = ["Workload", "add_workload_arguments", "workload_of"]
 

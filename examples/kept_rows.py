@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
+from ssprop_fx.integrations.ddp import KeptRows, kept_rows_hook
 
 
 def gradients_of_a_step(args: argparse.Namespace, kept_rows: KeptRows | None) -> list[torch.Tensor]:

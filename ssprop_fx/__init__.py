@@ -2,16 +2,16 @@
 
 from ssprop_passes.errors import CaptureError, NoEffectWarning, SsPropCompileError
 
+from ssprop_fx.analysis.depth_rates import by_depth
+from ssprop_fx.analysis.inspection import Inspection, inspect_sites
+from ssprop_fx.analysis.report import Report, report
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.controllers import AddedError, KeptMass
-from ssprop_fx.depth import by_depth
-from ssprop_fx.freezing import freeze_dropped
-from ssprop_fx.inspection import Inspection, inspect_sites
-from ssprop_fx.report import Report, report
-from ssprop_fx.scheduler import SparsityScheduler
-from ssprop_fx.schedules import Schedule, bar, constant, cosine, join, linear, warmup
-from ssprop_fx.telemetry import SiteTelemetry
+from ssprop_fx.integrations.optimizer import freeze_dropped
+from ssprop_fx.scheduling.controllers import AddedError, KeptMass
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
+from ssprop_fx.scheduling.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = [
     "AddedError",

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 if TYPE_CHECKING:
-    from ssprop_fx.module import SsPropModule
+    from ssprop_fx.runtime.module import SsPropModule
 
 __all__ = ["ssprop_compile"]
 
@@ -66,8 +66,8 @@ def ssprop_compile(
         32
     """
     # They import the compiler, which takes seconds.
-    from ssprop_fx.backend import BACKENDS
-    from ssprop_fx.module import SsPropModule
+    from ssprop_fx.compiler.backend import BACKENDS
+    from ssprop_fx.runtime.module import SsPropModule
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

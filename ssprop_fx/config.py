@@ -53,10 +53,10 @@ class SparsityConfig:
             where a batch norm follows, whose backward has the sums; `"mean_abs"`, the mean
             magnitude of that, the published code's score; `"l2_weight"`, the norm times that of the
             channel's row of the weight, which is what it matters to the gradient of the input; or a
-            function of your own, as `ssprop_passes.selection.scores` describes. A pair of these, such as
-            `("l2", "l2_weight")`, chooses channels twice: by the first for the gradients of weight
-            and bias, by the second for that of the input. Of samples, `"l2_weight"` takes the norm
-            of the layer's input in place of the weight's.
+            function of your own, as `ssprop_passes.selection.scores` describes. A pair of these,
+            such as `("l2", "l2_weight")`, chooses channels twice: by the first for the gradients
+            of weight and bias, by the second for that of the input. Of samples, `"l2_weight"`
+            takes the norm of the layer's input in place of the weight's.
         gradients: which gradients are computed from the kept channels alone: those of weight and
             input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
             exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.

@@ -9,10 +9,10 @@ import torch
 from ssprop_passes.kernels.cpp_loader import kernel_maybe, start_compiling
 from training_runs import TWO_PHASES
 
-from ssprop_fx import specialize
-from ssprop_fx.backend import SparseBackend
 from ssprop_fx.cli import main
-from ssprop_fx.stepping import SteppedVariant
+from ssprop_fx.compiler.backend import SparseBackend
+from ssprop_fx.named_backend.autostep import SteppedVariant
+from ssprop_fx.runtime import constant_counts as specialize
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -114,8 +114,8 @@ PLACES = (
         "inductor",
         options=lambda fail: {"joint_custom_pre_pass": fail},
     ),
-    Place("the backend, before it compiles", replace("ssprop_fx.backend.mark_layers")),
-    Place("AOTAutograd", replace("ssprop_fx.compilers.lookup_backend")),
+    Place("the backend, before it compiles", replace("ssprop_fx.compiler.backend.mark_layers")),
+    Place("AOTAutograd", replace("ssprop_fx.compiler.inductor.lookup_backend")),
     Place("Inductor's compile of the forward", fail_in_inner_compile(False), "inductor"),
     Place(
         "Inductor's compile of the backward, at the first `.backward()`",
@@ -123,7 +123,11 @@ PLACES = (
         "inductor",
         sees_no_edit=OURS,
     ),
-    Place("the dense form of the graph", replace("ssprop_fx.plugin.lookup_backend"), sees=""),
+    Place(
+        "the dense form of the graph",
+        replace("ssprop_fx.named_backend.plugin.lookup_backend"),
+        sees="",
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.compilers import compile_inductor
+from ssprop_fx.compiler.inductor import compile_inductor
 
 GPU, COMPUTE_CAPABILITY = torch.device("cuda:0"), (9, 0)
 

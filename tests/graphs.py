@@ -38,7 +38,7 @@ def joint_graph(
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
 
     def capture(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
-        from ssprop_fx.dynamo_graph import with_extra_inputs
+        from ssprop_fx.compiler.dynamo_graph import with_extra_inputs
 
         for node in gm.graph.nodes:
             if node.op == "call_function":

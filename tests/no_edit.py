@@ -4,8 +4,8 @@ import torch
 from blocks import Block
 from torch import Tensor, nn
 
-from ssprop_fx.plugin import ssprop
-from ssprop_fx.stepping import SteppedVariant, stepped_variant_maybe
+from ssprop_fx.named_backend.autostep import SteppedVariant, stepped_variant_maybe
+from ssprop_fx.named_backend.plugin import ssprop
 
 EXACT = {"backend": "aot_eager", "channel_multiple": 1, "min_channels": 1}
 

@@ -8,7 +8,7 @@ from ssprop_passes.transforms.batch_norm import BatchNormGradients
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ssprop_fx.compilers import inductor_decompositions
+from ssprop_fx.compiler.inductor import inductor_decompositions
 
 Norm = Callable[[Tensor], Tensor]
 

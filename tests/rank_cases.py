@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile, warmup
-from ssprop_fx.backend import SparseBackend
-from ssprop_fx.kept_rows import KeptRows, kept_rows_hook
+from ssprop_fx.compiler.backend import SparseBackend
+from ssprop_fx.integrations.ddp import KeptRows, kept_rows_hook
 
 BATCH, STEPS = 8, 3
 TOLD = ("module.features.layers.0", "module.head.layers.0")

@@ -180,7 +180,7 @@ def test_gradients_under_inductor(
         def uuid(self) -> None:
             return None
 
-    monkeypatch.setattr("ssprop_fx.backend.BatchNormGradients", Recording)
+    monkeypatch.setattr("ssprop_fx.compiler.backend.BatchNormGradients", Recording)
     torch.manual_seed(0)
     is_half = dtype == torch.bfloat16
     stored = torch.float32 if is_half else dtype

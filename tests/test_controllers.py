@@ -21,8 +21,8 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
-from ssprop_fx.controllers import Controller, Seen
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
+from ssprop_fx.scheduling.controllers import Controller, Seen
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.setup import create_state, sparsity_config

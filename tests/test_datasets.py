@@ -12,11 +12,11 @@ from training_runs import TINY, content
 
 from ssprop_fx.cli import main
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.datasets import create_datasets
-from ssprop_fx.training.digits import Digits
+from ssprop_fx.training.data.datasets import create_datasets
+from ssprop_fx.training.data.digits import Digits
+from ssprop_fx.training.data.loaders import create_loaders, create_mixup
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.errors import CommandError
-from ssprop_fx.training.loaders import create_loaders, create_mixup
 
 CLASSES = ("cat", "dog", "owl")
 DATA_CONFIG = {

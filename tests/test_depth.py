@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, by_depth, inspect_sites
-from ssprop_fx.inspection import Inspection
-from ssprop_fx.slots import find_slots
+from ssprop_fx.analysis.inspection import Inspection
+from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.setup import sparsity_config, with_rates

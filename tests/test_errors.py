@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 X = torch.randn(2, 3, 10, 10)
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def test_an_error_in_the_backend_reaches_the_user(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("ssprop_fx.backend.mark_layers", fail)
+    monkeypatch.setattr("ssprop_fx.compiler.backend.mark_layers", fail)
     with pytest.raises(SsPropCompileError) as caught:
         compiled_net()(X)
     assert caught.value.__cause__ is error

@@ -12,7 +12,7 @@ from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.plugin import ssprop
+from ssprop_fx.named_backend.plugin import ssprop
 
 ERRORS = {
     "`BackendCompilerFailed`": torch._dynamo.exc.BackendCompilerFailed,

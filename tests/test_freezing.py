@@ -15,7 +15,7 @@ from ssprop_fx import (
     freeze_dropped,
     ssprop_compile,
 )
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -14,7 +14,7 @@ from ssprop_passes.sites.site import Site, Times
 from ssprop_passes.transforms.gate import Gate
 from torch import Tensor, nn
 
-import ssprop_fx.records
+import ssprop_fx.compiler.site_cache
 from ssprop_fx import (
     SparsityConfig,
     SparsityScheduler,
@@ -27,8 +27,8 @@ from ssprop_fx import (
     ssprop_compile,
     warmup,
 )
-from ssprop_fx.module import SsPropModule
-from ssprop_fx.records import CompiledGraph, load_record_maybe, save_record
+from ssprop_fx.compiler.site_cache import CompiledGraph, load_record_maybe, save_record
+from ssprop_fx.runtime.module import SsPropModule
 
 pytestmark = pytest.mark.gate
 
@@ -160,7 +160,7 @@ def test_times_are_in_the_record_of_a_graph(fresh_cache: None, tmp_path: Path) -
     """A warm compile cache skips the pass, and the choice between the variants needs them."""
     site = Site("0", "conv2d", 64, 1, 100, slot=0, times=Times(dense=2.0, sparse=1.0, kept=16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssprop_fx.records, "cache_dir", lambda: str(tmp_path))
+        patch.setattr(ssprop_fx.compiler.site_cache, "cache_dir", lambda: str(tmp_path))
         save_record("key", CompiledGraph([site, replace(site, times=None)], 100))
         known = load_record_maybe("key")
     assert known.sites == (site, replace(site, times=None))

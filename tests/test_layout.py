@@ -16,14 +16,14 @@ USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/graph/graph_pass.py",
     "passes/ssprop_passes/kernels/cpp_loader.py",
     "passes/ssprop_passes/graph/rewrite.py",
-    "ssprop_fx/backend.py",
-    "ssprop_fx/capture.py",
-    "ssprop_fx/compilers.py",
-    "ssprop_fx/dynamo_graph.py",
-    "ssprop_fx/plugin.py",
-    "ssprop_fx/settings.py",
-    "ssprop_fx/variants.py",
-    "ssprop_fx/records.py",
+    "ssprop_fx/compiler/backend.py",
+    "ssprop_fx/analysis/fake_capture.py",
+    "ssprop_fx/compiler/inductor.py",
+    "ssprop_fx/compiler/dynamo_graph.py",
+    "ssprop_fx/named_backend/plugin.py",
+    "ssprop_fx/named_backend/options.py",
+    "ssprop_fx/runtime/variants.py",
+    "ssprop_fx/compiler/site_cache.py",
 }
 
 # The library itself. Commands, training and reports on it import it, never the other way round.
@@ -86,13 +86,13 @@ def test_the_checks_see_what_they_look_for(tmp_path):
         "import torch._guards\n"
         "from torch import _dynamo\n"
         "def f():\n"
-        "    from ssprop_fx.slots import find_slots\n"
+        "    from ssprop_fx.compiler.slots import find_slots\n"
         "    torch._inductor.config.debug = True\n"
     )
     assert imported_names(path) == {
         "torch._guards",
         "torch._dynamo",
-        "ssprop_fx.slots.find_slots",
+        "ssprop_fx.compiler.slots.find_slots",
     }
     assert "torch._inductor" in used_names(path)
     names = imported_names(path) | used_names(path)

@@ -13,7 +13,7 @@ from oracle import gradients, relative_error
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 ETA = 0.9
 DROP_RATE = 0.75

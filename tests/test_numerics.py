@@ -16,7 +16,7 @@ from ssprop_passes.selection.selectors import SELECTORS
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 EVERY = [(select, score) for select in SELECTORS for score in SCORES]
 HALF = [torch.float16, torch.bfloat16]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from benchmarks.dense_kernels import DenseKernels
 from benchmarks.peers import TopKConv2d, is_swappable, swap_convs
-from ssprop_fx.compilers import compile_aot_eager
+from ssprop_fx.compiler.inductor import compile_aot_eager
 
 
 class Net(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-from ssprop_fx.plugin import ssprop
+from ssprop_fx.named_backend.plugin import ssprop
 
 X = torch.randn(2, 3, 10, 10)
 

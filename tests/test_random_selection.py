@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
-from ssprop_fx.backend import BACKENDS
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.compiler.backend import BACKENDS
+from ssprop_fx.runtime.module import SsPropModule
 
 
 class Net(nn.Module):

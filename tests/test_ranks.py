@@ -162,8 +162,8 @@ def test_ranks_must_be_there_when_the_model_is_compiled(monkeypatch):
     model = compiled(net(), ranks="shared")
     backward(model, *next(iter(batches())))
     later = Ranks("0", 2)
-    monkeypatch.setattr("ssprop_fx.backend.find_ranks_maybe", lambda: later)
-    monkeypatch.setattr("ssprop_fx.agreement.find_ranks_maybe", lambda: later)
+    monkeypatch.setattr("ssprop_fx.compiler.backend.find_ranks_maybe", lambda: later)
+    monkeypatch.setattr("ssprop_fx.runtime.rank_agreement.find_ranks_maybe", lambda: later)
     with pytest.raises(RuntimeError, match=r"with no other rank, and runs with 2 ranks .* now"):
         backward(model, *next(iter(batches())))
 

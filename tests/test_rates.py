@@ -14,7 +14,7 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
-from ssprop_fx.slots import find_slots, keep_count
+from ssprop_fx.compiler.slots import find_slots, keep_count
 
 
 class Net(nn.Module):

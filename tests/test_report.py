@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from ssprop_fx.cli import main
-from ssprop_fx.training.comparison import compare_runs
+from ssprop_fx.training.compare.comparison import compare_runs
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import write_config
-from ssprop_fx.training.records import Records, StepRow
+from ssprop_fx.training.records.logs import Records, StepRow
 
 STEPS = 4
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from ssprop_fx.training.plot import plot_run
-from ssprop_fx.training.records import Records, StepRow, median_ms
-from ssprop_fx.training.summary import format_summary
+from ssprop_fx.training.records.logs import Records, StepRow, median_ms
+from ssprop_fx.training.records.plot import plot_run
+from ssprop_fx.training.records.summary import format_summary
 
 
 def _row(step, *, drop_rate=0.0, ms=10.0, timed=1, steps_per_epoch=3, saved=0.0, kept_mass=1.0):

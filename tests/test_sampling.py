@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ssprop_fx.training.sampling import EpochSampler, SeededDataset
+from ssprop_fx.training.data.sampling import EpochSampler, SeededDataset
 
 
 class _Noise:

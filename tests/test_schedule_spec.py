@@ -3,7 +3,7 @@ import re
 import pytest
 
 from ssprop_fx import bar, constant, cosine, join, linear, warmup
-from ssprop_fx.schedule_spec import EXAMPLES, parse_schedule
+from ssprop_fx.scheduling.parse import EXAMPLES, parse_schedule
 
 
 @pytest.mark.parametrize(

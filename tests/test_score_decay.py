@@ -10,7 +10,7 @@ from oracle import inclusion_probabilities, relative_error
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 DECAY = 0.8
 DROP_RATE = 0.75

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from ssprop_fx import SparsityConfig, bar, constant
-from ssprop_fx.settings import Settings, read_settings
+from ssprop_fx.named_backend.options import Settings, read_settings
 
 BAR = "bar:rate=0.8,period=2000"
 

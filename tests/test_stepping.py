@@ -7,7 +7,8 @@ from no_edit import Blocks, compiled, kept_rows, loss, variant
 from ssprop_passes.errors import NoEffectWarning
 from torch import nn
 
-from ssprop_fx import report, stepping
+from ssprop_fx import report
+from ssprop_fx.named_backend import autostep as stepping
 
 X = torch.randn(2, 3, 10, 10)
 

@@ -8,7 +8,7 @@ from ssprop_passes.transforms import two_step_sums as sums
 from ssprop_passes.transforms.two_step_sums import TwoStepSums
 from torch import Tensor, fx, nn
 
-from ssprop_fx.compilers import compile_aot_eager
+from ssprop_fx.compiler.inductor import compile_aot_eager
 
 
 @pytest.fixture(autouse=True)

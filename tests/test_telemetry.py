@@ -17,7 +17,7 @@ from ssprop_fx import (
     constant,
     ssprop_compile,
 )
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 
 def net() -> nn.Sequential:

@@ -20,7 +20,7 @@ from ssprop_fx import (
     ssprop_compile,
 )
 from ssprop_fx.config import TARGETS
-from ssprop_fx.module import SsPropModule
+from ssprop_fx.runtime.module import SsPropModule
 
 EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
 ALL = SparsityConfig(

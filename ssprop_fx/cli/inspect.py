@@ -11,8 +11,8 @@ from ssprop_passes.selection.policy import GRADIENTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ssprop_fx.analysis.inspection import Inspection, inspect_sites
 from ssprop_fx.config import TARGETS, SparsityConfig
-from ssprop_fx.inspection import Inspection, inspect_sites
 from ssprop_fx.training.errors import CommandError, needs_train_extra, unknown_name
 
 __all__ = ["add_parser", "run"]

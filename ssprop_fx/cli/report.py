@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
             extra `train` is missing.
     """
     with needs_train_extra():
-        from ssprop_fx.training.comparison import compare_runs
-        from ssprop_fx.training.comparison_page import format_page, format_text
-        from ssprop_fx.training.comparison_plot import draw_comparison
+        from ssprop_fx.training.compare.comparison import compare_runs
+        from ssprop_fx.training.compare.page import format_page, format_text
+        from ssprop_fx.training.compare.plot import draw_comparison
         from ssprop_fx.training.files import replace_file
     comparison = compare_runs(args.runs, args.baseline)
     picture = draw_comparison(comparison)

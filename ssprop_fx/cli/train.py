@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssprop_fx.cli.train_flags import add_flags
-from ssprop_fx.schedule_spec import EXAMPLES
+from ssprop_fx.scheduling.parse import EXAMPLES
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import needs_train_extra
 

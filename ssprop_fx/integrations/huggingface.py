@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["SsPropCallback"]
 

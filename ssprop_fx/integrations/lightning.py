@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

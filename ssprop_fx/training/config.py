@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ssprop_fx.config import TARGETS, SparsityConfig
-from ssprop_fx.schedule_spec import parse_schedule
+from ssprop_fx.scheduling.parse import parse_schedule
 from ssprop_fx.training.errors import CommandError
 
 __all__ = ["TrainConfig"]

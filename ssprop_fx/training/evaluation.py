@@ -8,9 +8,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.data.loaders import Batch
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.interrupt import StopRequest
-from ssprop_fx.training.loaders import Batch
 from ssprop_fx.training.precision import autocast, move_images
 from ssprop_fx.training.state import TrainState
 

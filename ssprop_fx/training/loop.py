@@ -14,16 +14,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ssprop_fx.module import SsPropModule
-from ssprop_fx.report import Report, report
+from ssprop_fx.analysis.report import Report, report
+from ssprop_fx.runtime.module import SsPropModule
 from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.data.loaders import Batch, Loaders, create_mixup
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.energy import EnergyMeter
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.interrupt import StopRequest
-from ssprop_fx.training.loaders import Batch, Loaders, create_mixup
 from ssprop_fx.training.precision import autocast, move_images, synchronize
-from ssprop_fx.training.records import Records, StepRow
+from ssprop_fx.training.records.logs import Records, StepRow
 from ssprop_fx.training.state import TrainState
 
 __all__ = ["Trainer"]

@@ -10,24 +10,26 @@ from typing import Any
 
 from timm.utils import random_seed
 
+from ssprop_fx.analysis.report import Report
 from ssprop_fx.compile import ssprop_compile
-from ssprop_fx.report import Report
 from ssprop_fx.training.allocator import keep_freed_memory
 from ssprop_fx.training.checkpoint import BEST, LAST, restore, save_checkpoint
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import CONFIG, write_config
-from ssprop_fx.training.datasets import create_datasets
+from ssprop_fx.training.data.datasets import create_datasets
+from ssprop_fx.training.data.loaders import create_loaders
 from ssprop_fx.training.distributed import Processes, join_processes
 from ssprop_fx.training.energy import EnergyMeter
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.evaluation import evaluate
 from ssprop_fx.training.files import remove_leftovers
 from ssprop_fx.training.interrupt import StopRequest
-from ssprop_fx.training.loaders import create_loaders
 from ssprop_fx.training.loop import Trainer
-from ssprop_fx.training.plot import plot_run
 from ssprop_fx.training.precision import memory_format
-from ssprop_fx.training.records import EpochRow, Records
+from ssprop_fx.training.records.logs import EpochRow, Records
+from ssprop_fx.training.records.plot import plot_run
+from ssprop_fx.training.records.summary import format_summary
+from ssprop_fx.training.records.tensorboard import check_tensorboard
 from ssprop_fx.training.setup import (
     check_names,
     create_data_config,
@@ -37,8 +39,6 @@ from ssprop_fx.training.setup import (
     sparsity_config,
     with_rates,
 )
-from ssprop_fx.training.summary import format_summary
-from ssprop_fx.training.tensorboard import check_tensorboard
 
 __all__ = ["train"]
 

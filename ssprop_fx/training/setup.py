@@ -13,15 +13,15 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
+from ssprop_fx.analysis.depth_rates import by_depth
+from ssprop_fx.analysis.inspection import inspect_sites
+from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.controllers import AddedError, Controller, KeptMass
-from ssprop_fx.depth import by_depth
-from ssprop_fx.inspection import inspect_sites
-from ssprop_fx.schedule_spec import parse_schedule
-from ssprop_fx.scheduler import SparsityScheduler
-from ssprop_fx.slots import find_slots
+from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass
+from ssprop_fx.scheduling.parse import parse_schedule
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.datasets import Datasets
+from ssprop_fx.training.data.datasets import Datasets
 from ssprop_fx.training.errors import CommandError, unknown_name
 from ssprop_fx.training.state import TrainState
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssprop_fx.memory import Memory
-from ssprop_fx.scheduler import SparsityScheduler
+from ssprop_fx.compiler.backward_state import Memory
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["TrainState"]
 

@@ -56,9 +56,10 @@ class Selection:
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
             `ssprop_passes.selection.error_feedback`.
-        score_decay: weight in [0, 1) of the scores of earlier steps; see `ssprop_passes.selection.error_feedback`.
-        ranks: the processes that keep the same channels; see `ssprop_passes.selection.ranks`. None where
-            each keeps its own.
+        score_decay: weight in [0, 1) of the scores of earlier steps; see
+            `ssprop_passes.selection.error_feedback`.
+        ranks: the processes that keep the same channels; see `ssprop_passes.selection.ranks`. None
+            where each keeps its own.
         observer: is told of each choice: grad_output, scores, indices and weights. It must not
             change what is computed, and is no part of the identity.
         input_score: that of channels for the gradient of the input, where it is another than

@@ -7,9 +7,9 @@ A score is a function `score(grad_output, weight) -> scores` of
     scores       [C]; NaN or infinite for a channel that holds such a value, so that selectors
                  keep it and a `GradScaler` finds it
 
-Where samples are chosen (`ssprop_passes.selection.samples`), what is said of channels is of samples:
-dimension 1 of grad_output, [m, N, C, *space] with m rows a sample, and the leading one of "weight",
-which is then the layer's input, [N, m, C_in, *space].
+Where samples are chosen (`ssprop_passes.selection.samples`), what is said of channels is of
+samples: dimension 1 of grad_output, [m, N, C, *space] with m rows a sample, and the leading one of
+"weight", which is then the layer's input, [N, m, C_in, *space].
 
 In plain torch, which the pass traces: no Python value may depend on what a tensor holds.
 """

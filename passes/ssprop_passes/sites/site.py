@@ -180,7 +180,8 @@ class SiteMatch(ABC):
             k: keep count of each group; may be a SymInt.
             selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
-            memory: what earlier steps left behind, updated in place; see `ssprop_passes.selection.error_feedback`.
+            memory: what earlier steps left behind, updated in place; see
+                `ssprop_passes.selection.error_feedback`.
         """
 
     def backward_of_parts(

@@ -1,8 +1,8 @@
 """SampleAxis: rewrites the sites of a joint graph to samples that are chosen once.
 
-Apart from `ssprop_passes.selection.samples`, which is plain torch, this is what knows the graph: the first
-site that is rewritten, nearest the loss, chooses; the nodes of its choice are inputs of every
-other site's replacement.
+Apart from `ssprop_passes.selection.samples`, which is plain torch, this is what knows the graph:
+the first site that is rewritten, nearest the loss, chooses; the nodes of its choice are inputs of
+every other site's replacement.
 """
 
 from typing import Any, cast

@@ -1,0 +1,148 @@
+"""report: which sites are sparse, at which keep counts, what that saves, and why others are not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ssprop_passes.sites.site import Site
+from torch import nn
+
+if TYPE_CHECKING:
+    from ssprop_fx.runtime.variants import SparseVariant
+
+__all__ = ["Report", "SiteReport", "report"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site of a compiled model.
+
+    Attributes:
+        name: the layer's name, "" where the site belongs to none.
+        kind: such as `conv2d`.
+        channels: output channels, C.
+        kept: keep count in force, k; C for a site left dense.
+        flops: floating-point operations of its dense backward, for one batch.
+        reason: why it was left dense, "" for a sparse one.
+        sparse_flops: those of `flops` that its sparse gradients take at full size.
+        saved_flops: those that its backward leaves out at the keep count in force.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    kept: int
+    flops: int
+    reason: str
+    sparse_flops: int
+    saved_flops: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sites of a compiled model at the keep counts in force; prints as a table.
+
+    Attributes:
+        sites: every convolution backward of the sparse variant, in backward order.
+        backward_flops: floating-point operations of all backward convolutions and matrix products
+            of one batch, were they dense.
+        specialized: whether the keep counts were compiled in as constants.
+    """
+
+    sites: tuple[SiteReport, ...]
+    backward_flops: int
+    specialized: bool = False
+
+    @property
+    def sparse_sites(self) -> tuple[SiteReport, ...]:
+        """The sites that were made sparse."""
+        return tuple(site for site in self.sites if not site.reason)
+
+    @property
+    def saved_flops(self) -> int:
+        """Floating-point operations that one backward leaves out at the keep counts in force."""
+        return sum(site.saved_flops for site in self.sparse_sites)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "no sparse graph has been compiled: run a training step at a drop rate above 0"
+        width = max(len("site"), *(len(site.name) for site in self.sites))
+        lines = [f"{'site':{width}}  {'kind':16} {'C':>5} {'k':>5} {'FLOPs':>6}  state"]
+        lines += [
+            f"{site.name:{width}}  {site.kind:16} {site.channels:5} {site.kept:5}"
+            f" {site.flops / self.backward_flops:6.1%}  {_state(site)}"
+            for site in self.sites
+        ]
+        covered = sum(site.sparse_flops for site in self.sites) / self.backward_flops
+        lines.append(
+            f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
+            f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
+            f" {self.saved_flops / self.backward_flops:.1%} saved at the keep counts in force,"
+            f" which are {'constants of the graph' if self.specialized else 'read at run time'}"
+        )
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Return what sparse back-propagation does to a compiled model.
+
+    Sites are known once a training step at a drop rate above 0 has run. Where several sparse
+    graphs were compiled for the same layers (for another batch size, say), the newest is shown.
+
+    Args:
+        model: what `ssprop_compile` returned, or a model compiled with the backend "ssprop" that
+            has run a training step.
+
+    Returns:
+        The report; `print` it.
+
+    Raises:
+        TypeError: `model` is neither.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
+        >>> scheduler = SparsityScheduler(constant(0.5))
+        >>> model = ssprop_compile(nn.Conv2d(3, 64, 3), scheduler, backend="aot_eager")
+        >>> _ = model(torch.randn(2, 3, 8, 8))
+        >>> report(model).sites[0].kept
+        32
+    """
+    # They import the compiler, which takes seconds.
+    from ssprop_fx.named_backend.autostep import stepped_variant_maybe
+    from ssprop_fx.runtime.module import SsPropModule
+
+    if isinstance(model, SsPropModule):
+        variant: SparseVariant | None = model.ssprop
+    else:
+        variant = stepped_variant_maybe(getattr(model, "_orig_mod", model))
+    if variant is None:
+        raise TypeError(
+            f"model must come from ssprop_compile, got {type(model).__name__}; or it must have run"
+            ' a training step after torch.compile(model, backend="ssprop")'
+        )
+    keep_counts, graphs = variant.keep_counts.tolist(), variant.graphs
+    return Report(
+        sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
+        backward_flops=sum(graph.total_flops for graph in graphs),
+        specialized=variant.backend.constants is not None,
+    )
+
+
+def _site_report(site: Site, keep_counts: Sequence[int]) -> SiteReport:
+    kept = site.channels if site.reason else keep_counts[site.slot] * site.groups
+    return SiteReport(
+        name=site.name,
+        kind=site.kind,
+        channels=site.channels,
+        kept=kept,
+        flops=site.flops,
+        reason=site.reason,
+        sparse_flops=site.sparse_flops,
+        saved_flops=site.saved_flops(kept),
+    )
+
+
+def _state(site: SiteReport) -> str:
+    return f"dense: {site.reason}" if site.reason else "sparse"

@@ -1,0 +1,1 @@
+"""Compiler: from a graph that Dynamo captured to a compiled graph with keep counts."""

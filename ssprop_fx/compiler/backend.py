@@ -1,0 +1,301 @@
+"""The torch.compile backend of the sparse variant: adds the runtime tensor, then compiles.
+
+Private torch lives in what it calls, `dynamo_graph` and `compilers`, and in `ssprop_passes`.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.fingerprint import sources_hash
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
+from ssprop_passes.transforms.batch_norm import BatchNormGradients
+from ssprop_passes.transforms.gate import Gate
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
+from ssprop_passes.transforms.two_step_sums import TwoStepSums
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+from ssprop_fx.compiler.backward_state import Memory, MemoryInput, mark_memories
+from ssprop_fx.compiler.compiled_graph import SEVERAL_GRAPHS, Instances, SparseGraph
+from ssprop_fx.compiler.dynamo_graph import (
+    copy_graph,
+    input_sizes,
+    is_differentiable,
+    mark_layers,
+    with_extra_inputs,
+)
+from ssprop_fx.compiler.inductor import (
+    compile_aot_eager,
+    compile_error,
+    compile_inductor,
+    inductor_decompositions,
+)
+from ssprop_fx.compiler.sample_marks import find_batch_maybe, mark_samples
+from ssprop_fx.compiler.site_cache import CompiledGraph, load_record_maybe, record_key, save_record
+from ssprop_fx.compiler.slots import SlotTable, find_slots
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.scheduling.scheduler import KeepCounts
+from ssprop_fx.scheduling.telemetry import empty_table
+
+__all__ = ["BACKENDS", "SparseBackend"]
+
+BACKENDS = ("inductor", "aot_eager")
+
+
+class SparseBackend:
+    """What `torch.compile(backend=...)` calls to compile each graph of the sparse variant.
+
+    Args:
+        model: the model.
+        config: which of its layers take part.
+        table: its slots.
+        keep_counts: its part of the runtime sparsity tensor, read at every call.
+        memory: what its layers have left out so far.
+        kind: `"inductor"` or `"aot_eager"`.
+        options: Inductor configuration patches; empty for AOT eager.
+        constants: keep count of each slot, to compile in as constants; by default they are read
+            from the runtime sparsity tensor.
+
+    Attributes:
+        instances: those of each graph compiled so far.
+        captured: names of the layers that Dynamo captured in any graph.
+        ranks: those that the graphs share their selection with, None being no other.
+        error: the first failure, for the caller to raise whatever Dynamo makes of it.
+    """
+
+    compiler_name = "ssprop"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparsityConfig,
+        table: SlotTable,
+        keep_counts: KeepCounts,
+        memory: Memory,
+        kind: str,
+        options: dict[str, Any],
+        constants: tuple[int, ...] | None = None,
+    ) -> None:
+        # Weakly: Dynamo keeps its backends, and with them the model would live for ever.
+        self._model = weakref.ref(model)
+        self.config = config
+        self.table = table
+        self.keep_counts = keep_counts
+        self.memory = memory
+        self.kind = kind
+        self.options = options
+        self.constants = constants
+        self.instances: list[Instances] = []
+        self.captured: set[str] = set()
+        self.error: SsPropCompileError | None = None
+        self.ranks: set[Ranks | None] = set()
+        keep_counts.telemetry.follow(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return cast(nn.Module, self._model())
+
+    @property
+    def selection(self) -> Selection:
+        """How channels are chosen, and by which ranks together."""
+        ranks = find_ranks_maybe() if self.config.ranks == "shared" else None
+        return replace(self.config.selection, ranks=ranks)
+
+    @property
+    def graphs(self) -> list[CompiledGraph]:
+        """The graphs compiled so far, one for each group of layers that they were called for."""
+        return [i.graph for instances in self.instances for i in instances.found.values()]
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the layers that have a slot and are in no graph that makes them sparse."""
+        sparse = {site.name for graph in self.graphs for site in graph.sites if not site.reason}
+        return [s.name for s in self.table.slots if s.name not in self.captured | sparse]
+
+    @property
+    def sparse_runs(self) -> int:
+        """How often a graph with a rewritten site was called."""
+        return sum(graph.runs for graph in self.graphs if graph.is_sparse)
+
+    def specialized(self, constants: tuple[int, ...] | None) -> "SparseBackend":
+        """Return a backend for the same model with these constants, which has compiled nothing."""
+        return SparseBackend(
+            self.model,
+            self.config,
+            self.table,
+            self.keep_counts,
+            self.memory,
+            self.kind,
+            self.options,
+            constants,
+        )
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
+        """Compile one graph that Dynamo captured.
+
+        Raises:
+            SsPropCompileError: on any failure. Some exceptions raised inside a backend make Dynamo
+                fall back to eager, dense execution without a word; this one does not.
+        """
+        try:
+            return self._compile(gm, example_inputs)
+        except TensorifyScalarRestartAnalysis:
+            # No failure: Dynamo is to trace again, with a Python number as a constant.
+            raise
+        except Exception as error:
+            self.error = compile_error(error)
+            raise self.error from self.error.__cause__
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
+        if find_slots(self.model, self.config) != self.table:
+            raise RuntimeError(
+                "the model's layers have changed since ssprop_compile: call it again, on the"
+                " changed model"
+            )
+        self.ranks.add(self.selection.ranks)
+        if gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+            raise RuntimeError(
+                "the model has a torch.compiler.nested_compile_region, whose backward is compiled"
+                " apart, without keep counts: set torch._dynamo.config.inline_invoke_subgraph ="
+                " True (from torch 2.12 on) or leave the region out"
+            )
+        layers = mark_layers(gm, example_inputs, self.model)
+        fields = self.selection.remembers
+        memories = mark_memories(gm, self.table, fields) if fields else ()
+        device = _device(example_inputs) if self.config.telemetry else None
+        table = [] if device is None else [empty_table(len(self.table.slots), device)]
+        batch = self._batch_maybe(gm, example_inputs, layers)
+        extra = [*table, *(memory.zeros() for memory in memories)]
+        if self.constants is None:
+            extra.append(self.keep_counts.tensor)
+        gm = with_extra_inputs(gm, extra)
+        inputs = [*example_inputs, *extra]
+        gate = self._gate()
+        identity = (
+            sources_hash(),
+            self.table.slots,
+            self.table.excluded,
+            layers,
+            self.selection.identity,
+            gate and gate.identity(),
+            self.constants,
+            self.config.telemetry,
+            batch,
+        )
+        key = record_key(gm, inputs, repr(identity))
+
+        compiled, sparse_pass = self._compile_with_pass(
+            gm, inputs, layers, memories, batch, self.options
+        )
+        known = None
+        if not sparse_pass.ran and is_differentiable(inputs):
+            # A hit in Inductor's compile cache, or an inference graph.
+            known = load_record_maybe(key)
+            if known is None:
+                # The cache was brought from elsewhere, without its records.
+                options = {**self.options, "force_disable_caches": True}
+                compiled, sparse_pass = self._compile_with_pass(
+                    gm, inputs, layers, memories, batch, options
+                )
+        graph = known or CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
+        if known is None and self.kind == "inductor":
+            save_record(key, graph)
+        self.captured.update(layers)
+        instances = Instances(self.model, self.table, graph, example_inputs)
+        return self._register(compiled, instances, memories, device, batch)
+
+    def _batch_maybe(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], layers: tuple[str, ...]
+    ) -> int | None:
+        """Return the position of the input that has the batch, None where channels are chosen."""
+        if self.config.axis == "channel":
+            return None
+        sparse = {slot.name for slot in self.table.slots}
+        now, before = sparse & set(layers), sparse & self.captured
+        if now and before and now.isdisjoint(before):
+            raise RuntimeError(SEVERAL_GRAPHS)
+        position = find_batch_maybe(gm, inputs, self.model)
+        if position is not None:
+            mark_samples(gm, input_sizes(gm, position)[0])
+            self.keep_counts.follow_batch(int(inputs[position].shape[0]))
+        return position
+
+    def adopt(self, graph: SparseGraph) -> SparseGraph:
+        """Return a graph that was compiled for another model, to run for this one."""
+        instances = graph.instances.of_model(self.model, self.table)
+        return self._register(
+            graph.compiled, instances, graph.memories, graph.telemetry, graph.batch
+        )
+
+    def _register(
+        self,
+        compiled: Callable[..., Any],
+        instances: Instances,
+        memories: Sequence[MemoryInput],
+        telemetry: torch.device | None,
+        batch: int | None,
+    ) -> SparseGraph:
+        self.instances.append(instances)
+        return SparseGraph(
+            compiled,
+            instances,
+            self.keep_counts,
+            memories,
+            self.memory,
+            self.constants,
+            telemetry,
+            batch,
+        )
+
+    def _gate(self) -> Gate | None:
+        # Speed is not what AOT eager is for, and ranks that time layers would not always agree.
+        if not self.config.gate or self.kind != "inductor" or self.selection.ranks is not None:
+            return None
+        return Gate(dict(enumerate(self.keep_counts.smallest)))
+
+    def _compile_with_pass(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        layers: tuple[str, ...],
+        memories: Sequence[MemoryInput],
+        batch: int | None,
+        options: dict[str, Any],
+    ) -> tuple[Callable[..., Any], SparseBackwardPass]:
+        is_inductor = self.kind == "inductor"
+        hook = torch._inductor.config.joint_custom_pre_pass
+        sparse_pass = SparseBackwardPass(
+            slots={slot.name: slot for slot in self.table.slots},
+            excluded=self.table.excluded,
+            layers=layers,
+            slot_count=len(self.table.slots),
+            decompositions=inductor_decompositions if is_inductor else dict,
+            selection=self.selection,
+            gate=self._gate(),
+            memories=[memory.layer for memory in memories],
+            telemetry=self.config.telemetry,
+            batch=None if batch is None else input_sizes(gm, batch)[0],
+            previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
+            constants=self.constants,
+        )
+        # Both compilers take ownership of the graph, and it may be needed a second time.
+        gm = copy_graph(gm)
+        if not is_inductor:
+            return compile_aot_eager(gm, inputs, sparse_pass, options), sparse_pass
+        gradients = BatchNormGradients(sparse_pass, inductor_decompositions)
+        # After them, so that sums which they replace are still found.
+        passes = TwoStepSums(previous=gradients)
+        return compile_inductor(gm, inputs, passes, options), sparse_pass
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """Return the device of a graph's parameters, of its first tensor if it has none."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    parameters = [value for value in tensors if isinstance(value, nn.Parameter)]
+    return (parameters or tensors)[0].device

@@ -1,0 +1,267 @@
+"""Instances: the layers that one compiled graph is called for.
+
+Dynamo compiles a module's code once for all modules of the same shapes and takes their parameters
+as inputs. Behind a graph break in a block that a model repeats, the graph compiled for the first
+block serves the others, each with keep counts of its own; under one backend, the graph compiled
+for one model serves others of its kind.
+"""
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.sites.site import Site
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ssprop_fx.compiler.backward_state import Memory, MemoryInput
+from ssprop_fx.compiler.site_cache import CompiledGraph
+from ssprop_fx.compiler.slots import SlotTable
+from ssprop_fx.scheduling.scheduler import KeepCounts
+from ssprop_fx.scheduling.telemetry import empty_table
+
+__all__ = ["SEVERAL_GRAPHS", "Instance", "Instances", "SparseGraph", "weight_owners"]
+
+
+SEVERAL_GRAPHS = (
+    'axis="sample" needs the whole model in one graph, because its samples are chosen once in a'
+    " backward: the model is cut by a graph break (TORCH_LOGS=graph_breaks shows where) or by"
+    " DistributedDataParallel (torch._dynamo.config.optimize_ddp = False forbids it)"
+)
+
+
+class Instance:
+    """A compiled graph as called for one group of layers.
+
+    Args:
+        graph: the graph, its sites under the names of these layers.
+        slots: slot of the layer that the graph was compiled for -> slot of the layer that it is
+            called for, or `~C` for C output channels of a layer that stays dense. None if they
+            are the same layers.
+        slot_count: number of slots of the model that the graph was compiled for.
+        names: name of each layer that the graph was compiled for -> name of the layer that it is
+            called for, where that is another.
+
+    Attributes:
+        is_own: whether they are the layers that the graph was compiled for.
+        table: what the backward tells of its sites, a row a slot of the model that the graph was
+            compiled for; None before the first call, and without telemetry.
+        rows: the row of each layer that the graph is called for, by name.
+        last_run: number of the last call, among all calls of all instances.
+    """
+
+    _runs = itertools.count(1)
+
+    def __init__(
+        self,
+        graph: CompiledGraph,
+        slots: Mapping[int, int] | None,
+        slot_count: int,
+        names: Mapping[str, str],
+    ) -> None:
+        self.graph = graph
+        self.names = names
+        self.is_own = slots is None
+        self._slot_count = slot_count
+        moved = [(own, other) for own, other in (slots or {}).items() if other >= 0]
+        self._own = torch.tensor([own for own, _ in moved], dtype=torch.int64)
+        self._others = torch.tensor([other for _, other in moved], dtype=torch.int64)
+        self._dense = {own: ~other for own, other in (slots or {}).items() if other < 0}
+        self._read = torch.tensor(sorted(slots or {}), dtype=torch.int64)
+        own_of = {other: own for own, other in moved}
+        self.rows = {
+            site.name: own_of.get(site.slot, site.slot) for site in graph.sites if not site.reason
+        }
+        self.table: Tensor | None = None
+        self.last_run = 0
+
+    def count_run(self) -> None:
+        """Note a call."""
+        self.graph.runs += 1
+        self.last_run = next(self._runs)
+
+    def find_table(self, device: torch.device) -> Tensor:
+        """Return the table, to be written by a backward on a device."""
+        if self.table is None or self.table.device != device:
+            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            with _disable_current_modes():
+                self.table = empty_table(self._slot_count, device)
+        # An alias with a version counter of its own, as a memory.
+        return self.table.data
+
+    def keep_counts(self, counts: Tensor) -> Tensor:
+        """Return the model's keep counts, int64 [slots], as the graph is to see them."""
+        if self.is_own:
+            return counts
+        seen = counts.new_ones(self._slot_count)
+        seen[self._own] = counts[self._others]
+        for slot, channels in self._dense.items():
+            seen[slot] = channels
+        return seen
+
+    def agrees(self, keep_counts: Tensor, constants: Tensor) -> bool:
+        """Say whether constants are the keep counts of the slots that the graph reads.
+
+        Args:
+            keep_counts: as the graph is to see them, int64 [slots].
+            constants: what it was compiled with, int64 [slots].
+        """
+        return torch.equal(keep_counts[self._read], constants[self._read])
+
+
+class Instances:
+    """All instances of one compiled graph, found by the weights that it is called with.
+
+    Args:
+        model: the model.
+        table: its slots.
+        graph: the graph, as compiled.
+        inputs: what it was compiled for.
+
+    Attributes:
+        found: the instances met so far, by the names of their layers.
+    """
+
+    _owners: dict[int, str]
+
+    def __init__(
+        self, model: nn.Module, table: SlotTable, graph: CompiledGraph, inputs: Sequence[Any]
+    ) -> None:
+        self._set_model(model, table)
+        self._slot_count = len(table.slots)
+        self._graph = graph
+        self._positions = [i for i, value in enumerate(inputs) if id(value) in self._owners]
+        self._compiled_for = self._layers(inputs)
+        self.found = {self._compiled_for: Instance(graph, None, self._slot_count, {})}
+
+    def of_model(self, model: nn.Module, table: SlotTable) -> "Instances":
+        """Return the instances of the same graph for the layers of another model."""
+        other = copy.copy(self)
+        other._set_model(model, table)
+        other.found = {}
+        return other
+
+    def find(self, args: Sequence[Any]) -> Instance:
+        """Return the instance that a call with these arguments is of."""
+        layers = self._layers(args)
+        if layers not in self.found:
+            # Parameters may have been replaced, as by `load_state_dict(..., assign=True)`.
+            self._owners = weight_owners(cast(nn.Module, self._model()))
+            layers = self._layers(args)
+        instance = self.found.get(layers)
+        if instance is None:
+            instance = self.found[layers] = self._make(layers)
+        return instance
+
+    def _set_model(self, model: nn.Module, table: SlotTable) -> None:
+        # Weakly: Dynamo keeps compiled code, and with it the model would live for ever.
+        self._model = weakref.ref(model)
+        self._owners = weight_owners(model)
+        self._slots = {slot.name: slot for slot in table.slots}
+        self._excluded = table.excluded
+
+    def _layers(self, args: Sequence[Any]) -> tuple[str, ...]:
+        return tuple(self._owners.get(id(args[i]), "") for i in self._positions)
+
+    def _make(self, layers: tuple[str, ...]) -> Instance:
+        names = dict(zip(self._compiled_for, layers, strict=True))
+        sites = tuple(self._rename(site, names) for site in self._graph.sites)
+        slots = {
+            own.slot: site.slot if not site.reason else ~(site.channels // site.groups)
+            for own, site in zip(self._graph.sites, sites, strict=True)
+            if not own.reason
+        }
+        return Instance(
+            CompiledGraph(sites, self._graph.total_flops), slots, self._slot_count, names
+        )
+
+    def _rename(self, site: Site, names: Mapping[str, str]) -> Site:
+        name = names.get(site.name, site.name)
+        if site.reason:
+            if name == site.name:
+                return site
+            reason = f"runs in the compiled code of {site.name!r}: {site.reason}"
+            return replace(site, name=name, reason=self._excluded.get(name, reason))
+        if name not in self._slots:
+            return replace(site, name=name, slot=-1, reason=self._excluded.get(name, "unknown"))
+        return replace(site, name=name, slot=self._slots[name].index)
+
+
+class SparseGraph:
+    """A compiled graph of the sparse variant, called with the keep counts of one model.
+
+    Args:
+        compiled: takes the graph's inputs, and after them memories and, unless they are constants,
+            keep counts as the graph is to see them.
+        instances: those of the graph for the model.
+        keep_counts: the model's part of the runtime sparsity tensor, read at every call.
+        memories: the memories that the graph takes.
+        memory: those of the model.
+        constants: the keep count of each slot that was compiled in, None where they are read.
+        telemetry: the device of the graph's table, None without telemetry.
+        batch: position of the input whose leading dimension is the batch, None where channels are
+            chosen.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        instances: Instances,
+        keep_counts: KeepCounts,
+        memories: Sequence[MemoryInput],
+        memory: Memory,
+        constants: tuple[int, ...] | None = None,
+        telemetry: torch.device | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.compiled = compiled
+        self.instances = instances
+        self.keep_counts = keep_counts
+        self.memories = memories
+        self.memory = memory
+        self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
+        self.telemetry = telemetry
+        self.batch = batch
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph for the layers whose weights are among its inputs.
+
+        Raises:
+            SsPropCompileError: keep counts are constants, and those of these layers are others,
+                or samples are chosen, and the graph has been called for other layers.
+        """
+        instance = self.instances.find(args)
+        if self.batch is not None:
+            if len(self.instances.found) > 1:
+                raise SsPropCompileError(SEVERAL_GRAPHS)
+            self.keep_counts.follow_batch(int(args[self.batch].shape[0]))
+        instance.count_run()
+        names = instance.names
+        state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]
+        if self.telemetry is not None:
+            state.insert(0, instance.find_table(self.telemetry))
+        keep_counts = instance.keep_counts(self.keep_counts.tensor)
+        if self.constants is None:
+            return self.compiled(*args, *state, keep_counts)
+        if not instance.is_own and not instance.agrees(keep_counts, self.constants):
+            layers = ", ".join(repr(site.name) for site in instance.graph.sites)
+            raise SsPropCompileError(
+                f"a graph with constant keep counts serves several layers, and those of {layers}"
+                " differ from those that it was compiled with; use"
+                " SparsityConfig(specialize=False), or fullgraph=True, which allows no graph break"
+            )
+        return self.compiled(*args, *state)
+
+
+def weight_owners(model: nn.Module) -> dict[int, str]:
+    """Return the name of the first module that owns each parameter called `weight`, by its id."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), name)
+    return owners

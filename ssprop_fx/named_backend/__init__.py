@@ -1,0 +1,1 @@
+"""Named backend: `torch.compile(model, backend="ssprop")`."""

@@ -1,0 +1,141 @@
+"""Stepping: schedules that advance with the optimizer, where no script calls `scheduler.step()`."""
+
+import functools
+import itertools
+import warnings
+import weakref
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from ssprop_passes.errors import NoEffectWarning
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ssprop_fx.compiler.slots import find_slots
+from ssprop_fx.named_backend.options import Settings
+from ssprop_fx.runtime.tripwire import Problem
+from ssprop_fx.runtime.variants import SparseVariant
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
+
+__all__ = [
+    "SteppedVariant",
+    "find_stepped_variant",
+    "follow_optimizers",
+    "stepped_variant_maybe",
+]
+
+_variants: "weakref.WeakKeyDictionary[nn.Module, SteppedVariant]" = weakref.WeakKeyDictionary()
+
+# Training forwards of one graph without an optimizer step, and steps of optimizers while there is
+# no variant at all, before we say that something is wrong.
+_FORWARDS_PATIENCE = 1000
+_STEPS_PATIENCE = 10
+
+
+class SteppedVariant(SparseVariant):
+    """A sparse variant whose scheduler steps by itself, once for each step of an optimizer.
+
+    Several optimizers may hold parameters of one model, or wrap one another: the schedule steps
+    with whichever steps first after a forward.
+
+    Args:
+        model: the model; it is not kept alive.
+        settings: its settings.
+        scheduler: its scheduler; by default a new one.
+
+    Attributes:
+        made: number of these that were ever made.
+    """
+
+    made: ClassVar[int] = 0
+
+    def __init__(
+        self, model: nn.Module, settings: Settings, scheduler: SparsityScheduler | None = None
+    ) -> None:
+        if scheduler is None:
+            scheduler = SparsityScheduler(settings.schedule)
+            scheduler.load_state_dict({"last_step": settings.start_step})
+        super().__init__(model, scheduler, settings.config, settings.kind, dict(settings.inductor))
+        self.settings = settings
+        self._leader: weakref.ref[Optimizer] | None = None
+        self._forwards: Counter[object] = Counter()
+        follow_optimizers()
+        SteppedVariant.made += 1
+
+    def count_forward(self, graph: object) -> None:
+        """Note that a training step runs a graph."""
+        self.agree()
+        self._forwards[graph] += 1
+        if self._forwards[graph] == _FORWARDS_PATIENCE:
+            message = (
+                f"the schedule stands still at step {self.scheduler.last_step}, drop rate"
+                f" {self.scheduler.drop_rate:g}: {_FORWARDS_PATIENCE} training forwards and no step"
+                " of a torch.optim.Optimizer that holds parameters of the model. Unless so many"
+                " batches are accumulated, use ssprop_compile and call scheduler.step()."
+            )
+            self._warn(Problem("stands still", message), stacklevel=3)
+
+    def end_step(self, optimizer: Optimizer) -> None:
+        """Advance the schedule, if this step of an optimizer ends a training step of the model."""
+        leads = self._leader is not None and self._leader() is optimizer
+        if not leads and not (self._forwards and _holds(optimizer, self.backend.model)):
+            return
+        self._leader = weakref.ref(optimizer)
+        if self.is_due():
+            self.check_effect(stacklevel=5)
+        self._forwards.clear()
+        self.effect.start()
+        self.scheduler.step()
+
+
+def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant:
+    """Return the variant of a model, a new one if its settings or its layers are new.
+
+    Args:
+        model: the model.
+        settings: its settings; where they differ from those before, the schedule starts anew.
+    """
+    variant = _variants.get(model)
+    if variant is None or variant.settings != settings:
+        variant = _variants[model] = SteppedVariant(model, settings)
+    elif find_slots(model, settings.config) != variant.table:
+        variant = _variants[model] = SteppedVariant(model, settings, variant.scheduler)
+    return variant
+
+
+def stepped_variant_maybe(model: nn.Module) -> SteppedVariant | None:
+    """Return the variant of a model under the no-edit backend, None if it has none yet."""
+    return _variants.get(model)
+
+
+def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Say whether an optimizer has a parameter of a model."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(p) in held for p in model.parameters())
+
+
+@functools.cache
+def follow_optimizers() -> None:
+    """Let every step of an optimizer end the training step of the model whose parameters it has."""
+    # Not to be traced where the optimizer is compiled: it would compile anew at each step.
+    hook = torch.compiler.disable(_end_steps)  # type: ignore[no-untyped-call]
+    register_optimizer_step_post_hook(hook)
+
+
+_steps_without_variant = itertools.count(1)
+
+
+def _end_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for variant in list(_variants.values()):
+        variant.end_step(optimizer)
+    if not SteppedVariant.made and next(_steps_without_variant) == _STEPS_PATIENCE:
+        warnings.warn(
+            f"{_STEPS_PATIENCE} optimizer steps, and Dynamo has handed the ssprop backend no graph"
+            " of a training step, so they were dense. Likely causes: compilation is disabled"
+            " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or Dynamo runs the whole model"
+            " eagerly, as it does DistributedDataParallel(torch.nn.Sequential(...)).",
+            NoEffectWarning,
+            stacklevel=4,
+        )

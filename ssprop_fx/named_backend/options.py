@@ -1,0 +1,146 @@
+"""Settings of the no-edit backend, from `torch.compile(options=...)` and the environment."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from ssprop_fx.compiler.backend import BACKENDS
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.runtime.variants import inductor_options
+from ssprop_fx.scheduling.parse import parse_schedule
+from ssprop_fx.scheduling.schedules import Schedule
+
+__all__ = ["Settings", "read_settings"]
+
+_PREFIX = "SSPROP_"
+# Without what is for `ssprop_compile` alone: here keep counts are read at run time.
+_CONFIG = {f.name: f.default for f in fields(SparsityConfig) if f.name != "specialize"}
+# What a text can say; a filter function, for one, it cannot.
+_AS_TEXT = {
+    name for name, default in _CONFIG.items() if isinstance(default, (bool, int, str, tuple))
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one model under the no-edit backend.
+
+    Attributes:
+        schedule: step -> drop rate.
+        start_step: the step in force at first, to continue a run that was interrupted.
+        config: which layers take part.
+        kind: the compiler, `"inductor"` or `"aot_eager"`.
+        inductor: Inductor configuration patches.
+    """
+
+    schedule: Schedule
+    start_step: int = 0
+    config: SparsityConfig = field(default_factory=SparsityConfig)
+    kind: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_settings(
+    mode: str | None, options: Mapping[str, Any] | None, environ: Mapping[str, str]
+) -> Settings:
+    """Return the settings that `torch.compile` arguments and the environment give.
+
+    The names are `schedule`, `start_step`, `backend` and the fields of `SparsityConfig`; in the
+    environment they are in capitals with `SSPROP_` before them. Options go before the environment,
+    and whatever else they hold is Inductor's.
+
+    Args:
+        mode: as in `torch.compile`.
+        options: as in `torch.compile`.
+        environ: the environment.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: there is no schedule, or a setting is unknown or out of its range.
+
+    Example:
+        >>> settings = read_settings(None, {"min_channels": 64}, {"SSPROP_SCHEDULE": "none"})
+        >>> settings.schedule, settings.config.min_channels
+        (constant(rate=0.0), 64)
+    """
+    options = dict(options or {})
+    as_text = {"schedule", "start_step", "backend", *_AS_TEXT}
+    given: dict[str, tuple[str, Any]] = {}
+    for variable in environ:
+        if variable.startswith(_PREFIX):
+            name = variable.removeprefix(_PREFIX).lower()
+            if name not in as_text:
+                hint = _suggest(variable, [f"{_PREFIX}{other.upper()}" for other in as_text])
+                raise ValueError(f"{variable} in the environment is unknown{hint}")
+            given[name] = (variable, environ[variable].strip())
+    names = {*as_text, *_CONFIG}
+    for name in names & options.keys():
+        given[name] = (f"options[{name!r}]", options.pop(name))
+    for name in options:
+        if name.replace("-", "_") not in torch._inductor.config.get_config_copy():
+            hint = _suggest(name, names)
+            raise ValueError(f"options[{name!r}] is neither ssprop's nor Inductor's{hint}")
+
+    if "schedule" not in given:
+        raise ValueError(
+            "the ssprop backend needs a schedule, such as SSPROP_SCHEDULE=bar:rate=0.8,period=2000"
+            ' in the environment, or torch.compile(model, backend="ssprop",'
+            ' options={"schedule": "bar:rate=0.8,period=2000"})'
+        )
+    checks = {"schedule": _schedule, "start_step": _start_step, "backend": _kind}
+    values: dict[str, Any] = {}
+    for name, (source, value) in given.items():
+        try:
+            check = checks.get(name)
+            values[name] = check(value) if check else _config_value(name, value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{source}: {error}") from error
+    schedule, start_step = values.pop("schedule"), values.pop("start_step", 0)
+    kind = values.pop("backend", "inductor")
+    if kind != "inductor" and (mode is not None or options):
+        raise ValueError(f"mode and Inductor's options do not fit the inner backend {kind!r}")
+    inductor = inductor_options(mode, options) if kind == "inductor" else {}
+    return Settings(schedule, start_step, SparsityConfig(**values), kind, inductor)
+
+
+def _schedule(value: object) -> Schedule:
+    if isinstance(value, Schedule):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"must be a schedule or a text that describes one, got {value!r}")
+    return parse_schedule(value)
+
+
+def _start_step(value: object) -> int:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"must be a number of steps, 0 or more, got {value!r}")
+    return value
+
+
+def _kind(value: object) -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"must be one of {BACKENDS}, got {value!r}")
+    return str(value)
+
+
+def _config_value(name: str, value: object) -> object:
+    """Return the value of one field of SparsityConfig, from a text where it is one."""
+    if isinstance(value, str):
+        if isinstance(_CONFIG[name], tuple):
+            value = tuple(item.strip() for item in value.split(","))
+        elif isinstance(_CONFIG[name], bool):
+            value = {"0": False, "false": False, "1": True, "true": True}.get(value.lower(), value)
+        elif value.isdecimal():
+            value = int(value)
+    SparsityConfig(**{name: value})  # type: ignore[arg-type]
+    return value
+
+
+def _suggest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f": known are {', '.join(sorted(known))}"

@@ -1,0 +1,192 @@
+"""The no-edit backend: `torch.compile(model, backend="ssprop")`, with no line of ours in a script.
+
+An entry point in the group `torch_dynamo_backends` makes the name known to torch. Where
+`ssprop_compile` chooses between two compiled forms of the model outside of `torch.compile`, a
+backend sees Dynamo's graphs alone. So each graph is compiled twice and chooses at each call:
+
+    model(x) -> Dynamo's guards -> PhasedGraph -> dense: as by plain torch.compile
+                                               -> sparse: with the keep counts of the model
+
+Both are compiled at once. Later, Dynamo would not guard on what the second of them assumes about
+symbolic shapes.
+
+What a backend is not told is looked up where it can be seen: the model in the frames of the call,
+and the end of a training step in torch's hook on every optimizer.
+"""
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any
+
+import torch
+from ssprop_passes.errors import SsPropCompileError
+from torch import fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._guards import TracingContext
+from torch.nn.parallel import DistributedDataParallel
+
+from ssprop_fx.compiler.compiled_graph import SparseGraph
+from ssprop_fx.compiler.dynamo_graph import copy_graph, is_differentiable
+from ssprop_fx.compiler.inductor import compile_error
+from ssprop_fx.named_backend.autostep import (
+    SteppedVariant,
+    find_stepped_variant,
+    follow_optimizers,
+    stepped_variant_maybe,
+)
+from ssprop_fx.named_backend.options import Settings, read_settings
+
+__all__ = ["PhasedGraph", "ssprop"]
+
+
+class PhasedGraph:
+    """A compiled graph in both forms, which chooses between them at each call.
+
+    Args:
+        dense: the graph as by plain `torch.compile`.
+        sparse: the sparse graph, for the model that it was compiled for.
+        variant: the sparse variant of that model.
+        read: reads the settings of another model; Dynamo calls compiled code for all models whose
+            guards it passes.
+    """
+
+    def __init__(
+        self,
+        dense: Callable[..., Any],
+        sparse: SparseGraph,
+        variant: SteppedVariant,
+        read: Callable[[], Settings],
+    ) -> None:
+        self._dense = dense
+        self._compiled = sparse
+        self._read = read
+        self._sparse = weakref.WeakKeyDictionary({variant: sparse})
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph: dense, or in a sparse training step sparse."""
+        model = _compiled_model()
+        variant = stepped_variant_maybe(model) or find_stepped_variant(model, self._read())
+        if model.training:
+            variant.count_forward(self)
+        if not variant.is_due():
+            return self._dense(*args)
+        sparse = self._sparse.get(variant)
+        if sparse is None:
+            sparse = self._sparse[variant] = variant.backend.adopt(self._compiled)
+        return sparse(*args)
+
+
+def ssprop(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured; `torch.compile(backend="ssprop")` calls this.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        mode: as in `torch.compile`.
+        options: as in `torch.compile`, with the settings that `read_settings` describes.
+        name: as in `torch.compile`; not used.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: there is no schedule, or a setting is unknown or out of its range.
+        SsPropCompileError: the graph could not be compiled, or is of no model.
+    """
+    try:
+        return _compile(gm, example_inputs, lambda: read_settings(mode, options, os.environ))
+    except TensorifyScalarRestartAnalysis:
+        # No failure: Dynamo is to trace again, with a Python number as a constant.
+        raise
+    except Exception as error:
+        is_settings = isinstance(error, (TypeError, ValueError))
+        if not is_settings and not _is_trained(example_inputs):
+            # As plain torch.compile: there is no backward that could be dense in silence.
+            raise
+        # For some exceptions Dynamo would run the graph eagerly, and so dense.
+        failure = error if is_settings else compile_error(error)
+        if not torch._dynamo.config.suppress_errors:
+            raise failure from failure.__cause__
+        suppressed = failure
+
+    def fail(*_args: Any) -> Any:
+        raise suppressed
+
+    return fail
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], read: Callable[[], Settings]
+) -> Callable[..., Any]:
+    settings = read()
+    sparse = None
+    if _is_trained(example_inputs):
+        model = _compiled_model()
+        variant = find_stepped_variant(model, settings)
+        with _called_first(variant.is_due()):
+            sparse = variant.backend(copy_graph(gm), example_inputs)
+    patches = {"config_patches": dict(settings.inductor)} if settings.kind == "inductor" else {}
+    with _called_first(sparse is None or not variant.is_due()):
+        dense = lookup_backend(settings.kind)(gm, list(example_inputs), **patches)
+    return dense if sparse is None else PhasedGraph(dense, sparse, variant, read)
+
+
+def _is_trained(example_inputs: Sequence[Any]) -> bool:
+    """Say whether a graph of these inputs has weights and a backward."""
+    has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs)
+    return has_weights and is_differentiable(example_inputs)
+
+
+def _called_first(is_first: bool) -> AbstractContextManager[None]:
+    """Tell AOTAutograd whether the form compiled in this context is called before the other.
+
+    Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors, and what it
+    calls returns fake tensors that one time.
+    """
+    is_faked = TracingContext.get().fakify_first_call
+    return TracingContext.patch(fakify_first_call=is_faked and is_first)
+
+
+def _compiled_model() -> nn.Module:
+    """Return the model that `torch.compile` was called on, from the frames of the present call.
+
+    Raises:
+        SsPropCompileError: it was not called on a model.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if name == ("torch._dynamo.eval_frame", "compile_wrapper"):
+            model = _module_maybe(frame.f_locals["fn"])
+            if model is not None:
+                return model
+        frame = frame.f_back
+    raise SsPropCompileError(
+        "the ssprop backend compiles models: call torch.compile(model, backend='ssprop') on the"
+        " torch.nn.Module itself and not on a function that calls it"
+    )
+
+
+def _module_maybe(fn: Any) -> nn.Module | None:
+    """Return the module that a function compiled by Dynamo is or belongs to."""
+    while fn is not None:
+        for module in (fn, getattr(fn, "__self__", None)):
+            if isinstance(module, nn.Module):
+                # Its `forward` only calls the model, and hides what kind of model it is.
+                return module.module if isinstance(module, DistributedDataParallel) else module
+        fn = getattr(fn, "__wrapped__", None)
+    return None
+
+
+# On import, which `torch.compile` does, to notice where Dynamo never calls the backend.
+follow_optimizers()

@@ -1,0 +1,1 @@
+"""Runtime: which compiled form of a model runs in a step, and whether it was sparse."""

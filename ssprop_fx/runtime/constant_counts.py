@@ -1,0 +1,69 @@
+"""Specialization: which keep counts are compiled in as constants.
+
+A schedule such as `bar` has one drop rate above 0. With its keep counts as plain ints Inductor
+knows every size, and the graph has no input on the CPU, which CUDA graphs need; the price is a
+compile for each drop rate.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from ssprop_fx.compiler.slots import SlotTable
+from ssprop_fx.scheduling.scheduler import KeepCounts
+
+__all__ = ["AUTO_LEVELS", "MAX_LEVELS", "constant_levels"]
+
+# Drop rates above 0 up to which "auto" specializes: each costs a compile.
+AUTO_LEVELS = 2
+
+# Dynamo's recompile limit, 8, is shared by dense and sparse forms, for each batch size.
+MAX_LEVELS = 6
+
+
+def constant_levels(
+    specialize: bool | Literal["auto"],
+    part: KeepCounts,
+    model: nn.Module,
+    table: SlotTable,
+    fullgraph: bool,
+) -> frozenset[tuple[int, ...]]:
+    """Return the keep counts, one a slot, that are to be compiled in where they are in force.
+
+    Args:
+        specialize: as in `SparsityConfig`.
+        part: the model's part of the runtime sparsity tensor.
+        model: the model.
+        table: its slots.
+        fullgraph: whether the model is one graph, as in `torch.compile`.
+
+    Raises:
+        ValueError: True, and the schedule has too many drop rates.
+    """
+    levels = part.levels
+    if specialize is True:
+        if levels is None or len(levels) > MAX_LEVELS:
+            raise ValueError(
+                f"specialize=True compiles once for each drop rate of the schedule, at most"
+                f" {MAX_LEVELS}, and this one has {'too many' if levels is None else len(levels)}:"
+                ' use specialize="auto" or False'
+            )
+        return levels
+    if not specialize or levels is None or len(levels) > AUTO_LEVELS:
+        return frozenset()
+    return levels if fullgraph or is_uniform(model, table) else frozenset()
+
+
+def is_uniform(model: nn.Module, table: SlotTable) -> bool:
+    """Say whether layers with weights of one shape have one drop rate.
+
+    Behind a graph break Dynamo may run the graph compiled for one of them for another as well.
+    """
+    slots = {slot.name for slot in table.slots}
+    rates: dict[object, object] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim > 1:
+            rate = table.rates.get(name) if name in slots else "dense"
+            if rates.setdefault(weight.shape, rate) != rate:
+                return False
+    return True

@@ -1,0 +1,90 @@
+"""SsPropModule: stands for a compiled model as `torch.compile`'s module does."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ssprop_fx.compiler.backward_state import Memory
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.runtime.variants import Variants
+from ssprop_fx.scheduling.scheduler import KeepCounts, SparsityScheduler
+
+__all__ = ["SsPropModule"]
+
+
+class SsPropModule(nn.Module):
+    """What `ssprop_compile` returns, to use in place of the model.
+
+    Parameters, buffers, submodules, mode and attributes are those of the model itself, under the
+    names that `torch.compile`'s module gives them (`_orig_mod.` in the state dict).
+
+    Attributes:
+        ssprop: the compiled variants, with their scheduler, keep counts and memory.
+    """
+
+    # The last one goes with the hooks, which are its own.
+    _own = frozenset({"_orig_mod", "ssprop", "training", "_is_full_backward_hook"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: SparsityScheduler,
+        config: SparsityConfig,
+        compile_kwargs: dict[str, Any],
+        keep_counts: KeepCounts | None = None,
+        memory: Memory | None = None,
+        in_place: bool = False,
+    ) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self.ssprop = Variants(
+            model, scheduler, config, compile_kwargs, keep_counts, memory, in_place
+        )
+        if in_place:
+            # What `nn.Module.compile` sets: `model(...)` calls it in place of `_call_impl`.
+            model._compiled_call_impl = self.ssprop.run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model: dense, or in a sparse training step sparse."""
+        return self.ssprop.run(*args, **kwargs)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return "_orig_mod" not in self.__dict__["_modules"] or self._orig_mod.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # Not there yet while nn.Module's own __init__ runs.
+        if "_orig_mod" in self.__dict__.get("_modules", {}):
+            self._orig_mod.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_orig_mod":
+            return self.__dict__["_modules"]["_orig_mod"]
+        return getattr(self._orig_mod, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._own:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._orig_mod, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._orig_mod, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self._orig_mod)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SsPropModule":
+        # The copy follows the same scheduler, in the same slots: its layers are the same.
+        memory = copy.deepcopy(self.ssprop.memory, memo)
+        return type(self)(copy.deepcopy(self._orig_mod, memo), *self._arguments(memory))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._orig_mod, *self._arguments(self.ssprop.memory))
+
+    def _arguments(self, memory: Memory) -> tuple[Any, ...]:
+        own = self.ssprop
+        return own.scheduler, own.config, own.compile_kwargs, own.part, memory

@@ -1,0 +1,110 @@
+"""Effect: whether a sparse step that has just run was sparse in every layer, and what else it was.
+
+The tripwire behind the promise that nothing trains dense in silence: Dynamo runs eagerly, and so
+dense, whatever it does not compile, and tells nobody.
+"""
+
+from dataclasses import dataclass
+
+from ssprop_fx.compiler.backend import SparseBackend
+from ssprop_fx.compiler.site_cache import CompiledGraph
+
+__all__ = ["Effect", "Problem", "why_no_layer"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a step.
+
+    Attributes:
+        kind: the same for the same problem, however often it is met.
+        message: what the user is told.
+    """
+
+    kind: str
+    message: str
+
+
+class Effect:
+    """Judges the steps of a model by the graphs that ran in them.
+
+    Args:
+        backend: what compiles the graphs.
+    """
+
+    def __init__(self, backend: SparseBackend) -> None:
+        self._backend = backend
+        self._runs: dict[int, int] = {}
+        self._judged: dict[tuple[int, frozenset[int]], Problem | None] = {}
+
+    def start(self) -> None:
+        """Begin a step: what ran until now is not of it."""
+        self._runs = {id(graph): graph.runs for graph in self._backend.graphs}
+
+    def problem_maybe(self) -> Problem | None:
+        """Return what is wrong with a sparse step that ends now, None if nothing is."""
+        graphs = self._backend.graphs
+        ran = [graph for graph in graphs if graph.runs != self._runs.get(id(graph), 0)]
+        # Graphs live as long as the backend, and a step is mostly like others before it.
+        key = len(graphs), frozenset(map(id, ran))
+        if key not in self._judged:
+            self._judged[key] = _judge(self._backend, graphs, ran)
+        return self._judged[key]
+
+
+def _judge(
+    backend: SparseBackend, graphs: list[CompiledGraph], ran: list[CompiledGraph]
+) -> Problem | None:
+    if not any(graph.is_sparse for graph in ran):
+        return _why_dense(graphs)
+    if missing := backend.missing:
+        message = (
+            f"{len(missing)} layers are in no sparse graph and train dense: {', '.join(missing)}."
+            " Either the model does not use them, or Dynamo runs them eagerly or in the compiled"
+            " code of a layer that does not take part: see"
+            " TORCH_LOGS=graph_breaks, and fullgraph=True to forbid it."
+        )
+        return Problem(f"missing {missing}", message)
+    present = {site.name for graph in ran for site in graph.sites}
+    known = [site.name for graph in graphs for site in graph.sites if not site.reason]
+    if lost := [name for name in dict.fromkeys(known) if name not in present]:
+        message = (
+            f"{len(lost)} layers that were sparse before were in no sparse graph in this step:"
+            f" {', '.join(lost)}. Either the model did not use them this time, or Dynamo ran them"
+            " eagerly, and they trained dense: see torch._dynamo.config.recompile_limit and"
+            " TORCH_LOGS=recompiles."
+        )
+        return Problem(f"lost {lost}", message)
+    return None
+
+
+def _why_dense(graphs: list[CompiledGraph]) -> Problem:
+    sites = [site for graph in graphs for site in graph.sites]
+    if not graphs or any(not site.reason for site in sites):
+        message = (
+            "the drop rate is above 0, but no sparse graph ran, so this step trained dense. Likely"
+            " causes: Dynamo's recompile limit was hit (see torch._dynamo.config.recompile_limit;"
+            " drop_last=True avoids the recompile of a short last batch), compilation is disabled"
+            " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or an active dispatch mode, such"
+            " as FlopCounterMode, makes Dynamo run eagerly."
+        )
+        return Problem("dense", message)
+    reasons = sorted({site.reason for site in sites}) or ["it has no backward"]
+    if len(reasons) > 4:
+        reasons[4:] = [f"and {len(reasons) - 4} other reasons, see report(model)"]
+    message = f"no site of the model was made sparse, so it trains dense: {'; '.join(reasons)}."
+    return Problem("no site", message)
+
+
+def why_no_layer(excluded: dict[str, str]) -> Problem:
+    """Return what to say of a model none of whose layers takes part.
+
+    Args:
+        excluded: why each layer does not.
+    """
+    reasons = sorted(set(excluded.values())) or ["it has no convolution and no linear layer"]
+    message = (
+        "no layer of the model takes part in sparse back-propagation, so it trains dense:"
+        f" {'; '.join(reasons)}. See SparsityConfig(min_channels=..., filter_fn=...)."
+    )
+    return Problem("no layer", message)

@@ -1,0 +1,1 @@
+"""Scheduling: schedules, and the scheduler that moves keep counts by them."""

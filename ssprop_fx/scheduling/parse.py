@@ -1,0 +1,138 @@
+"""Schedules as text, such as `bar:rate=0.8,period=2ep`.
+
+Parts follow one another as in `constant:rate=0.8 until 5ep then none`.
+"""
+
+import difflib
+import re
+from dataclasses import MISSING, fields
+
+from ssprop_fx.scheduling.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+
+__all__ = ["EXAMPLES", "parse_schedule"]
+
+EXAMPLES = {
+    "none": "none",
+    "constant": "constant:rate=0.5",
+    "linear": "linear:start=0,end=0.8,steps=10ep",
+    "cosine": "cosine:start=0,end=0.8,steps=10ep",
+    "bar": "bar:rate=0.8,period=2ep",
+}
+
+_SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "bar": bar,
+}
+_COUNTS_STEPS = {"steps", "period"}
+_JOINT = re.compile(r"\s+until\s+(\S+)\s+then\s+")
+
+
+def parse_schedule(
+    text: str, *, steps_per_epoch: int | None = None, warmup_epochs: int = 0
+) -> Schedule:
+    """Return the schedule that `text` describes.
+
+    Args:
+        text: `name` or `name:key=value,key=value`; the names are those of `EXAMPLES`, the keys
+            those of the schedule of that name. Lengths (`steps`, `period`) are a number of steps,
+            or, with `ep` after it, of epochs. `A until 5ep then B` is `join`: B begins at its own
+            step 0 where A ends, and more parts may follow.
+        steps_per_epoch: steps in one epoch; None where that is not known, and `ep` is an error.
+        warmup_epochs: dense epochs before the schedule begins.
+
+    Returns:
+        The schedule, counting steps. `none` is a drop rate of 0 throughout.
+
+    Raises:
+        ValueError: `text` describes no schedule; the message is one line that begins with it and
+            says what would be right. Or `warmup_epochs` is given without `steps_per_epoch`.
+
+    Example:
+        >>> parse_schedule("bar:rate=0.8,period=2ep", steps_per_epoch=100)
+        bar(rate=0.8, period=200, dense_fraction=0.5)
+        >>> parse_schedule("bar:rate=0.8,period=2000")
+        bar(rate=0.8, period=2000, dense_fraction=0.5)
+        >>> parse_schedule("constant:rate=0.8 until 500 then none")
+        join(schedules=(constant(rate=0.8), constant(rate=0.0)), boundaries=(500,))
+    """
+    parts = _JOINT.split(text.strip())
+    schedules = [_parse_part(part, steps_per_epoch) for part in parts[::2]]
+    schedule = schedules[0]
+    if len(schedules) > 1:
+        try:
+            ends = [_parse_steps(end, steps_per_epoch) for end in parts[1::2]]
+            schedule = join(schedules, ends)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{text}: {error}; right would be"
+                " constant:rate=0.8 until 1000 then none, with ends that increase"
+            ) from None
+    if not warmup_epochs:
+        return schedule
+    if steps_per_epoch is None:
+        raise ValueError("warmup_epochs needs steps_per_epoch")
+    return warmup(schedule, warmup_epochs * steps_per_epoch)
+
+
+def _parse_part(text: str, steps_per_epoch: int | None) -> Schedule:
+    examples = EXAMPLES if steps_per_epoch else _examples_in_steps()
+    name, _, arguments = text.strip().partition(":")
+    if name not in EXAMPLES:
+        close = difflib.get_close_matches(name, EXAMPLES, n=1)
+        hint = f"did you mean {examples[close[0]]}" if close else f"known: {', '.join(EXAMPLES)}"
+        raise ValueError(f"{text}: unknown schedule {name!r}; {hint}")
+    try:
+        return _make_schedule(name, arguments, steps_per_epoch)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}; right would be {examples[name]}") from error
+
+
+def _make_schedule(name: str, arguments: str, steps_per_epoch: int | None) -> Schedule:
+    if name == "none":
+        if arguments:
+            raise ValueError("none takes no settings")
+        return constant(0.0)
+    kind = _SCHEDULES[name]
+    values = _parse_arguments(name, arguments, steps_per_epoch)
+    required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(f'{key}=' for key in missing)}")
+    return kind(**values)
+
+
+def _parse_arguments(
+    name: str, arguments: str, steps_per_epoch: int | None
+) -> dict[str, float | int]:
+    known = [field.name for field in fields(_SCHEDULES[name])]  # type: ignore[arg-type]
+    values: dict[str, float | int] = {}
+    for item in arguments.split(",") if arguments else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in known:
+            raise ValueError(f"{name} has {', '.join(known)}, not {key!r}")
+        if not equals or not value:
+            raise ValueError(f"{key} needs a value")
+        if key in values:
+            raise ValueError(f"{key} is given twice")
+        is_length = key in _COUNTS_STEPS
+        if is_length and value.endswith("ep") and steps_per_epoch is None:
+            raise ValueError(f"{key}={value} is in epochs, whose length is not known here")
+        try:
+            values[key] = _parse_steps(value, steps_per_epoch) if is_length else float(value)
+        except (ValueError, OverflowError):
+            epochs = ", or of epochs as in 2ep" if steps_per_epoch else ""
+            right = f"a whole number of steps{epochs}" if is_length else "a number"
+            raise ValueError(f"{key} must be {right}, got {value!r}") from None
+    return values
+
+
+def _parse_steps(value: str, steps_per_epoch: int | None) -> int:
+    if steps_per_epoch is not None and value.endswith("ep"):
+        return round(float(value.removesuffix("ep")) * steps_per_epoch)
+    return int(value)
+
+
+def _examples_in_steps() -> dict[str, str]:
+    return {name: re.sub(r"(?<=\d)ep", "000", example) for name, example in EXAMPLES.items()}

@@ -1,0 +1,71 @@
+"""What a run prints at its end: dense against sparse steps, arithmetic saved, accuracy."""
+
+import math
+from statistics import fmean, quantiles
+
+from ssprop_fx.training.records.logs import Records, median_ms, step_times
+
+__all__ = ["format_summary"]
+
+
+def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -> str:
+    """Return the closing table of a run.
+
+    Args:
+        records: rows of the run.
+        batch_size: training images in a step.
+        why_no_energy: why energy was not measured, if it was not.
+
+    Returns:
+        Several lines without a last newline. What was not measured is shown as "-".
+    """
+    lines = [f"{'phase':<8}{'steps':>8}{'median ms/step':>16}{'quartiles':>18}{'images/s':>11}"]
+    medians = {}
+    for name, sparse in (("dense", False), ("sparse", True)):
+        steps = sum((row.drop_rate > 0) == sparse for row in records.steps)
+        ms = medians[name] = median_ms(records.steps, sparse=sparse)
+        lines.append(
+            f"{name:<8}{steps:>8}{_number(ms, '.1f'):>16}{_quartiles(records, sparse):>18}"
+            f"{_number(1000 * batch_size / ms, '.0f'):>11}"
+        )
+    lines.append(
+        f"speed-up of a sparse step: {_number(medians['dense'] / medians['sparse'], '.2f')}"
+    )
+
+    sparse_saved = [row.backward_saved for row in records.steps if row.drop_rate > 0]
+    if sparse_saved:
+        saved = fmean(row.backward_saved for row in records.steps)
+        lines.append(
+            f"backward FLOPs saved: {_number(fmean(sparse_saved), '.1%')} of a sparse step,"
+            f" {_number(saved, '.1%')} of the run"
+        )
+    if records.epochs:
+        best = max(records.epochs, key=lambda row: row.eval_top1)
+        lines.append(
+            f"top-1 accuracy: {records.epochs[-1].eval_top1:.2f} % at the end,"
+            f" {best.eval_top1:.2f} % at best (epoch {best.epoch})"
+        )
+        lines.append(f"energy: {_energy(records, why_no_energy)}")
+    return "\n".join(lines)
+
+
+def _energy(records: Records, why_not: str) -> str:
+    totals = {
+        "GPU": sum(row.gpu_joules for row in records.epochs),
+        "CPU": sum(row.cpu_joules for row in records.epochs),
+    }
+    measured = [f"{name} {joules:.0f} J" for name, joules in totals.items() if joules == joules]
+    return ", ".join(measured) or f"not available ({why_not or 'not in all epochs'})"
+
+
+def _quartiles(records: Records, sparse: bool) -> str:
+    # Wide ones say that the machine was busy with something else as well.
+    times = step_times(records.steps, sparse=sparse)
+    if len(times) < 2:
+        return "-"
+    lower, _, upper = quantiles(times, n=4, method="inclusive")
+    return f"{lower:.1f} to {upper:.1f}"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
