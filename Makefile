@@ -28,7 +28,7 @@ test-slow: venv
 CASES ?= 100000
 STEPS ?= 5000
 nightly: venv
-	OMP_NUM_THREADS=1 $(BIN)/python tests/layer_cases.py $(CASES)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/layer_cases.py $(CASES)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n auto --dist worksteal
 	$(BIN)/python -m benchmarks long --steps $(STEPS) --check
 

@@ -26,36 +26,6 @@ USES_PRIVATE_TORCH = {
     "ssprop_fx/compiler/site_cache.py",
 }
 
-# The library itself. Commands, training and reports on it import it, never the other way round.
-CORE = {
-    "agreement",
-    "backend",
-    "compile",
-    "compilers",
-    "config",
-    "control",
-    "controllers",
-    "dynamo_graph",
-    "effect",
-    "freezing",
-    "instances",
-    "kept_rows",
-    "memory",
-    "module",
-    "records",
-    "report",
-    "samples",
-    "scheduler",
-    "schedule_spec",
-    "schedules",
-    "settings",
-    "slots",
-    "specialize",
-    "stepping",
-    "telemetry",
-    "variants",
-}
-
 # Modules that cannot be imported without an extra that not everyone has, and what of it they need.
 NEEDS_EXTRA = {
     "ssprop_fx.integrations.huggingface": "transformers",
@@ -105,13 +75,6 @@ def test_the_checks_see_what_they_look_for(tmp_path):
 @pytest.mark.parametrize("path", files("ssprop_passes"), ids=lambda path: path.name)
 def test_passes_know_nothing_of_ssprop_fx(path):
     assert [name for name in imported_names(path) if name.split(".")[0] == "ssprop_fx"] == []
-
-
-@pytest.mark.parametrize("name", sorted(CORE))
-def test_the_core_imports_only_the_core(name):
-    imported = imported_names(FOLDERS["ssprop_fx"] / f"{name}.py")
-    ours = {f"{name}.".split(".")[1] for name in imported if name.split(".")[0] == "ssprop_fx"}
-    assert ours <= CORE
 
 
 def test_private_torch_stays_in_few_files():

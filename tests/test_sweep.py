@@ -1,4 +1,5 @@
-"""Every timm module against the oracle; `python tests/sweep.py` does the same in parallel."""
+"""Every timm module against the oracle; `python tests/support/sweep.py` does the same in
+parallel."""
 
 from importlib.util import find_spec
 

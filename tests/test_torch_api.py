@@ -82,7 +82,7 @@ def users(name: str) -> list[str]:
 
 def test_every_private_name_is_listed() -> None:
     missing = sorted(all_private_names() - LISTED)
-    assert not missing, f"give these a canary in tests/torch_api.py: {missing}"
+    assert not missing, f"give these a canary in tests/support/torch_api.py: {missing}"
 
 
 def test_every_listed_name_is_used() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
-from ssprop_fx.training.data import digits
 from ssprop_fx.training.config import TrainConfig
+from ssprop_fx.training.data import digits
 from ssprop_fx.training.errors import CommandError
 
 __all__ = ["Datasets", "create_datasets"]

@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 from graphs import small_net
+from layers import LAYERS
 from oracle import gradients, oracle_gradients, relative_error
-from test_kinds import LAYERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,6 +1,7 @@
 """Random single layers, what the packages make of their backward, and what an oracle does.
 
-`python tests/layer_cases.py 10000` runs that many cases against the oracle; each run draws others.
+`python tests/support/layer_cases.py 10000` runs that many cases against the oracle; each run draws
+others.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """What can go wrong between the user and a sparse step, and what the user then sees.
 
 The tests of faults run every entry of these lists, and the tables of docs/trust.md are made of
-them: `python tests/faults.py` prints them.
+them: `python tests/support/faults.py` prints them.
 """
 
 from collections.abc import Callable, Iterator

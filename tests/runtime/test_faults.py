@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from faults import (
     tables,
 )
 from no_edit import compiled
+from sources import ROOT
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -185,8 +185,8 @@ def test_a_dense_step_is_not_silent(situation: Situation, entry: str) -> None:
 
 
 def test_the_tables_of_the_documentation_are_the_lists() -> None:
-    page = Path(__file__).parents[1] / "docs" / "trust.md"
-    assert tables() in page.read_text(), "python tests/faults.py prints them anew"
+    page = ROOT / "docs" / "trust.md"
+    assert tables() in page.read_text(), "python tests/support/faults.py prints them anew"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -1,7 +1,7 @@
 """What else torch's compiler does, and what sparse back-propagation makes of it.
 
 The tests of features run every entry, and a table of docs/trust.md is made of them:
-`python tests/features.py` prints it.
+`python tests/support/features.py` prints it.
 """
 
 from collections.abc import Callable

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import ssprop_passes
 from cache_cases import CASES
+from sources import ROOT
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parent / "cache_cases.py"
+SCRIPT = ROOT / "tests/support/cache_cases.py"
 
 
 def start(cache: Path, *args: str, **env: str) -> subprocess.Popen:

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from blocks import Block
+from layers import EXACT, LAYERS, everywhere, loss
 from oracle import gradients, oracle_gradients, relative_error
 from ssprop_passes.errors import SsPropCompileError
-from test_kinds import EXACT, LAYERS, everywhere, loss
 from torch import nn
 
 from ssprop_fx import (

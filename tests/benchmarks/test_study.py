@@ -18,7 +18,7 @@ from benchmarks.study.task import Task
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.setup import sparsity_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASK = Task(
     name="toy",
     about="A toy.",

@@ -1,13 +1,13 @@
 """Every feature of torch's compiler in the list, by both ways to compile a model, on the oracle."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from features import FEATURES, INLINED, RIGHT, Feature, Net, table
 from graphs import small_net
 from oracle import gradients, oracle_gradients, relative_error
+from sources import ROOT
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 from torch import Tensor, nn
 
@@ -109,8 +109,8 @@ def test_the_intricate_ones_work_under_inductor(feature: Feature) -> None:
 
 
 def test_the_table_of_the_documentation_is_the_list() -> None:
-    page = Path(__file__).parents[1] / "docs" / "trust.md"
-    assert table() in page.read_text(), "python tests/features.py prints it anew"
+    page = ROOT / "docs" / "trust.md"
+    assert table() in page.read_text(), "python tests/support/features.py prints it anew"
 
 
 @pytest.mark.gpu

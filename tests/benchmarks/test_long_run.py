@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_benchmarks import parse, rows_of
+from bench_runs import parse, rows_of
 
 from benchmarks.long_run import WARMUP, EpochRow, markdown, slope, slopes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "long-test_resnet.json"
 STEPS = [100 * (epoch + 1) for epoch in range(85)]
 

@@ -1,7 +1,8 @@
 """Every timm module against the oracle: what is covered, with what error.
 
-`python tests/sweep.py docs/coverage.md` checks them all, each in a process of its own, and writes
-the table; `python tests/sweep.py --model NAME` checks one and prints its row as JSON.
+`python tests/support/sweep.py docs/coverage.md` checks them all, each in a process of its own, and
+writes the table; `python tests/support/sweep.py --model NAME` checks one and prints its row as
+JSON.
 """
 
 import argparse
@@ -277,7 +278,8 @@ def markdown(rows: dict[str, list[Row]]) -> str:
         " operations, at that resolution, that lies in sparse sites; the rest is mostly products"
         " of activations in attention.",
         "",
-        f"Written by `python tests/sweep.py docs/coverage.md` with torch {torch.__version__}.",
+        "Written by `python tests/support/sweep.py docs/coverage.md` with torch"
+        f" {torch.__version__}.",
         "",
         *(f"`{layer}` of {name} is left dense: its channels tie." for name, layer in TIED.items()),
         "",

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = {"ssprop_fx": ROOT / "ssprop_fx", "ssprop_passes": ROOT / "passes" / "ssprop_passes"}
 
 

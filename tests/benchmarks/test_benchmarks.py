@@ -1,19 +1,16 @@
 """The benchmarks' commands: they run and write rows of the right shape."""
 
-import argparse
-import csv
 import doctest
 import importlib
-import json
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from bench_runs import parse, rows_of
 
 from benchmarks import compile_time, machine, markdown, scaling, suite
-from benchmarks.__main__ import COMMANDS, main
+from benchmarks.__main__ import main
 from benchmarks.backward_time import BackwardTime
 from benchmarks.breakdown import BreakdownRow
 from benchmarks.compile_time import CompileRow
@@ -28,27 +25,6 @@ MODEL = ["--model", "test_convnext", "--img-size", "64", "--min-channels", "8"]
 
 
 RESULTS = [path for path in (Path(machine.__file__).parent / "results").iterdir() if path.is_dir()]
-
-
-def parse(command: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    for module in COMMANDS:
-        module.add_parser(subparsers)
-    return parser.parse_args(command)
-
-
-def rows_of(folder: Path, row: type) -> list[dict]:
-    """Run through what a command wrote: one JSON, the same rows as CSV, maybe a picture."""
-    (path,) = folder.glob("*.json")
-    content = json.loads(path.read_text())
-    assert content["environment"].keys() == {"device", "threads", "torch", "commit", "allocator"}
-    with path.with_suffix(".csv").open() as file:
-        lines = list(csv.DictReader(file))
-    names = [field.name for field in fields(row)]
-    assert list(lines[0]) == names
-    assert [list(record) for record in content["rows"]] == [names] * len(lines)
-    return content["rows"]
 
 
 def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from test_benchmarks import parse, rows_of
+from bench_runs import parse, rows_of
 
 from benchmarks.communication import Communication, Job, Kept, measure
 from benchmarks.scale import markdown
@@ -123,7 +123,7 @@ def test_a_fit_is_off_by_as_much_below_as_above() -> None:
         assert error(replace(fitted, latency_us=fitted.latency_us * factor)) > error(fitted)
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 
 
