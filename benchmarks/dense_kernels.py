@@ -9,34 +9,44 @@ themselves.
 
 from collections.abc import Callable
 
-from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.graph_pass import GraphPass, PassList, PassSummary
 from ssprop_passes.graph.rewrite import Replacer
 from ssprop_passes.replacements.conv import conv_gradients
-from ssprop_passes.selection.policy import dims_order, is_channels_last, sum_channels, with_order
+from ssprop_passes.selection.gather_scatter import (
+    dims_order,
+    is_channels_last,
+    sum_channels,
+    with_order,
+)
 from ssprop_passes.sites.conv_match import ConvMatch, match_conv_backward
-from ssprop_passes.transforms.two_step_sums import TwoStepSums
+from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
 from torch import Tensor, fx
 
-__all__ = ["DenseKernels"]
+__all__ = ["DenseKernelsPass", "dense_kernels"]
 
 
-class DenseKernels(GraphPass):
+class DenseKernelsPass(GraphPass):
     """Computes the gradients of all channels by the operator of the reduced convolution."""
-
-    def __init__(self) -> None:
-        super().__init__(previous=TwoStepSums())
 
     def identity(self) -> str:
         """Return the same for all: the rewrite depends on the graph alone."""
         return "dense kernels"
 
-    def transform(self, graph: fx.Graph) -> None:
+    def transform(self, graph: fx.Graph) -> PassSummary:
         """Rewrite each backward of a convolution."""
-        replacer = Replacer(dict)
+        replacer, summary = Replacer(dict), PassSummary()
         for node in list(graph.nodes):
             match = match_conv_backward(node)
             if match is not None:
                 match.replace(replacer.insert(node, _whole(match), match.inputs)[:3])
+                summary.matched += 1
+                summary.rewritten += 1
+        return summary
+
+
+def dense_kernels() -> PassList:
+    """Return the passes that give a dense step what sparse steps have, too."""
+    return PassList([TwoStepSumsPass(), DenseKernelsPass()])
 
 
 def _whole(match: ConvMatch) -> Callable[..., tuple[Tensor | None, ...]]:

@@ -28,8 +28,9 @@ from benchmarks.results import save, table
 from benchmarks.timing import alternate
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
 from ssprop_fx.compiler.backend import BACKENDS
-from ssprop_fx.compiler.slots import find_slots, keep_count
+from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import TARGETS
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["LayerRow", "add_parser", "measure"]
 

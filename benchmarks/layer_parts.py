@@ -9,7 +9,8 @@ import torch
 from ssprop_passes.kernels.operators import reduced_conv_backward
 from ssprop_passes.replacements.conv import ConvGeometry, sparse_conv_backward
 from ssprop_passes.replacements.linear import sparse_linear_backward
-from ssprop_passes.selection.policy import Selection, gather_channels, gather_weight, scatter_rows
+from ssprop_passes.selection.gather_scatter import gather_channels, gather_weight, scatter_rows
+from ssprop_passes.selection.policy import Selection
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

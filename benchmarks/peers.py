@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssprop_fx.compiler.slots import keep_count
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["TopKConv2d", "is_swappable", "swap_convs"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dense_kernels import DenseKernels
+from benchmarks.dense_kernels import dense_kernels
 from benchmarks.peers import TopKConv2d, swap_convs
 from benchmarks.workload import Workload
 from ssprop_fx import (
@@ -126,7 +126,7 @@ def _peers(
     eager, own_kernels, swap_eager, swap_compiled = PEERS
     yield Variant(eager, 0.0, model, lambda: workload.step(model, images))
     if workload.backend == "inductor":
-        faster = torch.compile(model, options={"joint_custom_pre_pass": DenseKernels()})
+        faster = torch.compile(model, options={"joint_custom_pre_pass": dense_kernels()})
         yield Variant(own_kernels, 0.0, model, lambda: workload.step(faster, images))
     for rate in rates:
         swapped = swap_convs(model, rate)

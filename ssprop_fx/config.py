@@ -6,7 +6,7 @@ from typing import Literal
 
 from ssprop_passes.selection.policy import AXES, GRADIENTS, Selection
 from ssprop_passes.selection.scores import SCORES, Score
-from ssprop_passes.selection.selectors import SELECTORS, Selector, random, sampled
+from ssprop_passes.selection.selectors import SELECTORS, Selector, sampled
 from torch import nn
 
 __all__ = ["RANKS", "TARGETS", "SparsityConfig"]
@@ -47,16 +47,14 @@ class SparsityConfig:
             or frames; sequence-first layouts are not for it. The gradients of a kept sample are
             exact where layers treat each sample by itself, as layer norm does; batch norm couples
             samples, and the gradients of its statistics are those of the kept ones alone. The whole
-            model must be one graph. `block`, `memory`, `score_decay`, rates above 0 in `rates`,
+            model must be one graph. `block`, `memory`, rates above 0 in `rates`,
             `specialize=True` and `ranks="shared"` are of channels and do not go with it.
         score: what a channel is worth: `"l2"`, the l2 norm of its gradient, which hardly costs time
             where a batch norm follows, whose backward has the sums; `"mean_abs"`, the mean
             magnitude of that, the published code's score; `"l2_weight"`, the norm times that of the
             channel's row of the weight, which is what it matters to the gradient of the input; or a
-            function of your own, as `ssprop_passes.selection.scores` describes. A pair of these,
-            such as `("l2", "l2_weight")`, chooses channels twice: by the first for the gradients
-            of weight and bias, by the second for that of the input. Of samples, `"l2_weight"`
-            takes the norm of the layer's input in place of the weight's.
+            function of your own, as `ssprop_passes.selection.scores` describes. Of samples,
+            `"l2_weight"` takes the norm of the layer's input in place of the weight's.
         gradients: which gradients are computed from the kept channels alone: those of weight and
             input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
             exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.
@@ -71,11 +69,6 @@ class SparsityConfig:
             by the ratio of the two. Each backward updates it, of micro-batches too; dense steps
             leave it as it is. A gradient that `gradients` leaves dense is without it. It is state:
             see `model.ssprop.memory.state_dict()`, and keep that in your checkpoints.
-        score_decay: weight d in [0, 1) of the past in the scores that choose: these are then, of
-            each layer, the average a of those of its sparse backwards so far, `a = d * a +
-            (1 - d) * score`, micro-batches being backwards of their own; dense steps leave it as it
-            is. 0 is the score of this backward alone. Telemetry tells of the latter all the same.
-            It is state as `memory` is, and is kept and loaded with that.
         rates: name pattern -> drop rate in [0, 1), for layers whose drop rate is not the
             scheduler's, such as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`
             on names as in `model.named_modules()`, and the first that matches counts. The rate
@@ -138,11 +131,10 @@ class SparsityConfig:
     targets: tuple[str, ...] = TARGETS
     select: str | Selector = "topk"
     axis: Literal["channel", "sample"] = "channel"
-    score: str | Score | tuple[str | Score, str | Score] = "l2"
+    score: str | Score = "l2"
     gradients: Literal["both", "weight", "input"] = "both"
     block: int = 1
     memory: float = 0.0
-    score_decay: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     gate: bool = True
     specialize: bool | Literal["auto"] = "auto"
@@ -152,17 +144,13 @@ class SparsityConfig:
     @property
     def selection(self) -> Selection:
         """How channels are chosen, as the pass takes it."""
-        scores = self.score if isinstance(self.score, tuple) else (self.score,)
-        score, *input_score = [SCORES[s] if isinstance(s, str) else s for s in scores]
         return Selection(
-            score=score,
-            input_score=input_score[0] if input_score else None,
+            score=SCORES[self.score] if isinstance(self.score, str) else self.score,
             axis=self.axis,
             select=SELECTORS[self.select] if isinstance(self.select, str) else self.select,
             gradients=self.gradients,
             block=self.block,
             memory=float(self.memory),
-            score_decay=float(self.score_decay),
         )
 
     def __post_init__(self) -> None:
@@ -179,23 +167,17 @@ class SparsityConfig:
         if not self.targets or not set(self.targets) <= set(TARGETS):
             raise ValueError(f"targets must be of {TARGETS}, at least one, got {self.targets!r}")
         _check_name_or_function("select", self.select, tuple(SELECTORS))
-        self._check_score()
+        _check_name_or_function("score", self.score, tuple(SCORES))
         if self.gradients not in tuple(GRADIENTS):
             raise ValueError(f"gradients must be one of {tuple(GRADIENTS)}, got {self.gradients!r}")
         _check_positive_int("block", self.block)
         if self.ranks not in RANKS:
             raise ValueError(f"ranks must be one of {RANKS}, got {self.ranks!r}")
         _check_share("memory", self.memory)
-        _check_share("score_decay", self.score_decay)
         if self.memory and self.selection.select is sampled:
             raise ValueError(
                 'memory must be 0 with select="sampled", which is unbiased already: what it leaves'
                 f" out adds up to nothing, and to add it again is noise; got {self.memory!r}"
-            )
-        if self.score_decay and self.selection.select is random:
-            raise ValueError(
-                'score_decay must be 0 with select="random", which does not look at scores; got'
-                f" {self.score_decay!r}"
             )
         _check_rates(self.rates)
         self._check_axis()
@@ -208,20 +190,6 @@ class SparsityConfig:
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
 
-    def _check_score(self) -> None:
-        pair = self.score if isinstance(self.score, tuple) else (self.score,)
-        if len(pair) > 2 or not pair:
-            raise ValueError(f"score must be one score or a pair, got {self.score!r}")
-        for score in pair:
-            _check_name_or_function("score", score, tuple(SCORES))
-        once = self.gradients != "both" or self.memory or self.score_decay or self.telemetry
-        if len(pair) == 2 and (once or self.axis != "channel"):
-            raise ValueError(
-                "score must be a single one where a layer chooses once: with gradients other than"
-                ' "both", with memory, with score_decay, with telemetry and with axis="sample";'
-                f" got {self.score!r}"
-            )
-
     def _check_axis(self) -> None:
         if self.axis not in AXES:
             raise ValueError(f"axis must be one of {AXES}, got {self.axis!r}")
@@ -230,7 +198,6 @@ class SparsityConfig:
         for name, right, is_right in (
             ("block", "1", self.block == 1),
             ("memory", "0", not self.memory),
-            ("score_decay", "0", not self.score_decay),
             ("specialize", 'False or "auto"', self.specialize is not True),
             ("ranks", '"own"', self.ranks == "own"),
             ("rates", "all 0", not any(self.rates.values())),

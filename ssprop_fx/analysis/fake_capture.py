@@ -22,8 +22,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ssprop_fx.compiler.dynamo_graph import mark_layers
 from ssprop_fx.compiler.inductor import compile_aot_eager
+from ssprop_fx.compiler.node_marks import mark_layers
 
 __all__ = ["capture_joint_graphs"]
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from ssprop_passes.sites.site import Site
 from torch import fx, nn
 
-from ssprop_fx.compiler.slots import find_slots, keep_count
+from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["Inspection", "inspect_sites"]
 
@@ -176,7 +177,7 @@ def inspect_sites(
         0.75
     """
     # They import the compiler, which takes seconds.
-    from ssprop_passes.transforms.sparse_backward import find_sites
+    from ssprop_passes.sites.find import find_sites
 
     from ssprop_fx.analysis.fake_capture import capture_joint_graphs
 

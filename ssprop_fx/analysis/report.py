@@ -8,7 +8,7 @@ from ssprop_passes.sites.site import Site
 from torch import nn
 
 if TYPE_CHECKING:
-    from ssprop_fx.runtime.variants import SparseVariant
+    from ssprop_fx.runtime.sparse_variant import SparseVariant
 
 __all__ = ["Report", "SiteReport", "report"]
 

@@ -110,7 +110,6 @@ def _add_sparsity(group: Any) -> None:
     _int(group, "block", "keep channels in blocks of N neighbours")
     _switch(group, "gate", "leave dense what is measured not to be faster sparse")
     _float(group, "memory", "share of what a step leaves out that is added in the next")
-    _float(group, "score_decay", "weight of earlier steps in the scores that choose")
     _text(group, "ranks", None, "whose samples choose for a process of several", choices=RANKS)
     _mapping(group, "rates", "drop rates of layers by name pattern, such as 'layer4.*=0.5'")
     _float(

@@ -3,6 +3,8 @@
 Private torch lives in what it calls, `dynamo_graph` and `compilers`, and in `ssprop_passes`.
 """
 
+import copy
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,22 +13,20 @@ from typing import Any, cast
 import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.fingerprint import sources_hash
+from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
-from ssprop_passes.transforms.batch_norm import BatchNormGradients
 from ssprop_passes.transforms.gate import Gate
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
-from ssprop_passes.transforms.two_step_sums import TwoStepSums
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
-from ssprop_fx.compiler.backward_state import Memory, MemoryInput, mark_memories
-from ssprop_fx.compiler.compiled_graph import SEVERAL_GRAPHS, Instances, SparseGraph
+from ssprop_fx.compiler.backward_state import Memory, MemoryInput
+from ssprop_fx.compiler.compiled_graph import SEVERAL_GRAPHS, CompiledGraph, Instances
 from ssprop_fx.compiler.dynamo_graph import (
     copy_graph,
     input_sizes,
     is_differentiable,
-    mark_layers,
     with_extra_inputs,
 )
 from ssprop_fx.compiler.inductor import (
@@ -35,16 +35,24 @@ from ssprop_fx.compiler.inductor import (
     compile_inductor,
     inductor_decompositions,
 )
-from ssprop_fx.compiler.sample_marks import find_batch_maybe, mark_samples
-from ssprop_fx.compiler.site_cache import CompiledGraph, load_record_maybe, record_key, save_record
+from ssprop_fx.compiler.node_marks import (
+    find_batch_input_maybe,
+    mark_layers,
+    mark_memories,
+    mark_samples,
+)
+from ssprop_fx.compiler.passes import build_passes
+from ssprop_fx.compiler.site_cache import GraphRecord, load_record_maybe, record_key, save_record
 from ssprop_fx.compiler.slots import SlotTable, find_slots
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.scheduling.scheduler import KeepCounts
+from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import empty_table
 
 __all__ = ["BACKENDS", "SparseBackend"]
 
 BACKENDS = ("inductor", "aot_eager")
+
+logger = logging.getLogger(__name__)
 
 
 class SparseBackend:
@@ -90,11 +98,7 @@ class SparseBackend:
         self.kind = kind
         self.options = options
         self.constants = constants
-        self.instances: list[Instances] = []
-        self.captured: set[str] = set()
-        self.error: SsPropCompileError | None = None
-        self.ranks: set[Ranks | None] = set()
-        keep_counts.telemetry.follow(self)
+        self._forget()
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +112,7 @@ class SparseBackend:
         return replace(self.config.selection, ranks=ranks)
 
     @property
-    def graphs(self) -> list[CompiledGraph]:
+    def graphs(self) -> list[GraphRecord]:
         """The graphs compiled so far, one for each group of layers that they were called for."""
         return [i.graph for instances in self.instances for i in instances.found.values()]
 
@@ -118,25 +122,20 @@ class SparseBackend:
         sparse = {site.name for graph in self.graphs for site in graph.sites if not site.reason}
         return [s.name for s in self.table.slots if s.name not in self.captured | sparse]
 
-    @property
-    def sparse_runs(self) -> int:
-        """How often a graph with a rewritten site was called."""
-        return sum(graph.runs for graph in self.graphs if graph.is_sparse)
-
     def specialized(self, constants: tuple[int, ...] | None) -> "SparseBackend":
         """Return a backend for the same model with these constants, which has compiled nothing."""
-        return SparseBackend(
-            self.model,
-            self.config,
-            self.table,
-            self.keep_counts,
-            self.memory,
-            self.kind,
-            self.options,
-            constants,
-        )
+        other = copy.copy(self)
+        other.constants = constants
+        other._forget()
+        return other
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
+    def _forget(self) -> None:
+        self.instances: list[Instances] = []
+        self.captured: set[str] = set()
+        self.error: SsPropCompileError | None = None
+        self.ranks: set[Ranks | None] = set()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
         """Compile one graph that Dynamo captured.
 
         Raises:
@@ -152,7 +151,7 @@ class SparseBackend:
             self.error = compile_error(error)
             raise self.error from self.error.__cause__
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
         if find_slots(self.model, self.config) != self.table:
             raise RuntimeError(
                 "the model's layers have changed since ssprop_compile: call it again, on the"
@@ -166,16 +165,17 @@ class SparseBackend:
                 " True (from torch 2.12 on) or leave the region out"
             )
         layers = mark_layers(gm, example_inputs, self.model)
-        fields = self.selection.remembers
-        memories = mark_memories(gm, self.table, fields) if fields else ()
-        device = _device(example_inputs) if self.config.telemetry else None
-        table = [] if device is None else [empty_table(len(self.table.slots), device)]
-        batch = self._batch_maybe(gm, example_inputs, layers)
-        extra = [*table, *(memory.zeros() for memory in memories)]
-        if self.constants is None:
-            extra.append(self.keep_counts.tensor)
-        gm = with_extra_inputs(gm, extra)
-        inputs = [*example_inputs, *extra]
+        memories = mark_memories(gm, self.table) if self.config.memory else []
+        table_device = _device(example_inputs) if self.config.telemetry else None
+        slot_count = len(self.table.slots)
+        batch_input = self._batch_input_maybe(gm, example_inputs, layers)
+        state = StateInputs(
+            table=None if table_device is None else empty_table(slot_count, table_device),
+            memories=tuple(memory.zeros() for memory in memories),
+            keep_counts=self.keep_counts.tensor if self.constants is None else None,
+        )
+        gm = with_extra_inputs(gm, state.pack())
+        inputs = [*example_inputs, *state.pack()]
         gate = self._gate()
         identity = (
             sources_hash(),
@@ -186,31 +186,40 @@ class SparseBackend:
             gate and gate.identity(),
             self.constants,
             self.config.telemetry,
-            batch,
+            batch_input,
         )
         key = record_key(gm, inputs, repr(identity))
 
-        compiled, sparse_pass = self._compile_with_pass(
-            gm, inputs, layers, memories, batch, self.options
-        )
+        def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
+            batch_size = None if batch_input is None else input_sizes(gm, batch_input)[0]
+            sparse_pass = self._sparse_pass(layers, memories, batch_size)
+            user_hook = options.get(
+                "joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass
+            )
+            passes = build_passes(sparse_pass, self.kind, user_hook)
+            # Both compilers take ownership of the graph, and it may be needed a second time.
+            compile_with = compile_inductor if self.kind == "inductor" else compile_aot_eager
+            return compile_with(copy_graph(gm), inputs, passes, options), sparse_pass
+
+        compiled, sparse_pass = compile_graph(self.options)
         known = None
         if not sparse_pass.ran and is_differentiable(inputs):
             # A hit in Inductor's compile cache, or an inference graph.
             known = load_record_maybe(key)
             if known is None:
                 # The cache was brought from elsewhere, without its records.
-                options = {**self.options, "force_disable_caches": True}
-                compiled, sparse_pass = self._compile_with_pass(
-                    gm, inputs, layers, memories, batch, options
+                compiled, sparse_pass = compile_graph(
+                    {**self.options, "force_disable_caches": True}
                 )
-        graph = known or CompiledGraph(sparse_pass.sites, sparse_pass.total_flops)
+        graph = known or GraphRecord(sparse_pass.sites, sparse_pass.total_flops)
         if known is None and self.kind == "inductor":
             save_record(key, graph)
+        logger.info("graph compiled%s: %s", " before, found in the cache" if known else "", graph)
         self.captured.update(layers)
         instances = Instances(self.model, self.table, graph, example_inputs)
-        return self._register(compiled, instances, memories, device, batch)
+        return self._register(compiled, instances, memories, table_device, batch_input)
 
-    def _batch_maybe(
+    def _batch_input_maybe(
         self, gm: fx.GraphModule, inputs: Sequence[Any], layers: tuple[str, ...]
     ) -> int | None:
         """Return the position of the input that has the batch, None where channels are chosen."""
@@ -220,17 +229,17 @@ class SparseBackend:
         now, before = sparse & set(layers), sparse & self.captured
         if now and before and now.isdisjoint(before):
             raise RuntimeError(SEVERAL_GRAPHS)
-        position = find_batch_maybe(gm, inputs, self.model)
+        position = find_batch_input_maybe(gm, inputs, self.model)
         if position is not None:
             mark_samples(gm, input_sizes(gm, position)[0])
             self.keep_counts.follow_batch(int(inputs[position].shape[0]))
         return position
 
-    def adopt(self, graph: SparseGraph) -> SparseGraph:
+    def adopt(self, graph: CompiledGraph) -> CompiledGraph:
         """Return a graph that was compiled for another model, to run for this one."""
         instances = graph.instances.of_model(self.model, self.table)
         return self._register(
-            graph.compiled, instances, graph.memories, graph.telemetry, graph.batch
+            graph.compiled, instances, graph.memories, graph.table_device, graph.batch_input
         )
 
     def _register(
@@ -238,19 +247,19 @@ class SparseBackend:
         compiled: Callable[..., Any],
         instances: Instances,
         memories: Sequence[MemoryInput],
-        telemetry: torch.device | None,
-        batch: int | None,
-    ) -> SparseGraph:
+        table_device: torch.device | None,
+        batch_input: int | None,
+    ) -> CompiledGraph:
         self.instances.append(instances)
-        return SparseGraph(
+        return CompiledGraph(
             compiled,
             instances,
             self.keep_counts,
             memories,
             self.memory,
             self.constants,
-            telemetry,
-            batch,
+            table_device,
+            batch_input,
         )
 
     def _gate(self) -> Gate | None:
@@ -259,39 +268,22 @@ class SparseBackend:
             return None
         return Gate(dict(enumerate(self.keep_counts.smallest)))
 
-    def _compile_with_pass(
-        self,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        layers: tuple[str, ...],
-        memories: Sequence[MemoryInput],
-        batch: int | None,
-        options: dict[str, Any],
-    ) -> tuple[Callable[..., Any], SparseBackwardPass]:
-        is_inductor = self.kind == "inductor"
-        hook = torch._inductor.config.joint_custom_pre_pass
-        sparse_pass = SparseBackwardPass(
+    def _sparse_pass(
+        self, layers: tuple[str, ...], memories: Sequence[MemoryInput], batch_size: int | None
+    ) -> SparseBackwardPass:
+        return SparseBackwardPass(
             slots={slot.name: slot for slot in self.table.slots},
             excluded=self.table.excluded,
             layers=layers,
             slot_count=len(self.table.slots),
-            decompositions=inductor_decompositions if is_inductor else dict,
+            decompositions=inductor_decompositions if self.kind == "inductor" else dict,
             selection=self.selection,
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             telemetry=self.config.telemetry,
-            batch=None if batch is None else input_sizes(gm, batch)[0],
-            previous=options.get("joint_custom_pre_pass", hook) if is_inductor else None,
             constants=self.constants,
+            batch_size=batch_size,
         )
-        # Both compilers take ownership of the graph, and it may be needed a second time.
-        gm = copy_graph(gm)
-        if not is_inductor:
-            return compile_aot_eager(gm, inputs, sparse_pass, options), sparse_pass
-        gradients = BatchNormGradients(sparse_pass, inductor_decompositions)
-        # After them, so that sums which they replace are still found.
-        passes = TwoStepSums(previous=gradients)
-        return compile_inductor(gm, inputs, passes, options), sparse_pass
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

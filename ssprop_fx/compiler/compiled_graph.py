@@ -15,17 +15,19 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.sites.site import Site
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
-from ssprop_fx.compiler.site_cache import CompiledGraph
+from ssprop_fx.compiler.node_marks import weight_owners
+from ssprop_fx.compiler.site_cache import GraphRecord
 from ssprop_fx.compiler.slots import SlotTable
-from ssprop_fx.scheduling.scheduler import KeepCounts
+from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import empty_table
 
-__all__ = ["SEVERAL_GRAPHS", "Instance", "Instances", "SparseGraph", "weight_owners"]
+__all__ = ["SEVERAL_GRAPHS", "CompiledGraph", "Instance", "Instances"]
 
 
 SEVERAL_GRAPHS = (
@@ -49,7 +51,7 @@ class Instance:
 
     Attributes:
         is_own: whether they are the layers that the graph was compiled for.
-        table: what the backward tells of its sites, a row a slot of the model that the graph was
+        table: what the backward reports of its sites, a row a slot of the model that the graph was
             compiled for; None before the first call, and without telemetry.
         rows: the row of each layer that the graph is called for, by name.
         last_run: number of the last call, among all calls of all instances.
@@ -59,7 +61,7 @@ class Instance:
 
     def __init__(
         self,
-        graph: CompiledGraph,
+        graph: GraphRecord,
         slots: Mapping[int, int] | None,
         slot_count: int,
         names: Mapping[str, str],
@@ -79,6 +81,16 @@ class Instance:
         }
         self.table: Tensor | None = None
         self.last_run = 0
+
+    @property
+    def sparse_flops(self) -> tuple[tuple[str, int], ...]:
+        """Layer and FLOPs, at full size, of the sparse gradients of each site."""
+        return tuple((site.name, site.sparse_flops) for site in self.graph.sites)
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of all backward convolutions and matrix products of the graph, were they dense."""
+        return self.graph.total_flops
 
     def count_run(self) -> None:
         """Note a call."""
@@ -105,13 +117,15 @@ class Instance:
         return seen
 
     def agrees(self, keep_counts: Tensor, constants: Tensor) -> bool:
-        """Say whether constants are the keep counts of the slots that the graph reads.
+        """Say whether constants are the keep counts that the graph is to see for these layers.
+
+        Always for the layers that the graph was compiled for.
 
         Args:
             keep_counts: as the graph is to see them, int64 [slots].
             constants: what it was compiled with, int64 [slots].
         """
-        return torch.equal(keep_counts[self._read], constants[self._read])
+        return self.is_own or torch.equal(keep_counts[self._read], constants[self._read])
 
 
 class Instances:
@@ -130,7 +144,7 @@ class Instances:
     _owners: dict[int, str]
 
     def __init__(
-        self, model: nn.Module, table: SlotTable, graph: CompiledGraph, inputs: Sequence[Any]
+        self, model: nn.Module, table: SlotTable, graph: GraphRecord, inputs: Sequence[Any]
     ) -> None:
         self._set_model(model, table)
         self._slot_count = len(table.slots)
@@ -176,9 +190,7 @@ class Instances:
             for own, site in zip(self._graph.sites, sites, strict=True)
             if not own.reason
         }
-        return Instance(
-            CompiledGraph(sites, self._graph.total_flops), slots, self._slot_count, names
-        )
+        return Instance(GraphRecord(sites, self._graph.total_flops), slots, self._slot_count, names)
 
     def _rename(self, site: Site, names: Mapping[str, str]) -> Site:
         name = names.get(site.name, site.name)
@@ -192,20 +204,19 @@ class Instances:
         return replace(site, name=name, slot=self._slots[name].index)
 
 
-class SparseGraph:
-    """A compiled graph of the sparse variant, called with the keep counts of one model.
+class CompiledGraph:
+    """A compiled graph of the sparse variant, called with the state of one model.
 
     Args:
-        compiled: takes the graph's inputs, and after them memories and, unless they are constants,
-            keep counts as the graph is to see them.
+        compiled: takes the graph's own inputs, then its state inputs (`StateInputs`).
         instances: those of the graph for the model.
         keep_counts: the model's part of the runtime sparsity tensor, read at every call.
         memories: the memories that the graph takes.
         memory: those of the model.
         constants: the keep count of each slot that was compiled in, None where they are read.
-        telemetry: the device of the graph's table, None without telemetry.
-        batch: position of the input whose leading dimension is the batch, None where channels are
-            chosen.
+        table_device: the device of the graph's telemetry table, None without telemetry.
+        batch_input: position of the input whose leading dimension is the batch, None where channels
+            are chosen.
     """
 
     def __init__(
@@ -216,8 +227,8 @@ class SparseGraph:
         memories: Sequence[MemoryInput],
         memory: Memory,
         constants: tuple[int, ...] | None = None,
-        telemetry: torch.device | None = None,
-        batch: int | None = None,
+        table_device: torch.device | None = None,
+        batch_input: int | None = None,
     ) -> None:
         self.compiled = compiled
         self.instances = instances
@@ -225,8 +236,8 @@ class SparseGraph:
         self.memories = memories
         self.memory = memory
         self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
-        self.telemetry = telemetry
-        self.batch = batch
+        self.table_device = table_device
+        self.batch_input = batch_input
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph for the layers whose weights are among its inputs.
@@ -236,32 +247,24 @@ class SparseGraph:
                 or samples are chosen, and the graph has been called for other layers.
         """
         instance = self.instances.find(args)
-        if self.batch is not None:
+        if self.batch_input is not None:
             if len(self.instances.found) > 1:
                 raise SsPropCompileError(SEVERAL_GRAPHS)
-            self.keep_counts.follow_batch(int(args[self.batch].shape[0]))
+            self.keep_counts.follow_batch(int(args[self.batch_input].shape[0]))
         instance.count_run()
-        names = instance.names
-        state = [self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories]
-        if self.telemetry is not None:
-            state.insert(0, instance.find_table(self.telemetry))
+        self.keep_counts.telemetry.register(instance)
         keep_counts = instance.keep_counts(self.keep_counts.tensor)
-        if self.constants is None:
-            return self.compiled(*args, *state, keep_counts)
-        if not instance.is_own and not instance.agrees(keep_counts, self.constants):
+        if self.constants is not None and not instance.agrees(keep_counts, self.constants):
             layers = ", ".join(repr(site.name) for site in instance.graph.sites)
             raise SsPropCompileError(
                 f"a graph with constant keep counts serves several layers, and those of {layers}"
                 " differ from those that it was compiled with; use"
                 " SparsityConfig(specialize=False), or fullgraph=True, which allows no graph break"
             )
-        return self.compiled(*args, *state)
-
-
-def weight_owners(model: nn.Module) -> dict[int, str]:
-    """Return the name of the first module that owns each parameter called `weight`, by its id."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(weight), name)
-    return owners
+        names = instance.names
+        state = StateInputs(
+            table=None if self.table_device is None else instance.find_table(self.table_device),
+            memories=tuple(self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories),
+            keep_counts=keep_counts if self.constants is None else None,
+        )
+        return self.compiled(*args, *state.pack())

@@ -1,4 +1,4 @@
-"""Dynamo's graphs: names of layers on their nodes, further inputs, copies.
+"""Dynamo's graphs: further inputs, copies, sizes of inputs.
 
 Private torch: the attributes and metadata that Dynamo leaves for AOTAutograd, the fake mode of the
 compile.
@@ -8,59 +8,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from ssprop_passes.sites.site import SITE_KEY
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
-from ssprop_fx.compiler.compiled_graph import weight_owners
-
-__all__ = ["copy_graph", "input_sizes", "is_differentiable", "mark_layers", "with_extra_inputs"]
-
-
-def mark_layers(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
-) -> tuple[str, ...]:
-    """Write into each node's metadata the name of the layer that it belongs to.
-
-    AOTAutograd copies `meta["custom"]` to the backward nodes. A node that takes a layer's weight
-    belongs to that layer, any other node to the innermost module whose forward it stems from.
-    Both are found by the identity of an object: the paths in Dynamo's metadata start at whatever
-    frame is being compiled, and after a graph break that is not the model.
-
-    Args:
-        gm: the graph that Dynamo captured; subgraphs are marked as well.
-        example_inputs: its inputs.
-        model: the model.
-
-    Returns:
-        The names, in order of the marked nodes.
-    """
-    modules = {id(module): name for name, module in model.named_modules()}
-    owners = weight_owners(model)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    weights = {
-        node: owners[id(value)]
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if id(value) in owners
-    }
-    layers: list[str] = []
-    for graph_module in gm.modules():
-        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
-            if node.op not in ("call_function", "call_method"):
-                continue
-            owned = [weights[operand] for operand in node.all_input_nodes if operand in weights]
-            name = owned[0] if len(owned) == 1 else _innermost_module_maybe(node, modules)
-            if name is not None:
-                node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
-                layers.append(name)
-    return tuple(layers)
-
-
-def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
-    """Return the name of the innermost module whose forward a node stems from."""
-    # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
-    stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
-    return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
+__all__ = ["copy_graph", "input_sizes", "is_differentiable", "with_extra_inputs"]
 
 
 def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
@@ -68,7 +19,7 @@ def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.Graph
 
     Args:
         gm: the graph.
-        tensors: what they stand for: table, memories, and the runtime sparsity tensor at the end.
+        tensors: what they stand for, as `StateInputs.pack` returns it.
     """
     gm = copy_graph(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.graph_pass import PassList
 from ssprop_passes.kernels.cpp_loader import start_compiling
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
@@ -31,7 +31,7 @@ def compile_error(error: Exception) -> SsPropCompileError:
 def compile_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    passes: GraphPass,
+    passes: PassList,
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     """Compile a graph with Inductor, the passes in its joint-graph hook."""
@@ -59,13 +59,13 @@ def compile_inductor(
 def compile_aot_eager(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    sparse_pass: Callable[[fx.Graph], None],
+    passes: Callable[[fx.Graph], None],
     options: dict[str, Any],
 ) -> Callable[..., Any]:
     """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""
 
     def joint_pass(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
-        sparse_pass(joint.graph)
+        passes(joint.graph)
         joint.recompile()
         return joint
 

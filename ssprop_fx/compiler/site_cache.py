@@ -18,11 +18,11 @@ from ssprop_passes.sites.site import Site, Times
 from torch import fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["CompiledGraph", "load_record_maybe", "record_key", "save_record"]
+__all__ = ["GraphRecord", "load_record_maybe", "record_key", "save_record"]
 
 
-class CompiledGraph:
-    """One compiled graph of the sparse variant, and what the pass did to it.
+class GraphRecord:
+    """What the pass did to one compiled graph of the sparse variant.
 
     Attributes:
         sites: every convolution backward of the graph.
@@ -35,6 +35,11 @@ class CompiledGraph:
         self.sites = tuple(sites)
         self.total_flops = total_flops
         self.runs = 0
+
+    def __str__(self) -> str:
+        """Such as `20 sites sparse, 1 dense`."""
+        dense = sum(bool(site.reason) for site in self.sites)
+        return f"{len(self.sites) - dense} sites sparse, {dense} dense"
 
     @property
     def is_sparse(self) -> bool:
@@ -60,7 +65,7 @@ def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
     return hashlib.sha256(repr((code, shapes, identity)).encode()).hexdigest()
 
 
-def save_record(key: str, graph: CompiledGraph) -> None:
+def save_record(key: str, graph: GraphRecord) -> None:
     """Write a graph's record to the disk, whole or not at all."""
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,12 +75,12 @@ def save_record(key: str, graph: CompiledGraph) -> None:
     os.replace(file.name, path)
 
 
-def load_record_maybe(key: str) -> CompiledGraph | None:
+def load_record_maybe(key: str) -> GraphRecord | None:
     """Return the graph's record, None if there is none that can be read."""
     try:
         content = json.loads(_path(key).read_text())
         sites = [_site(**site) for site in content["sites"]]
-        return CompiledGraph(sites, content["total_flops"])
+        return GraphRecord(sites, content["total_flops"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

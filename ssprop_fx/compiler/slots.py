@@ -5,23 +5,19 @@ skips every graph pass, graph breaks cut a model into several graphs, and all of
 tensor.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from ssprop_passes.sites.site import MIN_KEEP_COUNT, Slot
+from ssprop_passes.sites.site import Slot
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ssprop_fx.config import SparsityConfig
 
-__all__ = ["SlotTable", "find_slots", "keep_count"]
-
-# From here on rounding to a multiple of 16 is at most a 32nd of the channels off.
-_MANY_CHANNELS = 256
+__all__ = ["SlotTable", "find_slots"]
 
 
 @dataclass(frozen=True)
@@ -151,47 +147,3 @@ def _classifier_modules(model: nn.Module) -> set[nn.Module]:
     classifier = get_classifier() if callable(get_classifier) else None
     heads = classifier if isinstance(classifier, (list, tuple)) else [classifier]
     return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
-
-
-def keep_count(
-    channels: int,
-    drop_rate: float,
-    multiple: int | Literal["auto"] = 1,
-    groups: int = 1,
-    block: int = 1,
-) -> int:
-    """Return how many channels of each group a backward keeps at `drop_rate`.
-
-    Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
-    arXiv 2408.12561), in each group. With others, or blocks, the kept channels of all groups
-    together are the nearest multiple, at least one of each group. On torch releases below 2.15 the
-    smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
-
-    Args:
-        channels: output channels of the layer.
-        drop_rate: fraction in [0, 1) left out.
-        multiple: channels are kept in multiples of this; `"auto"` stands for 8, and for 16 in
-            layers of 256 channels or more.
-        groups: number of groups that channels are selected in.
-        block: channels of a group are kept in multiples of this as well, which they must be one of.
-
-    Returns:
-        The keep count, in [1, channels / groups].
-
-    Example:
-        >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
-        (12, 16, 16)
-        >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)
-        (3, 4)
-        >>> keep_count(64, 0.8, block=4), keep_count(64, 0.8, multiple=16, groups=2, block=3)
-        (12, 24)
-        >>> keep_count(128, 0.8, multiple="auto"), keep_count(512, 0.8, multiple="auto")
-        (24, 96)
-    """
-    if multiple == "auto":
-        multiple = 8 if channels < _MANY_CHANNELS else 16
-    channels_of_group = channels // groups
-    step = math.lcm(multiple // math.gcd(multiple, groups), block)
-    kept = (1 - drop_rate) * channels_of_group
-    rounded = int(kept) if multiple == block == 1 else math.floor(kept / step + 0.5) * step
-    return min(max(rounded, step, MIN_KEEP_COUNT * block), channels_of_group)

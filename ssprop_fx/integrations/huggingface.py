@@ -24,7 +24,7 @@ class SsPropCallback(TrainerCallback):  # type: ignore[misc]
 
     Compile the model in place: Trainer then sees the model itself, and the names in its
     checkpoints stay as they are, so that `from_pretrained` loads them. What
-    `SparsityConfig(memory=..., score_decay=...)` keeps is not saved here.
+    `SparsityConfig(memory=...)` keeps is not saved here.
 
     Args:
         scheduler: the scheduler that the model was compiled with.

@@ -25,7 +25,7 @@ class SsPropCallback(Callback):  # type: ignore[misc]
     is in Lightning's checkpoints, so `fit(ckpt_path=...)` continues the schedule.
 
     Compile the network inside of the LightningModule, in place, so that the names in its
-    checkpoints stay as they are. What `SparsityConfig(memory=..., score_decay=...)` keeps is not
+    checkpoints stay as they are. What `SparsityConfig(memory=...)` keeps is not
     saved here.
 
     Args:

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.named_backend.options import Settings
+from ssprop_fx.runtime.sparse_variant import SparseVariant
 from ssprop_fx.runtime.tripwire import Problem
-from ssprop_fx.runtime.variants import SparseVariant
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = [
@@ -84,9 +84,9 @@ class SteppedVariant(SparseVariant):
             return
         self._leader = weakref.ref(optimizer)
         if self.is_due():
-            self.check_effect(stacklevel=5)
+            self.check_step(stacklevel=5)
         self._forwards.clear()
-        self.effect.start()
+        self.tripwire.start()
         self.scheduler.step()
 
 

@@ -30,7 +30,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 
-from ssprop_fx.compiler.compiled_graph import SparseGraph
+from ssprop_fx.compiler.compiled_graph import CompiledGraph
 from ssprop_fx.compiler.dynamo_graph import copy_graph, is_differentiable
 from ssprop_fx.compiler.inductor import compile_error
 from ssprop_fx.named_backend.autostep import (
@@ -58,7 +58,7 @@ class PhasedGraph:
     def __init__(
         self,
         dense: Callable[..., Any],
-        sparse: SparseGraph,
+        sparse: CompiledGraph,
         variant: SteppedVariant,
         read: Callable[[], Settings],
     ) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from ssprop_fx.compiler.slots import SlotTable
-from ssprop_fx.scheduling.scheduler import KeepCounts
+from ssprop_fx.scheduling.keep_counts import KeepCounts
 
 __all__ = ["AUTO_LEVELS", "MAX_LEVELS", "constant_levels"]
 

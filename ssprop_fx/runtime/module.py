@@ -8,7 +8,8 @@ from torch import nn
 from ssprop_fx.compiler.backward_state import Memory
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.variants import Variants
-from ssprop_fx.scheduling.scheduler import KeepCounts, SparsityScheduler
+from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["SsPropModule"]
 

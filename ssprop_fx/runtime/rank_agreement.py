@@ -1,4 +1,4 @@
-"""Agreement: ranks that share a selection must be about to take the same step.
+"""RankAgreement: ranks that share a selection must be about to take the same step.
 
 Otherwise one of them would wait for another in a collective that the other never calls, or worse,
 take part in a different one.
@@ -12,12 +12,13 @@ from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from torch import distributed
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ssprop_fx.scheduling.scheduler import KeepCounts, SparsityScheduler
+from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
-__all__ = ["Agreement"]
+__all__ = ["RankAgreement"]
 
 
-class Agreement:
+class RankAgreement:
     """Compares the keep counts of all ranks at every training forward.
 
     That is one all-reduce of six numbers. Only a rank whose keep counts have changed waits for its

@@ -1,15 +1,14 @@
-"""Effect: whether a sparse step that has just run was sparse in every layer, and what else it was.
+"""Tripwire: judges whether the sparse step that has just run was sparse in every layer.
 
-The tripwire behind the promise that nothing trains dense in silence: Dynamo runs eagerly, and so
-dense, whatever it does not compile, and tells nobody.
+Dynamo runs whatever it does not compile eagerly, and so dense, and says nothing. The tripwire does.
 """
 
 from dataclasses import dataclass
 
 from ssprop_fx.compiler.backend import SparseBackend
-from ssprop_fx.compiler.site_cache import CompiledGraph
+from ssprop_fx.compiler.site_cache import GraphRecord
 
-__all__ = ["Effect", "Problem", "why_no_layer"]
+__all__ = ["Problem", "Tripwire", "why_no_layer"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Problem:
     message: str
 
 
-class Effect:
+class Tripwire:
     """Judges the steps of a model by the graphs that ran in them.
 
     Args:
@@ -53,7 +52,7 @@ class Effect:
 
 
 def _judge(
-    backend: SparseBackend, graphs: list[CompiledGraph], ran: list[CompiledGraph]
+    backend: SparseBackend, graphs: list[GraphRecord], ran: list[GraphRecord]
 ) -> Problem | None:
     if not any(graph.is_sparse for graph in ran):
         return _why_dense(graphs)
@@ -78,7 +77,7 @@ def _judge(
     return None
 
 
-def _why_dense(graphs: list[CompiledGraph]) -> Problem:
+def _why_dense(graphs: list[GraphRecord]) -> Problem:
     sites = [site for graph in graphs for site in graph.sites]
     if not graphs or any(not site.reason for site in sites):
         message = (

@@ -1,19 +1,17 @@
-"""Control: the state of a controller, for one model."""
+"""ControllerState: what a controller has seen of one model, and what it decided."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssprop_fx.scheduling.controllers import LAG, Controller, Seen
+from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import SiteTelemetry, Snapshot
 
-if TYPE_CHECKING:
-    from ssprop_fx.scheduling.scheduler import KeepCounts
-
-__all__ = ["Control"]
+__all__ = ["ControllerState"]
 
 
-class Control:
+class ControllerState:
     """What a controller was told last of a model, and what it decided.
 
     The telemetry of a step is sent for after it and read `LAG` sparse steps later, always: what is
@@ -27,7 +25,7 @@ class Control:
         rates: drop rate of each layer that it has decided on, by name.
     """
 
-    def __init__(self, controller: Controller, counts: "KeepCounts") -> None:
+    def __init__(self, controller: Controller, counts: KeepCounts) -> None:
         self.controller = controller
         self.rates: dict[str, float] = {}
         self._counts = counts

@@ -5,111 +5,12 @@ from typing import Any, Literal
 
 import torch
 
-from ssprop_fx.compiler.slots import keep_count
-from ssprop_fx.scheduling.controller_state import Control
+from ssprop_fx.scheduling.controller_state import ControllerState
 from ssprop_fx.scheduling.controllers import Controller
-from ssprop_fx.scheduling.telemetry import SiteTelemetry, Telemetry
+from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
-__all__ = ["KeepCounts", "SparsityScheduler"]
-
-
-class KeepCounts:
-    """One model's part of a scheduler's runtime sparsity tensor.
-
-    Made by `SparsityScheduler.register`.
-
-    Attributes:
-        channels: output channels of each of the model's slots; where samples are chosen, those
-            of the batch, and 1 before the first sparse step.
-        groups: number of groups that each selects them in.
-        rates: drop rate of each where it has one of its own, else None.
-        block: keep counts are multiples of this.
-        multiple: keep counts are rounded to multiples of this; see `keep_count`.
-        names: name of the layer of each slot.
-        telemetry: what the model's sparse backwards tell.
-        control: what the scheduler's controller makes of that, None without one.
-    """
-
-    def __init__(
-        self,
-        scheduler: "SparsityScheduler",
-        start: int,
-        channels: Sequence[int],
-        multiple: int | Literal["auto"],
-        groups: Sequence[int],
-        rates: Sequence[float | None],
-        block: int,
-        names: Sequence[str],
-    ) -> None:
-        self._scheduler = scheduler
-        self._start = start
-        self.channels = tuple(channels)
-        self.multiple = multiple
-        self.groups = tuple(groups)
-        self.rates = tuple(rates)
-        self.block = block
-        self.names = tuple(names)
-        self.telemetry = Telemetry()
-        controller = scheduler.controller
-        self.control = None if controller is None else Control(controller, self)
-
-    def follow_batch(self, size: int) -> None:
-        """Count samples of a batch of this size, in every slot, in place of channels."""
-        if any(channels != size for channels in self.channels):
-            self.channels = (size,) * len(self.channels)
-            self._scheduler.refresh()
-
-    def at(self, drop_rate: float) -> list[int]:
-        """Return the keep count of each slot at a drop rate of the schedule, none controlled."""
-        return [
-            self._keep_count(slot, drop_rate if rate is None or drop_rate == 0 else rate)
-            for slot, rate in enumerate(self.rates)
-        ]
-
-    def in_force(self) -> list[int]:
-        """Return the keep count of each slot at the step in force."""
-        counts = self.at(self._scheduler.drop_rate)
-        if self.control is not None and self._scheduler.drop_rate > 0:
-            for slot, name in enumerate(self.names):
-                if name in self.control.rates:
-                    counts[slot] = self._keep_count(slot, self.control.rates[name])
-        return counts
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of each layer's channels that is kept now, by name."""
-        kept = zip(self.names, self.tensor.tolist(), self.groups, self.channels, strict=True)
-        return {name: count * groups / channels for name, count, groups, channels in kept}
-
-    def rounding(self, name: str) -> Callable[[float], float]:
-        """Return a function from a drop rate to the share of a layer's channels kept at it."""
-        slot = self.names.index(name)
-        whole = self.channels[slot] // self.groups[slot]
-        return lambda drop_rate: self._keep_count(slot, drop_rate) / whole
-
-    @property
-    def adjustable(self) -> list[str]:
-        """Names of the layers whose drop rate is not their own."""
-        return [n for n, rate in zip(self.names, self.rates, strict=True) if rate is None]
-
-    def _keep_count(self, slot: int, drop_rate: float) -> int:
-        channels, groups = self.channels[slot], self.groups[slot]
-        return keep_count(channels, drop_rate, self.multiple, groups, self.block)
-
-    @property
-    def smallest(self) -> list[int]:
-        """The keep count of each slot at the schedule's highest drop rate."""
-        return self.at(self._scheduler.highest_drop_rate)
-
-    @property
-    def levels(self) -> frozenset[tuple[int, ...]] | None:
-        """The keep counts of each slot at each drop rate of the schedule, None if too many."""
-        rates = self._scheduler.levels
-        return None if rates is None else frozenset(tuple(self.at(rate)) for rate in rates)
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The live keep counts: int64, CPU, shape [slots of the model]."""
-        return self._scheduler.keep_counts[self._start : self._start + len(self.channels)]
+__all__ = ["SparsityScheduler"]
 
 
 class SparsityScheduler:
@@ -152,7 +53,7 @@ class SparsityScheduler:
         self.controller = controller
         self._loaded: list[dict[str, Any]] = []
         self._keep_counts = torch.zeros(0, dtype=torch.int64)
-        self._registered: list[KeepCounts] = []
+        self._models: list[tuple[KeepCounts, ControllerState | None]] = []
         self._set_step(0)
 
     @property
@@ -187,10 +88,10 @@ class SparsityScheduler:
 
     def step(self) -> None:
         """Advance by one step."""
-        for counts in self._registered:
+        for counts, control in self._models:
             counts.telemetry.poll()
-            if counts.control is not None:
-                counts.control.end_step()
+            if control is not None:
+                control.end_step()
         self._set_step(self._last_step + 1)
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
@@ -214,7 +115,7 @@ class SparsityScheduler:
         """
         return {
             name: site
-            for counts in self._registered
+            for counts, _ in self._models
             for name, site in counts.telemetry.latest().items()
         }
 
@@ -222,7 +123,7 @@ class SparsityScheduler:
         """Return the state as plain values; schedule and controller themselves are not in it."""
         state: dict[str, Any] = {"last_step": self._last_step}
         if self.controller is not None:
-            state["control"] = [c.control.state_dict() for c in self._registered if c.control]
+            state["control"] = [c.state_dict() for _, c in self._models if c is not None]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,8 +143,8 @@ class SparsityScheduler:
             )
         # Models that are compiled later find theirs when they are.
         self._loaded = list(state_dict.get("control", ()))
-        for number, counts in enumerate(self._registered):
-            self._load_control(number, counts)
+        for number, (_, control) in enumerate(self._models):
+            self._load_control(number, control)
         self._set_step(last_step)
 
     def register(
@@ -274,19 +175,24 @@ class SparsityScheduler:
         groups, rates = groups or [1] * len(channels), rates or [None] * len(channels)
         names = names or [str(number) for number in range(len(channels))]
         counts = KeepCounts(self, start, channels, multiple, groups, rates, block, names)
-        self._load_control(len(self._registered), counts)
-        self._registered.append(counts)
+        control = None if self.controller is None else ControllerState(self.controller, counts)
+        self._load_control(len(self._models), control)
+        self._models.append((counts, control))
         self.refresh()
         return counts
 
     def refresh(self) -> None:
         """Write the keep counts of the drop rate in force into the runtime sparsity tensor."""
-        values = [k for counts in self._registered for k in counts.in_force()]
+        values = [
+            k
+            for counts, control in self._models
+            for k in counts.at(self._drop_rate, None if control is None else control.rates)
+        ]
         self._keep_counts.copy_(torch.tensor(values, dtype=torch.int64))
 
-    def _load_control(self, number: int, counts: KeepCounts) -> None:
-        if counts.control is not None and number < len(self._loaded):
-            counts.control.load_state_dict(self._loaded[number])
+    def _load_control(self, number: int, control: ControllerState | None) -> None:
+        if control is not None and number < len(self._loaded):
+            control.load_state_dict(self._loaded[number])
 
     def _set_step(self, step: int) -> None:
         rate = self.schedule(step)

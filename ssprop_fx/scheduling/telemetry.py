@@ -5,17 +5,40 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from ssprop_passes.selection.observe import FIELDS
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ssprop_fx.compiler.backend import SparseBackend
-    from ssprop_fx.compiler.compiled_graph import Instance
+__all__ = ["GraphCall", "SiteTelemetry", "Snapshot", "Telemetry", "empty_table"]
 
-__all__ = ["SiteTelemetry", "Snapshot", "Telemetry", "empty_table"]
+
+class GraphCall(Protocol):
+    """A compiled graph as called for one group of layers; it registers itself when it runs.
+
+    Attributes:
+        table: what its backward reports, float32 [slots, 3]; None without telemetry.
+        rows: the row of each layer, by name.
+        last_run: number of the last call, among all calls of all graphs.
+    """
+
+    @property
+    def table(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def rows(self) -> Mapping[str, int]: ...  # noqa: D102
+
+    @property
+    def last_run(self) -> int: ...  # noqa: D102
+
+    @property
+    def sparse_flops(self) -> tuple[tuple[str, int], ...]:
+        """Layer and FLOPs, at full size, of the sparse gradients of each site."""
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of all backward convolutions and matrix products, were they dense."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +104,13 @@ class Telemetry:
     """
 
     def __init__(self) -> None:
-        self._backends: weakref.WeakSet[SparseBackend] = weakref.WeakSet()
+        self._calls: weakref.WeakSet[GraphCall] = weakref.WeakSet()
         self._pending: Snapshot | None = None
         self._latest: dict[str, SiteTelemetry] = {}
 
-    def follow(self, backend: "SparseBackend") -> None:
-        """Read the tables of the graphs that a backend compiles, too."""
-        self._backends.add(backend)
+    def register(self, call: GraphCall) -> None:
+        """Read the table of a graph that runs, too, for as long as the graph lives."""
+        self._calls.add(call)
 
     def snapshot(self) -> Snapshot:
         """Begin to copy the values that the backwards started so far are going to leave."""
@@ -111,7 +134,7 @@ class Telemetry:
     @property
     def last_run(self) -> int:
         """Number of the last call of a sparse graph, among those of all models; 0 before."""
-        return max((instance.last_run for instance in self._instances()), default=0)
+        return max((call.last_run for call in self._calls), default=0)
 
     def flops(self) -> tuple[dict[str, int], int]:
         """Return the FLOPs of each layer's sparse gradients at full size, and of all the backward.
@@ -119,28 +142,21 @@ class Telemetry:
         The latter are those of the convolutions and matrix products, were they dense, of the graphs
         called last, for one batch.
         """
-        graphs = {tuple(s.name for s in i.graph.sites): i.graph for i in self._instances()}
+        # Of the graphs for one group of layers the last one that ran.
+        graphs = {tuple(name for name, _ in c.sparse_flops): c for c in self._in_order()}
         of_layers: Counter[str] = Counter()
-        for graph in graphs.values():
-            for site in graph.sites:
-                of_layers[site.name] += site.sparse_flops
+        for call in graphs.values():
+            for name, flops in call.sparse_flops:
+                of_layers[name] += flops
         of_layers = +of_layers
-        return dict(of_layers), sum(graph.total_flops for graph in graphs.values())
+        return dict(of_layers), sum(call.total_flops for call in graphs.values())
 
-    def _instances(self) -> "list[Instance]":
-        """Return what has run of each graph, a group of layers each, the last run last."""
-        found = [
-            instance
-            for backend in self._backends
-            for graph in backend.instances
-            for instance in graph.found.values()
-            if instance.last_run
-        ]
-        return sorted(found, key=lambda instance: instance.last_run)
+    def _in_order(self) -> list[GraphCall]:
+        """Return what has run, the last run last."""
+        return sorted(self._calls, key=lambda call: call.last_run)
 
     def _tables(self) -> list[tuple[Tensor, Mapping[str, int]]]:
-        instances = self._instances()
-        return [(i.table, i.rows) for i in instances if i.table is not None]
+        return [(call.table, call.rows) for call in self._in_order() if call.table is not None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What compiled graphs leave behind does not travel with a copy.

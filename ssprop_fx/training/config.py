@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "in [0, 1)",
         lambda value: 0 <= value < 1,
-        ("smoothing", "drop_path", "model_ema_decay", "memory", "score_decay"),
+        ("smoothing", "drop_path", "model_ema_decay", "memory"),
     ),
     (
         "in [0, 1]",
@@ -129,7 +129,6 @@ class TrainConfig:
     block: int = 1
     gate: bool = True
     memory: float = SparsityConfig.memory
-    score_decay: float = SparsityConfig.score_decay
     ranks: str = SparsityConfig.ranks
     rates: dict[str, float] | None = None
     depth_slope: float = 0.0

@@ -200,7 +200,6 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
         block=config.block,
         gate=config.gate,
         memory=config.memory,
-        score_decay=config.score_decay,
         ranks=config.ranks,  # type: ignore[arg-type]
         # A controller goes by it.
         telemetry=config.telemetry or config.has_controller,

@@ -9,7 +9,6 @@ import torch
 from oracle import gradients, oracle_gradients, relative_error
 from torch import Tensor, fx, nn
 
-from benchmarks.dense_kernels import DenseKernels
 from benchmarks.peers import TopKConv2d, is_swappable, swap_convs
 from ssprop_fx.compiler.inductor import compile_aot_eager
 
@@ -127,13 +126,12 @@ def test_a_dense_step_with_our_kernels_has_the_same_gradients() -> None:
     expected = gradients(model, x)
     targets: list[object] = []
 
-    class Record(DenseKernels):
-        def transform(self, graph: fx.Graph) -> None:
-            super().transform(graph)
-            targets.extend(node.target for node in graph.nodes)
+    def passes(graph: fx.Graph) -> None:
+        dense_kernels()(graph)
+        targets.extend(node.target for node in graph.nodes)
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Tensor]):
-        return compile_aot_eager(gm, inputs, Record(), {})
+        return compile_aot_eager(gm, inputs, passes, {})
 
     model.zero_grad()
     x.grad = None

@@ -47,7 +47,7 @@ def test_an_error_in_the_pass_reaches_the_user(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(sparse_backward, "find_keep_counts", fail)
+    monkeypatch.setattr(sparse_backward, "find_state_inputs", fail)
     with pytest.raises(SsPropCompileError) as caught:
         compiled_net(backend)(X)
     chain = [caught.value]
@@ -73,7 +73,7 @@ def test_suppressed_errors_are_raised_all_the_same(monkeypatch: pytest.MonkeyPat
     def fail(*args: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(sparse_backward, "find_keep_counts", fail)
+    monkeypatch.setattr(sparse_backward, "find_state_inputs", fail)
     model = compiled_net()
     with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(SsPropCompileError):
         model(X)
@@ -103,7 +103,7 @@ def test_a_compile_works_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) 
 
     model = compiled_net()
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_backward, "find_keep_counts", fail)
+        patch.setattr(sparse_backward, "find_state_inputs", fail)
         with pytest.raises(SsPropCompileError):
             model(X)
     model(X).sum().backward()

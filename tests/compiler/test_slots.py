@@ -7,8 +7,9 @@ from ssprop_passes.sites.site import MIN_KEEP_COUNT, Slot
 from torch import nn
 
 from ssprop_fx import SparsityConfig
-from ssprop_fx.compiler.slots import find_slots, keep_count
+from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import TARGETS
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 RATES = [0.0, 0.05, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999]
 

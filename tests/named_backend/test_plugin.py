@@ -202,7 +202,7 @@ def test_a_failure_in_the_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*args: object) -> None:
         raise NotImplementedError("boom")
 
-    monkeypatch.setattr("ssprop_passes.transforms.sparse_backward.find_keep_counts", fail)
+    monkeypatch.setattr("ssprop_passes.transforms.sparse_backward.find_state_inputs", fail)
     with pytest.raises(BackendCompilerFailed, match=r"SsPropCompileError: .*boom"):
         compiled(small_net(16), "constant:rate=0.5")(X)
 

@@ -14,7 +14,8 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
-from ssprop_fx.compiler.slots import find_slots, keep_count
+from ssprop_fx.compiler.slots import find_slots
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from oracle import SMALLEST
 
 from ssprop_fx import SparsityScheduler, bar, constant, linear
-from ssprop_fx.compiler.slots import keep_count
+from ssprop_fx.scheduling.keep_counts import keep_count
 
 
 class TestSteps:

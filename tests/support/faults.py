@@ -101,11 +101,11 @@ def boxed(gm: torch.fx.GraphModule) -> Any:
 PLACES = (
     Place(
         "the pass, under AOT eager",
-        replace("ssprop_passes.transforms.sparse_backward.find_keep_counts"),
+        replace("ssprop_passes.transforms.sparse_backward.find_state_inputs"),
     ),
     Place(
         "the pass, under Inductor",
-        replace("ssprop_passes.transforms.sparse_backward.find_keep_counts"),
+        replace("ssprop_passes.transforms.sparse_backward.find_state_inputs"),
         "inductor",
     ),
     Place(

@@ -9,10 +9,7 @@ from torch.func import functional_call
 
 
 class ReferenceLayer(nn.Module):
-    """A layer whose backward is that of arXiv 1905.10194, with memories of batch means.
-
-    Chosen from are averages of mean magnitudes, which decay by `decay` a backward.
-    """
+    """A layer whose backward is that of arXiv 1905.10194, with memories of batch means."""
 
     def __init__(
         self,
@@ -22,7 +19,6 @@ class ReferenceLayer(nn.Module):
         gradients: str = "both",
         block: int = 1,
         weight: float = 1.0,
-        decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -31,9 +27,7 @@ class ReferenceLayer(nn.Module):
         self.gradients = gradients
         self.block = block
         self.kept_weight = weight
-        self.decay = decay
         self.memories: dict[int, Tensor] = {}
-        self.averages: dict[int, Tensor] = {}
         self.call = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,8 +53,6 @@ class ReferenceLayer(nn.Module):
         # Without eta, of any shape.
         g = grad + self.eta * memory if self.eta else grad
         scores = g.transpose(0, 1).flatten(1).norm(dim=1)
-        before = self.averages.get(call, torch.zeros_like(scores))
-        self.averages[call] = scores = self.decay * before + (1 - self.decay) * scores
         factors = torch.zeros_like(scores)
         groups = selection_groups(self.layer)
         units = scores.view(groups, -1, self.block).sum(-1)
@@ -90,17 +82,14 @@ def reference(model: nn.Module, **options: object) -> nn.Module:
     return model
 
 
-def memories(model: nn.Module, fields: tuple[str, ...] = ("left_out",)) -> dict[str, Tensor]:
+def memories(model: nn.Module) -> dict[str, Tensor]:
     """Return what a reference model remembers, by the names that the package gives it."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ReferenceLayer)}
-    found: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        of_fields = {"left_out": ("", layer.memories), "scores": (":scores", layer.averages)}
-        for field in fields:
-            suffix, by_call = of_fields[field]
-            for call, tensor in by_call.items():
-                found[f"{name}{suffix}@{call}" if call else f"{name}{suffix}"] = tensor
-    return found
+    return {
+        f"{name}@{call}" if call else name: tensor
+        for name, layer in model.named_modules()
+        if isinstance(layer, ReferenceLayer)
+        for call, tensor in layer.memories.items()
+    }
 
 
 def loss(output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from ssprop_passes.graph.rewrite import INSERTED_KEY
-from ssprop_passes.transforms.batch_norm import BatchNormGradients
+from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,13 +22,13 @@ def trace(fn: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
 
 def rewrite(
     fn: Callable[..., Tensor], *inputs: Tensor
-) -> tuple[fx.GraphModule, BatchNormGradients]:
+) -> tuple[fx.GraphModule, BatchNormGradientPass]:
     """Trace a function, run the pass on it as if squares and gathers were the sparse backward's."""
     traced = trace(fn, *inputs)
     for node in traced.graph.nodes:
         if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
             node.meta[INSERTED_KEY] = True
-    found = BatchNormGradients(None, inductor_decompositions)
+    found = BatchNormGradientPass(None, inductor_decompositions)
     found.transform(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()

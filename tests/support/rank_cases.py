@@ -183,7 +183,7 @@ def disagreeing(rank, world):
 
 
 OPTIONS = {
-    "memory": {"memory": 0.5, "score_decay": 0.5, "block": 4},
+    "memory": {"memory": 0.5, "block": 4},
     "l2": {"score": "l2_weight"},
     "weight": {"gradients": "weight"},
     "inductor": {"backend": "inductor"},

@@ -65,8 +65,6 @@ VARIANTS = {
         *TWO_PHASES,
         "--memory",
         "0.9",
-        "--score-decay",
-        "0.8",
         "--schedule",
         "constant:rate=0.8",
     ],

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["is_pointwise", "pointwise_backward"]
+__all__ = ["conv1x1_backward", "is_conv1x1"]
 
 aten = torch.ops.aten
 
 
-def is_pointwise(
+def is_conv1x1(
     grad_output: Tensor, input: Tensor, weight: Tensor, padding: Sequence[int], groups: int
 ) -> bool:
-    """Say whether `pointwise_backward` takes these tensors, and is as fast as ATen.
+    """Say whether `conv1x1_backward` takes these tensors, and is as fast as ATen.
 
     Measured in float32 without AVX-512, and in bfloat16 where the processor computes in it.
     """
@@ -41,7 +41,7 @@ def _is_measured(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def pointwise_backward(
+def conv1x1_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,

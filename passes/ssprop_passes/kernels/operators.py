@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ssprop_passes.kernels import gather_norm_gradient as norm_gather
-from ssprop_passes.kernels.conv1x1 import is_pointwise, pointwise_backward
+from ssprop_passes.kernels.conv1x1 import conv1x1_backward, is_conv1x1
 from ssprop_passes.kernels.conv_grad_weight import conv_grad_weight, grad_weight_kernel_maybe
 
 __all__ = [
@@ -51,8 +51,8 @@ def _conv_backward(
     output_mask: list[bool],
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not transposed and is_pointwise(grad_output, input, weight, padding, groups):
-        found = pointwise_backward(grad_output, input, weight, stride, output_mask)
+    if not transposed and is_conv1x1(grad_output, input, weight, padding, groups):
+        found = conv1x1_backward(grad_output, input, weight, stride, output_mask)
     else:
         geometry = stride, padding, dilation, transposed, output_padding, groups
         found = _spatial_backward(grad_output, input, weight, *geometry, output_mask)

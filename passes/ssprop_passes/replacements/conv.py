@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ssprop_passes.kernels.operators import reduced_conv_backward
-from ssprop_passes.selection.error_feedback import NOTHING, Remembered
-from ssprop_passes.selection.policy import (
-    Selection,
+from ssprop_passes.replacements.gradients import Gradients
+from ssprop_passes.selection.gather_scatter import (
     add_channels,
     gather_channels,
     gather_weight,
@@ -25,8 +24,8 @@ from ssprop_passes.selection.policy import (
     scatter_rows,
     sum_channels,
 )
+from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples
-from ssprop_passes.sites.site import Gradients
 
 __all__ = ["ConvGeometry", "conv_backward_of_samples", "conv_gradients", "sparse_conv_backward"]
 
@@ -60,7 +59,7 @@ def sparse_conv_backward(
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
     selection: Selection = Selection(),
-    memory: Remembered = NOTHING,
+    memory: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of a convolution from the kept channels of `grad_output`.
 
@@ -76,7 +75,7 @@ def sparse_conv_backward(
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which channels are kept; those with the largest l2 norm by default.
-        memory: what earlier steps left behind; updated in place.
+        memory: what the last step left out; updated in place. None without.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight

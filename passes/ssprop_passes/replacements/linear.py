@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssprop_passes.selection.error_feedback import NOTHING, Remembered
-from ssprop_passes.selection.policy import Selection, gather_weight, scatter_rows, sum_channels
+from ssprop_passes.replacements.gradients import Gradients
+from ssprop_passes.selection.gather_scatter import gather_weight, scatter_rows, sum_channels
+from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples
-from ssprop_passes.sites.site import Gradients
 
 __all__ = ["linear_backward_of_samples", "sparse_linear_backward"]
 
@@ -31,7 +31,7 @@ def sparse_linear_backward(
     k: int,
     output_mask: Sequence[bool],
     selection: Selection = Selection(),
-    memory: Remembered = NOTHING,
+    memory: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of a linear layer from the k kept features of `grad_output`.
 
@@ -45,7 +45,7 @@ def sparse_linear_backward(
         k: keep count, in [1, C]; may be a SymInt.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which features are kept; those with the largest l2 norm by default.
-        memory: what earlier steps left behind; updated in place.
+        memory: what the last step left out; updated in place. None without.
 
     Returns:
         Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight

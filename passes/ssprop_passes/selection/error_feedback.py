@@ -1,7 +1,7 @@
-"""Memory: what a sparse backward of one layer remembers for the next.
+"""Error feedback: what a sparse backward of a layer leaves out is added in the next step.
 
-What it leaves out, to be added in the next step. Memorized sparse back-propagation (Zhang et al.,
-arXiv 1905.10194) of y = W x with memory m and coefficient eta in [0, 1):
+Memorized sparse back-propagation (Zhang et al., arXiv 1905.10194) of y = W x with memory m and
+coefficient eta in [0, 1):
 
     g  = dL/dy + eta * m
     s  = select(g)
@@ -12,43 +12,17 @@ The samples of one batch are not those of the next, so m is the mean of g - s ov
 is added to the gradient of every sample: the sum over a batch of N samples gets back N times the
 mean of what was left out, which is what was left out of such a batch. Where a loss is a mean over
 the batch, gradients of single samples are in proportion to 1 / N, and so is m.
-
-And the scores of its channels, so that several steps choose in place of one: an exponential moving
-average a with decay d in [0, 1),
-
-    a <- d * a + (1 - d) * score(g)
-    s  = select(g) by a
-
-that begins at zero. All channels of a layer are too small by the same factor at first, which no
-selector here sees.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MEMORY_KEY", "NOTHING", "Remembered", "average", "left_out", "recall"]
+__all__ = ["MEMORY_KEY", "left_out", "recall"]
 
 # Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
 # nodes, of the number of the call, among those of layers in the graph, that the node's gradient
 # goes with.
 MEMORY_KEY = "ssprop_memory"
-
-
-class Remembered(NamedTuple):
-    """What one call of a layer remembers; each backward writes it in place.
-
-    Attributes:
-        left_out: batch mean of what the last backward left out, [C, *space]; None without.
-        scores: average of the scores of the backwards so far, [C]; None without.
-    """
-
-    left_out: Tensor | None = None
-    scores: Tensor | None = None
-
-
-NOTHING = Remembered()
 
 
 def recall(grad_output: Tensor, memory: Tensor, coefficient: float) -> Tensor:
@@ -86,14 +60,3 @@ def left_out(
         shares = (1 - weights).to(dtype).view(-1, *[1] * (mean.ndim - 1))
         left = mean.index_put([indices], mean[indices] * shares)
     return left.nan_to_num(0.0, 0.0, 0.0)
-
-
-def average(mean: Tensor, scores: Tensor, decay: float) -> Tensor:
-    """Return the moving average of scores, with those of this backward in it.
-
-    Args:
-        mean: of the backwards before, [C].
-        scores: of this one, [C].
-        decay: weight of those before.
-    """
-    return decay * mean + (1 - decay) * scores

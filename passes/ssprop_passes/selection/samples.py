@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssprop_passes.selection.policy import Selection, gather_rows
+from ssprop_passes.selection.gather_scatter import gather_rows
+from ssprop_passes.selection.policy import Selection
 
 __all__ = ["Samples", "choose_samples"]
 

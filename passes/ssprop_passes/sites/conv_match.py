@@ -18,10 +18,11 @@ from ssprop_passes.replacements.conv import (
     conv_backward_of_samples,
     sparse_conv_backward,
 )
-from ssprop_passes.selection.error_feedback import NOTHING, Remembered
+from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples
-from ssprop_passes.sites.site import Gradients, SiteMatch, hinted
+from ssprop_passes.sites.flops import hinted
+from ssprop_passes.sites.match import SiteMatch
 
 __all__ = ["ConvMatch", "match_conv_backward"]
 
@@ -98,7 +99,7 @@ class ConvMatch(SiteMatch):
         return cast(Gradients, tuple(self.node.meta["val"]))
 
     def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
     ) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
         grad_output, input_, weight = tensors

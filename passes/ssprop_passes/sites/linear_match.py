@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from ssprop_passes.graph.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
+from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.replacements.linear import linear_backward_of_samples, sparse_linear_backward
-from ssprop_passes.selection.error_feedback import NOTHING, Remembered
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples
-from ssprop_passes.sites.site import Gradients, SiteMatch, hinted
+from ssprop_passes.sites.flops import hinted
+from ssprop_passes.sites.match import SiteMatch
 
 __all__ = ["LinearMatch", "match_linear_backward"]
 
@@ -114,7 +115,7 @@ class LinearMatch(SiteMatch):
         return cast(Gradients, tuple(None if n is None else n.meta["val"] for n in nodes))
 
     def backward(
-        self, k: int, selection: Selection, *tensors: Tensor, memory: Remembered = NOTHING
+        self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
     ) -> Gradients:
         """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
         grad_output, input_, transposed_weight = tensors

@@ -6,7 +6,7 @@ from torch import fx
 
 from ssprop_passes.sites.conv_match import match_conv_backward
 from ssprop_passes.sites.linear_match import match_linear_backward
-from ssprop_passes.sites.site import SiteMatch
+from ssprop_passes.sites.match import SiteMatch
 
 __all__ = ["MATCHERS"]
 

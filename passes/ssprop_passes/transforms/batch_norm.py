@@ -1,4 +1,4 @@
-"""BatchNormGradients: of a batch norm's gradient, nothing is computed but what is asked for.
+"""BatchNormGradientPass: of a batch norm's gradient, nothing is computed but what is asked for.
 
 A convolution's grad_output is most often the gradient that a batch norm hands down,
 
@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.graph.graph_pass import GraphPass, Previous
+from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
 from ssprop_passes.graph.rewrite import INSERTED_KEY, Replacer, replace_node
 from ssprop_passes.kernels.gather_norm_gradient import DTYPES, norm_gradient
 from ssprop_passes.kernels.operators import gather_columns, gather_norm_gradient
@@ -41,7 +41,7 @@ from ssprop_passes.transforms.norm_match import (
     match_norm_gradient_maybe,
 )
 
-__all__ = ["BatchNormGradients"]
+__all__ = ["BatchNormGradientPass"]
 
 aten = torch.ops.aten
 
@@ -63,11 +63,10 @@ class Gather:
     written: Written | None
 
 
-class BatchNormGradients(GraphPass):
+class BatchNormGradientPass(GraphPass):
     """Rewrites what previous passes inserted that reads the gradient of a batch norm.
 
     Args:
-        previous: pass or passes that run first, the sparse backward among them.
         decompositions: returns the decomposition table of the compiler that the graph is for.
 
     Attributes:
@@ -78,10 +77,9 @@ class BatchNormGradients(GraphPass):
 
     def __init__(
         self,
-        previous: Previous,
         decompositions: Callable[[], dict[Any, Callable[..., Any]]],
     ) -> None:
-        super().__init__(previous)
+        super().__init__()
         self._replacer = Replacer(decompositions)
         self.squares = self.gathers = self.own = 0
 
@@ -89,7 +87,7 @@ class BatchNormGradients(GraphPass):
         """Return the same for all: the rewrite depends on the graph alone."""
         return "gradients of batch norms"
 
-    def transform(self, graph: fx.Graph) -> None:
+    def transform(self, graph: fx.Graph) -> PassSummary:
         """Rewrite sums over all dimensions but 1 of squared gradients, then gathers."""
         self.squares = self.gathers = self.own = 0
         for node in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
@@ -118,6 +116,8 @@ class BatchNormGradients(GraphPass):
                 self._replace(node, _kept_by_own_kernel, settings, inputs)
                 self.own += 1
             self.gathers += 1
+        rewritten = self.squares + self.gathers
+        return PassSummary(rewritten, rewritten)
 
     def _replace(
         self,

@@ -3,37 +3,45 @@
 Private torch: the shape environment's hint for the size that a keep count is.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.sites.site import MIN_KEEP_COUNT, size_hint
+from ssprop_passes.graph.state_inputs import StateInputs
+from ssprop_passes.sites.flops import size_hint
+from ssprop_passes.sites.site import MIN_KEEP_COUNT
 
-__all__ = ["find_keep_counts", "read_keep_count"]
+__all__ = ["find_state_inputs", "read_keep_count"]
 
 # Of what there is to keep, one in so many is what a keep count is taken for where code is chosen.
 _HINTED_SHARE = 5
 
 
-def find_keep_counts(inputs: Sequence[fx.Node], slot_count: int) -> fx.Node:
-    """Return the placeholder of the runtime sparsity tensor: the last of its form.
+def find_state_inputs(
+    graph: fx.Graph, layout: StateInputs[Any], slot_count: int
+) -> StateInputs[fx.Node]:
+    """Return the state inputs of a joint graph: the last inputs of its forward.
 
     Args:
-        inputs: those of the forward.
-        slot_count: length of the tensor.
+        graph: the joint graph.
+        layout: which of them it has.
+        slot_count: length of the runtime sparsity tensor.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: the graph has no runtime sparsity tensor where one is expected.
     """
-    for node in reversed(inputs):
-        val = node.meta["val"]
-        if isinstance(val, Tensor) and val.dtype == torch.int64 and val.shape == (slot_count,):
-            return node
-    raise RuntimeError(
-        f"the joint graph has no runtime sparsity tensor, int64 [{slot_count}], among its inputs"
-    )
+    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
+    inputs = [node for node in placeholders if str(node.target).startswith("primals")]
+    _own, state = layout.split(inputs)
+    if state.keep_counts is not None:
+        val = state.keep_counts.meta["val"]
+        if not isinstance(val, Tensor) or val.dtype != torch.int64 or val.shape != (slot_count,):
+            raise RuntimeError(
+                "the joint graph must end its inputs with the runtime sparsity tensor, int64"
+                f" [{slot_count}], got {val}"
+            )
+    return state
 
 
 def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int = 1) -> int:

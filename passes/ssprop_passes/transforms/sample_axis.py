@@ -11,9 +11,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ssprop_passes.graph.rewrite import Replacer
-from ssprop_passes.selection.policy import Selection, dims_order, with_order
+from ssprop_passes.selection.gather_scatter import dims_order, with_order
+from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples, choose_samples
-from ssprop_passes.sites.site import SiteMatch, size_hint
+from ssprop_passes.sites.flops import size_hint
+from ssprop_passes.sites.match import SiteMatch
 from ssprop_passes.transforms.keep_count_input import read_keep_count
 
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
@@ -28,26 +30,26 @@ class SampleAxis:
     """Puts backwards of shared samples in place of the sites of one joint graph.
 
     Args:
-        batch: samples of the batch, N; may be a SymInt.
+        batch_size: samples of the batch, N; may be a SymInt.
         selection: how they are chosen.
         replacer: inserts what is chosen, and the sites' backwards, into the graph.
     """
 
     def __init__(
         self,
-        batch: int,
+        batch_size: int,
         selection: Selection,
         replacer: Replacer,
     ) -> None:
-        self.batch = batch
+        self.batch_size = batch_size
         self.selection = selection
         self._replacer = replacer
         self._chosen: tuple[fx.Node, ...] = ()
 
     @property
-    def size(self) -> int:
+    def typical_batch_size(self) -> int:
         """Samples of the batch that the graph is compiled with."""
-        return size_hint(self.batch)
+        return size_hint(self.batch_size)
 
     def why_dense(self, match: SiteMatch) -> str:
         """Return why a site cannot keep samples, "" if it can."""
@@ -99,5 +101,5 @@ class SampleAxis:
     def _rows_maybe(self, match: SiteMatch) -> int:
         """Return how many rows of grad_output each sample has, 0 where that is no known number."""
         leading = match.inputs[0].meta["val"].shape[0]
-        rows = size_hint(leading) // self.size
-        return rows if statically_known_true(leading == rows * self.batch) else 0
+        rows = size_hint(leading) // self.typical_batch_size
+        return rows if statically_known_true(leading == rows * self.batch_size) else 0

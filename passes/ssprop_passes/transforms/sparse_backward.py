@@ -8,37 +8,34 @@ backward does not need is not saved, and what it adds is fused with its neighbou
     after     k = keep_counts[slot].item()
               dx, dw = sparse_backward(dy, x, w, k)
 
-With a memory, another input of the graph, `sparse_backward` writes it in place. With telemetry, one
-more input, the graph ends with a write of what all sites tell. Where the keep counts are constants,
-k is a plain int, and the graph has no such input.
+Keep counts are a state input of the graph (`StateInputs`). A memory is another, which
+`sparse_backward` writes in place; so is the telemetry table, which the graph writes at its end.
+Where keep counts are constants, k is a plain int, and the graph has no such input.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
-from ssprop_passes.graph.graph_pass import GraphPass, Previous
-from ssprop_passes.graph.rewrite import INSERTED_KEY, Replacer
+from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
+from ssprop_passes.graph.rewrite import Replacer
+from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.kernels.operators import register_flops
-from ssprop_passes.selection.error_feedback import MEMORY_KEY, Remembered
+from ssprop_passes.selection.error_feedback import MEMORY_KEY
+from ssprop_passes.selection.gather_scatter import dims_order, with_order
 from ssprop_passes.selection.observe import observe, write_rows
-from ssprop_passes.selection.policy import Selection, dims_order, with_order
-from ssprop_passes.sites.matchers import MATCHERS
-from ssprop_passes.sites.site import (
-    Site,
-    SiteMatch,
-    Slot,
-    layer_name,
-    matrix_product_flops,
-    why_dense,
-)
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.sites.find import find_match_maybe, find_sites
+from ssprop_passes.sites.match import SiteMatch
+from ssprop_passes.sites.site import Site, Slot
 from ssprop_passes.transforms.gate import Gate, why_slower
-from ssprop_passes.transforms.keep_count_input import find_keep_counts, read_keep_count
+from ssprop_passes.transforms.keep_count_input import find_state_inputs, read_keep_count
 from ssprop_passes.transforms.sample_axis import SampleAxis
 
-__all__ = ["SparseBackwardPass", "find_sites"]
+__all__ = ["SparseBackwardPass"]
 
 
 class SparseBackwardPass(GraphPass):
@@ -49,19 +46,14 @@ class SparseBackwardPass(GraphPass):
         excluded: the layers that do not, by name, with the reason.
         layers: the layer that each marked node of the forward graph belongs to, in order: part of
             the identity, because equal graphs of different models must not share an artifact.
-        slot_count: length of the runtime sparsity tensor, the graph's last input.
+        slot_count: length of the runtime sparsity tensor.
         decompositions: returns the decomposition table of the compiler that the graph is for.
         selection: how channels are chosen, and for which gradients.
         gate: says which sites are worth making sparse; None to make all.
-        memories: layers that the graph's memories are of, one an entry, as many for each call as
-            `selection.remembers`; the memories are inputs of the graph, its last but for the
-            runtime sparsity tensor.
-        telemetry: whether the sites tell of themselves; their table is an input of the graph,
-            right before the memories.
-        previous: pass or passes to run first.
-        constants: keep count of each slot where they are constants; the graph then has no runtime
-            sparsity tensor.
-        batch: samples of the batch, maybe a SymInt, where the selection is of those, else None.
+        memories: the layer that each memory of the graph belongs to, one a call.
+        telemetry: whether the sites report what they keep.
+        constants: keep count of each slot, where they are constants.
+        batch_size: samples of the batch, maybe a SymInt, where samples are chosen, else None.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -79,11 +71,10 @@ class SparseBackwardPass(GraphPass):
         gate: Gate | None = None,
         memories: Sequence[str] = (),
         telemetry: bool = False,
-        previous: Previous = None,
         constants: Sequence[int] | None = None,
-        batch: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
-        super().__init__(previous)
+        super().__init__()
         self.slots = slots
         self.excluded = excluded
         self.layers = layers
@@ -94,7 +85,9 @@ class SparseBackwardPass(GraphPass):
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
         self.telemetry = telemetry
-        self.samples = None if batch is None else SampleAxis(batch, selection, self._replacer)
+        self.samples = (
+            None if batch_size is None else SampleAxis(batch_size, selection, self._replacer)
+        )
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -108,18 +101,20 @@ class SparseBackwardPass(GraphPass):
         state = self.memories, self.telemetry, self.constants
         return repr((slots, excluded, self.layers, selection, gate, state))
 
-    def transform(self, graph: fx.Graph) -> None:
+    @property
+    def state_layout(self) -> StateInputs[object]:
+        """Which state inputs the graph has."""
+        return StateInputs(
+            table=True if self.telemetry else None,
+            memories=self.memories,
+            keep_counts=None if self.constants is not None else True,
+        )
+
+    def transform(self, graph: fx.Graph) -> PassSummary:
         """Rewrite every site that has a slot; record all of them."""
         # What runs after this pass may ask for them.
         register_flops()
-        inputs = find_inputs(graph)
-        keep_counts = None
-        if self.constants is None:
-            keep_counts = find_keep_counts(inputs, self.slot_count)
-            inputs = inputs[: inputs.index(keep_counts)]
-        # Before the keep counts lie the memories, and before these the table.
-        first = len(inputs) - len(self.memories)
-        memories = inputs[first:]
+        state = find_state_inputs(graph, self.state_layout, self.slot_count)
         rows: dict[int, fx.Node] = {}
         counts: dict[int, fx.Node] = {}
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
@@ -130,35 +125,37 @@ class SparseBackwardPass(GraphPass):
                 assert match is not None
                 site = self._judge(match, site)
                 if not site.reason and self.samples:
-                    assert keep_counts is not None, "samples have no constant keep counts"
-                    self.samples.rewrite(match, keep_counts, site.slot)
+                    assert state.keep_counts is not None, "samples have no constant keep counts"
+                    self.samples.rewrite(match, state.keep_counts, site.slot)
                 elif not site.reason:
-                    size = len(self.selection.remembers)
-                    begin = (_memory_maybe(match) or 0) * size
-                    memory = memories[begin : begin + size]
-                    if keep_counts is not None and site.slot not in counts:
-                        counts[site.slot] = self._read(match, keep_counts, site.slot)
+                    call = _memory_maybe(match) if state.memories else None
+                    memory = None if call is None else state.memories[call]
+                    if state.keep_counts is not None and site.slot not in counts:
+                        counts[site.slot] = self._read(match, state.keep_counts, site.slot)
                     row = self._rewrite(match, counts.get(site.slot), site.slot, memory)
                     if row is not None:
                         # Of a layer that is called several times, the last call in the backward.
                         rows[site.slot] = row
             self.sites.append(site)
         if rows:
-            self._write(graph, inputs[first - 1], rows)
+            assert state.table is not None
+            self._write(graph, state.table, rows)
+        left = Counter(site.reason for site in self.sites if site.reason)
+        return PassSummary(len(self.sites), len(self.sites) - left.total(), left)
 
     def _judge(self, match: SiteMatch, site: Site) -> Site:
         """Return a site with what is yet to be said of it, by the gate above all."""
-        if self.selection.remembers and _memory_maybe(match) is None:
+        if self.selection.memory and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
         if self.samples:
             if reason := self.samples.why_dense(match):
                 return replace(site, slot=-1, sparse_flops=0, reason=reason)
-            site = replace(site, channels=self.samples.size, groups=1)
+            site = replace(site, channels=self.samples.typical_batch_size, groups=1)
         if self.gate is None:
             return site
-        batch = self.samples.size if self.samples else None
-        times = self.gate.times(match, site.slot, self.selection, batch)
+        batch_size = self.samples.typical_batch_size if self.samples else None
+        times = self.gate.times(match, site.slot, self.selection, batch_size)
         if reason := why_slower(times, site.channels, self.selection.axis):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
@@ -182,11 +179,12 @@ class SparseBackwardPass(GraphPass):
         match: SiteMatch,
         count: fx.Node | None,
         slot: int,
-        memory: Sequence[fx.Node],
+        memory: fx.Node | None,
     ) -> fx.Node | None:
-        """Put a site's sparse backward in its place; return the row that it tells, if it does."""
+        """Put a site's sparse backward in its place; return its row of the table, if it has one."""
         operands = len(match.inputs)
-        inputs = [*match.inputs, *memory, *([] if count is None else [count])]
+        state = [node for node in (memory, count) if node is not None]
+        inputs = [*match.inputs, *state]
         orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 
         def replacement(*tensors: Any) -> Any:
@@ -198,10 +196,8 @@ class SparseBackwardPass(GraphPass):
             selection = self.selection
             if self.telemetry:
                 selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
-            remembered = zip(selection.remembers, tensors[operands:], strict=False)
-            gradients = match.backward_of_parts(
-                k, selection, *tensors[:operands], memory=Remembered(**dict(remembered))
-            )
+            remembered = None if memory is None else tensors[operands]
+            gradients = match.backward(k, selection, *tensors[:operands], memory=remembered)
             # What follows in the graph may be views that only the dense gradient's layout allows.
             laid_out = [
                 gradient if gradient is None or order is None else with_order(gradient, order)
@@ -230,56 +226,3 @@ class SparseBackwardPass(GraphPass):
 def _memory_maybe(match: SiteMatch) -> Any:
     """Return the number of a site's call among those that have memories, None if it has none."""
     return (match.node.meta.get("custom") or {}).get(MEMORY_KEY)
-
-
-def find_sites(
-    graph: fx.Graph,
-    slots: Mapping[str, Slot],
-    excluded: Mapping[str, str],
-    selection: Selection = Selection(),
-) -> tuple[list[tuple[fx.Node, Site]], int]:
-    """Find the sites of a joint graph, and leave the graph as it is.
-
-    Args:
-        graph: the joint graph.
-        slots: the layers that take part, by name.
-        excluded: the layers that do not, by name, with the reason.
-        selection: says which gradients are sparse.
-
-    Returns:
-        The first node of each site with what is to become of the site, in graph order; and the
-        floating-point operations of all backward convolutions and matrix products.
-    """
-    found: list[tuple[fx.Node, Site]] = []
-    total_flops = 0
-    seen: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_forward = node.meta.get("partitioner_tag") == "is_forward"
-        if is_forward or node in seen or node.meta.get(INSERTED_KEY):
-            continue
-        match = find_match_maybe(node)
-        total_flops += match.flops if match else matrix_product_flops(node)
-        if match is None:
-            continue
-        seen.update(match.nodes)
-        name = layer_name(node)
-        reason = why_dense(match, name, slots, excluded, selection)
-        site = Site(
-            name or "", match.kind, match.channels, match.groups, match.flops, reason=reason
-        )
-        if not reason:
-            sparse_flops = match.flops_of(selection.sparse(match.wanted))
-            site = replace(site, slot=slots[site.name].index, sparse_flops=sparse_flops)
-        found.append((node, site))
-    return found, total_flops
-
-
-def find_match_maybe(node: fx.Node) -> SiteMatch | None:
-    """Return what the first kind of site that recognises the node makes of it."""
-    return next((match for matcher in MATCHERS if (match := matcher(node))), None)
-
-
-def find_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """Return the placeholders of a joint graph that are inputs of the forward, in order."""
-    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
-    return [node for node in placeholders if str(node.target).startswith("primals")]

@@ -1,4 +1,4 @@
-"""TwoStepSums: gradients of biases and normalisation layers, summed as they lie in memory.
+"""TwoStepSumsPass: gradients of biases and normalisation layers, summed as they lie in memory.
 
 A pass apart from the sparse backward, on a CPU. The backward of a batch norm sums [N, C, H, W] over
 all dimensions but C. In channels last, Inductor's loop for that has the channels outside: for
@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
 from ssprop_passes.graph.rewrite import Replacer, replace_node
 
-__all__ = ["TwoStepSums"]
+__all__ = ["TwoStepSumsPass"]
 
 aten = torch.ops.aten
 
@@ -28,28 +28,28 @@ aten = torch.ops.aten
 LARGE = 8 * 2**20
 
 
-class TwoStepSums(GraphPass):
+class TwoStepSumsPass(GraphPass):
     """Splits sums over all dimensions but the innermost, of large tensors of a backward on a CPU.
 
-    The sums are the same but for the order of their terms. Of use without sparsity, too:
+    The sums are the same except for the order of their terms. Dense training can use it, too:
 
-        torch.compile(model, options={"joint_custom_pre_pass": TwoStepSums()})
-
-    Args:
-        previous: pass or passes that run first.
+        torch.compile(model, options={"joint_custom_pre_pass": TwoStepSumsPass()})
     """
 
     def identity(self) -> str:
         """Return the same for all: the rewrite depends on the graph alone."""
         return "two steps"
 
-    def transform(self, graph: fx.Graph) -> None:
+    def transform(self, graph: fx.Graph) -> PassSummary:
         """Rewrite each such sum of a backward."""
-        replacer = Replacer(dict)
+        replacer, summary = Replacer(dict), PassSummary()
         for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
             first = _first_step_maybe(node)
             if first is not None:
                 _split(replacer, node, first)
+                summary.matched += 1
+                summary.rewritten += 1
+        return summary
 
 
 def _first_step_maybe(node: fx.Node) -> int | None:

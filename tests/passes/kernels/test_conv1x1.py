@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from ssprop_passes.kernels import conv1x1 as pointwise
+from ssprop_passes.kernels import conv1x1
 from ssprop_passes.kernels.operators import reduced_conv_backward
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def _one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def images(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The inputs of the convolutions that `pointwise_backward` calls."""
+    """The inputs of the convolutions that `conv1x1_backward` calls."""
     found: list[Tensor] = []
 
     class Spy:
@@ -30,7 +30,7 @@ def images(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             found.append(input)
             return aten.convolution_backward(grad_output, input, *args)
 
-    monkeypatch.setattr(pointwise, "aten", Spy)
+    monkeypatch.setattr(conv1x1, "aten", Spy)
     return found
 
 
@@ -102,15 +102,15 @@ def test_positions_are_one_image(case: dict[str, Any], images: list[Tensor]) -> 
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The inputs that `pointwise_backward` multiplies as matrices, on a processor with bfloat16."""
+    """The inputs that `conv1x1_backward` multiplies as matrices, on a processor with bfloat16."""
     found: list[Tensor] = []
-    by_products = pointwise._by_products
+    by_products = conv1x1._by_products
 
     def spy(dy: Tensor, x: Tensor, *args: Any) -> Any:
         found.append(x)
         return by_products(dy, x, *args)
 
-    monkeypatch.setattr(pointwise, "_by_products", spy)
+    monkeypatch.setattr(conv1x1, "_by_products", spy)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     return found
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from norms import Norm, data, norm_of, rewrite, trace
-from ssprop_passes.transforms.batch_norm import BatchNormGradients
+from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -124,7 +124,7 @@ def test_squares_of_others_are_left() -> None:
     fn = functools.partial(squares_of, norm_of(nn.BatchNorm2d(6)), over=((0, 2, 3),))
     x = data(4, 6, 5, 7).requires_grad_()
     traced = trace(fn, x, data(4, 6, 5, 7))
-    bn_pass = BatchNormGradients(None, dict)
+    bn_pass = BatchNormGradientPass(None, dict)
     bn_pass.transform(traced.graph)
     assert bn_pass.squares == 0
 
@@ -172,7 +172,7 @@ def test_gradients_under_inductor(
     """In bfloat16 under autocast."""
     found: list[tuple[int, int, int]] = []
 
-    class Recording(BatchNormGradients):
+    class Recording(BatchNormGradientPass):
         def transform(self, graph: fx.Graph) -> None:
             super().transform(graph)
             found.append((self.squares, self.gathers, self.own))
@@ -180,7 +180,7 @@ def test_gradients_under_inductor(
         def uuid(self) -> None:
             return None
 
-    monkeypatch.setattr("ssprop_fx.compiler.backend.BatchNormGradients", Recording)
+    monkeypatch.setattr("ssprop_fx.compiler.passes.BatchNormGradientPass", Recording)
     torch.manual_seed(0)
     is_half = dtype == torch.bfloat16
     stored = torch.float32 if is_half else dtype

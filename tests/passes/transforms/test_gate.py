@@ -9,7 +9,7 @@ import pytest
 import ssprop_passes.transforms.gate
 import torch
 from ssprop_passes.errors import NoEffectWarning
-from ssprop_passes.selection.policy import gather_channels
+from ssprop_passes.selection.gather_scatter import gather_channels
 from ssprop_passes.sites.site import Site, Times
 from ssprop_passes.transforms.gate import Gate
 from torch import Tensor, nn

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from ssprop_passes.transforms import two_step_sums as sums
-from ssprop_passes.transforms.two_step_sums import TwoStepSums
+from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
 from torch import Tensor, fx, nn
 
 from ssprop_fx.compiler.inductor import compile_aot_eager
@@ -39,7 +39,7 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list]:
     """Return the scale's gradient for x as that of the output, and the sums of the joint graph."""
     found: list = []
 
-    class Record(TwoStepSums):
+    class Record(TwoStepSumsPass):
         def transform(self, graph: fx.Graph) -> None:
             super().transform(graph)
             found.extend(find_sums(graph))
@@ -112,7 +112,7 @@ def test_batch_norm_under_inductor() -> None:
     x = images().requires_grad_()
     (norm(x) ** 3).sum().backward()
     expected = [x.grad, norm.weight.grad, norm.bias.grad]
-    ran = TwoStepSums()
+    ran = TwoStepSumsPass()
     x.grad = None
     norm.zero_grad()
     compiled = torch.compile(norm, options={"joint_custom_pre_pass": ran})

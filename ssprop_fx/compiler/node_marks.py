@@ -1,0 +1,201 @@
+"""Node marks: what AOTAutograd carries from a forward node to its backward nodes.
+
+Each mark is an entry of `node.meta["custom"]` in the graph that Dynamo captured: the layer that a
+node belongs to, the number of a call that has a memory, and whether its samples are known.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ssprop_passes.selection.error_feedback import MEMORY_KEY
+from ssprop_passes.selection.gather_scatter import is_channels_last
+from ssprop_passes.sites.site import SITE_KEY, layer_name
+from ssprop_passes.transforms.sample_axis import SAMPLES_KEY
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional
+
+from ssprop_fx.compiler.backward_state import MemoryInput
+from ssprop_fx.compiler.slots import SlotTable
+
+__all__ = [
+    "find_batch_input_maybe",
+    "mark_layers",
+    "mark_memories",
+    "mark_samples",
+    "weight_owners",
+]
+
+# What takes the weight of a layer in the graph that Dynamo captures.
+LAYER_CALLS = (
+    functional.linear,
+    *(getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
+)
+
+
+def weight_owners(model: nn.Module) -> dict[int, str]:
+    """Return the name of the first module that owns each parameter called `weight`, by its id."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), name)
+    return owners
+
+
+def mark_layers(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
+) -> tuple[str, ...]:
+    """Write into each node's metadata the name of the layer that it belongs to.
+
+    AOTAutograd copies `meta["custom"]` to the backward nodes. A node that takes a layer's weight
+    belongs to that layer, any other node to the innermost module whose forward it stems from.
+    Both are found by the identity of an object: the paths in Dynamo's metadata start at whatever
+    frame is being compiled, and after a graph break that is not the model.
+
+    Args:
+        gm: the graph that Dynamo captured; subgraphs are marked as well.
+        example_inputs: its inputs.
+        model: the model.
+
+    Returns:
+        The names, in order of the marked nodes.
+    """
+    modules = {id(module): name for name, module in model.named_modules()}
+    owners = weight_owners(model)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = {
+        node: owners[id(value)]
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if id(value) in owners
+    }
+    layers: list[str] = []
+    for graph_module in gm.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
+            if node.op not in ("call_function", "call_method"):
+                continue
+            owned = [weights[operand] for operand in node.all_input_nodes if operand in weights]
+            name = owned[0] if len(owned) == 1 else _innermost_module_maybe(node, modules)
+            if name is not None:
+                node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
+                layers.append(name)
+    return tuple(layers)
+
+
+def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
+    """Return the name of the innermost module whose forward a node stems from."""
+    # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
+    stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
+    return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
+
+
+def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
+    """Number the calls of layers with a slot, and write the numbers into their metadata.
+
+    Args:
+        gm: the graph that Dynamo captured, marked by `mark_layers`; subgraphs are marked as well.
+        table: the model's slots.
+
+    Returns:
+        The memories, one a call. Sizes of theirs that Dynamo takes for dynamic are fixed, with a
+        guard.
+    """
+    slots = {slot.name for slot in table.slots}
+    calls: Counter[str] = Counter()
+    memories: list[MemoryInput] = []
+    for graph_module in gm.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
+            name = layer_name(node)
+            output = node.meta.get("example_value")
+            if (
+                name not in slots
+                or node.target not in LAYER_CALLS
+                or not isinstance(output, Tensor)
+            ):
+                continue
+            node.meta["custom"][MEMORY_KEY] = calls.total()
+            memories.append(_memory_of(output, node.target, name, calls[name]))
+            calls[name] += 1
+    return memories
+
+
+def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryInput:
+    """Return a memory of a call, given the fake value of its output."""
+    if call is functional.linear:
+        dims = [-1]
+    else:
+        # A single sample may come without a batch dimension.
+        spatial = next(n for n in (1, 2, 3) if f"{n}d" in getattr(call, "__name__", ""))
+        dims = list(range(-1 - spatial, 0))
+    shape = tuple(int(output.shape[dim]) for dim in dims)
+    order = [*range(1, len(shape)), 0] if is_channels_last(output) else range(len(shape))
+    strides, step = [1] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return MemoryInput(layer, number, shape, tuple(strides), dtype, output.device)
+
+
+def find_batch_input_maybe(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
+) -> int | None:
+    """Return the position of the input whose leading dimension is the batch.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        model: the model; its parameters and buffers are inputs as well, and not meant.
+
+    Returns:
+        That of the first tensor that has a dimension, None where there is none.
+    """
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for position, value in enumerate(example_inputs):
+        if isinstance(value, Tensor) and value.ndim and id(value) not in own:
+            return position
+    return None
+
+
+def mark_samples(gm: fx.GraphModule, batch_size: int) -> None:
+    """Write into the metadata of each layer's calls whether its rows can be told by sample.
+
+    Args:
+        gm: the graph that Dynamo captured; subgraphs are marked as well.
+        batch_size: samples of the batch; may be a SymInt.
+    """
+    for graph_module in gm.modules():
+        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
+            value = node.meta.get("example_value")
+            is_call = node.target in LAYER_CALLS and layer_name(node) is not None
+            if is_call and isinstance(value, Tensor):
+                reason = _why_unknown(node.target, value, batch_size)
+                node.meta["custom"] = {**node.meta["custom"], SAMPLES_KEY: reason}
+
+
+def _why_unknown(call: object, output: Tensor, batch: int) -> str:
+    """Return why the samples of a call's output are not known, "" if they are.
+
+    Args:
+        call: the function called.
+        output: its fake value; of the dimensions of the input but for the last, or for channels
+            and space.
+        batch: samples of the batch.
+    """
+    if call is functional.linear:
+        outer = output.shape[:-1]
+    else:
+        spatial = next(n for n in (1, 2, 3) if f"{n}d" in getattr(call, "__name__", ""))
+        outer = output.shape[: -1 - spatial]
+    if not outer:
+        return "it is called for a single sample"
+    if statically_known_true(outer[0] == batch):
+        return ""
+    if any(statically_known_true(size == batch) for size in outer[1:]):
+        return f"the batch of {batch} may be another dimension than the leading one of its input"
+    if not statically_known_true(outer[0] % batch == 0):
+        return (
+            f"the leading dimension of its input, {outer[0]}, is not made of the batch of {batch}"
+        )
+    return ""

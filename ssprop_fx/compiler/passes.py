@@ -1,0 +1,37 @@
+"""The passes that a sparse graph goes through, in order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ssprop_passes.graph.graph_pass import PassList
+from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
+from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
+from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
+
+from ssprop_fx.compiler.inductor import inductor_decompositions
+
+__all__ = ["build_passes"]
+
+
+def build_passes(sparse: SparseBackwardPass, kind: str, user_hook: Any = None) -> PassList:
+    """Return all passes on the joint graph as one.
+
+    Args:
+        sparse: makes the sites of the graph sparse.
+        kind: the compiler, `"inductor"` or `"aot_eager"`. The latter is not for speed, and so runs
+            no pass but the sparse one.
+        user_hook: pass or passes that the user put in Inductor's `joint_custom_pre_pass`.
+    """
+    if kind != "inductor":
+        return PassList([sparse])
+    hooks: Sequence[Any] = user_hook if isinstance(user_hook, (list, tuple)) else [user_hook]
+    return PassList(
+        [
+            *(hook for hook in hooks if hook is not None),
+            sparse,
+            # It rewrites scores and gathers that the sparse pass inserted.
+            BatchNormGradientPass(inductor_decompositions),
+            # Last, because the pass before looks for sums that this one splits.
+            TwoStepSumsPass(),
+        ]
+    )

@@ -1,0 +1,181 @@
+"""SparseVariant: a model's sparse form, and when it is to run."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from ssprop_passes.errors import NoEffectWarning
+from torch import nn
+
+from ssprop_fx.compiler.backend import SparseBackend
+from ssprop_fx.compiler.backward_state import Memory
+from ssprop_fx.compiler.site_cache import GraphRecord
+from ssprop_fx.compiler.slots import find_slots
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.runtime.rank_agreement import RankAgreement
+from ssprop_fx.runtime.tripwire import Problem, Tripwire, why_no_layer
+from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.scheduler import SparsityScheduler
+from ssprop_fx.scheduling.telemetry import SiteTelemetry
+
+__all__ = ["SparseVariant", "saved_share"]
+
+# Share of its layers' dense time that a sparse step must save by the gate's times. These leave out
+# top-k, scatters and the code around them, which at low drop rates cost more than is saved.
+_SMALLEST_GAIN = 0.1
+
+
+class SparseVariant:
+    """A model's sparse variant: its layers, their keep counts, and when it is to run.
+
+    Args:
+        model: the model; it is not kept alive.
+        scheduler: moves the drop rate.
+        config: which layers take part.
+        kind: `"inductor"` or `"aot_eager"`.
+        options: Inductor configuration patches; empty for AOT eager.
+        keep_counts: the part of the runtime sparsity tensor to use, where the model is the copy
+            of another; by default a new part is registered with the scheduler.
+        memory: what the sparse backwards remember; by default nothing.
+
+    Attributes:
+        backend: what compiles, and has compiled, the sparse graphs; of several the last one used.
+
+    Raises:
+        ValueError: the model has layers whose weights do not exist yet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: SparsityScheduler,
+        config: SparsityConfig,
+        kind: str,
+        options: dict[str, Any],
+        keep_counts: KeepCounts | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        if scheduler.controller is not None:
+            # Telemetry is what it goes by.
+            config = replace(config, telemetry=True)
+        self.scheduler = scheduler
+        self.config = config
+        self.table = find_slots(model, config)
+        slots = self.table.slots
+        self.part = keep_counts or scheduler.register(
+            [slot.channels if config.axis == "channel" else 1 for slot in slots],
+            _multiple(config),
+            [slot.groups if config.axis == "channel" else 1 for slot in slots],
+            [self.table.rates.get(slot.name) for slot in slots],
+            config.block,
+            [slot.name for slot in slots],
+        )
+        self.memory = memory or Memory([s.name for s in slots] if config.memory else ())
+        self.backend = SparseBackend(
+            model, config, self.table, self.part, self.memory, kind, options
+        )
+        self._agreement: RankAgreement | None = None
+        if config.ranks == "shared":
+            what = repr((slots, config.selection.identity))
+            self._agreement = RankAgreement(scheduler, self.part, what, self._device)
+        self.tripwire = Tripwire(self.backend)
+        self._warned: set[str] = set()
+        self._judged: tuple[float, int] | None = None
+        self._faster = True
+        if not slots:
+            self._warn(why_no_layer(self.table.excluded), stacklevel=6)
+
+    @property
+    def keep_counts(self) -> torch.Tensor:
+        """The model's part of the runtime sparsity tensor: int64, CPU, [slots]."""
+        return self.part.tensor
+
+    def telemetry(self) -> dict[str, SiteTelemetry]:
+        """Return what sparse backwards told of each layer; see `SparsityScheduler.telemetry`."""
+        return self.part.telemetry.latest()
+
+    @property
+    def graphs(self) -> tuple[GraphRecord, ...]:
+        """The compiled graphs of the sparse variant, the newest of each group of layers."""
+        newest = {tuple(site.name for site in graph.sites): graph for graph in self.backend.graphs}
+        return tuple(newest.values())
+
+    def agree(self) -> None:
+        """Before a training forward with a shared selection, compare the ranks' keep counts.
+
+        Raises:
+            RuntimeError: they differ, or the process group came after the sparse graphs.
+        """
+        if self._agreement and self.backend.model.training and torch.is_grad_enabled():
+            self._agreement.check(self.backend.ranks)
+
+    def is_due(self) -> bool:
+        """Say whether scheduler, mode of the model, autograd and gate ask for a sparse step."""
+        return (
+            self.scheduler.drop_rate > 0
+            and self.backend.model.training
+            and torch.is_grad_enabled()
+            and bool(self.table.slots)
+            and self._is_faster_sparse()
+        )
+
+    def _is_faster_sparse(self) -> bool:
+        """Say whether the gate's times promise a gain at the drop rate in force."""
+        state = self.scheduler.drop_rate, len(self.backend.graphs)
+        if state != self._judged:
+            self._judged = state
+            saved = saved_share(self.graphs, self.keep_counts.tolist())
+            self._faster = saved is None or saved > _SMALLEST_GAIN
+            if not self._faster:
+                message = (
+                    f"at drop rate {state[0]:g} the sparse backward of the model's layers would"
+                    f" save {cast(float, saved):.0%} of the dense one's time, less than what the"
+                    f" sparse step costs beside ({_SMALLEST_GAIN:.0%}), so the step runs dense;"
+                    " SparsityConfig(gate=False) makes it sparse all the same"
+                )
+                self._warn(Problem("slower", message), stacklevel=9)
+        return self._faster
+
+    def _device(self) -> torch.device:
+        parameter = next(self.backend.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def check_step(self, stacklevel: int) -> None:
+        """Warn where a step that was due, and ends now, was not sparse in every layer.
+
+        Once for each problem; that a whole step was dense, again when it happens again.
+
+        Args:
+            stacklevel: of the warning, as if the caller gave it.
+        """
+        problem = self.tripwire.problem_maybe()
+        if problem is None:
+            self._warned.discard("dense")
+        else:
+            self._warn(problem, stacklevel + 2)
+
+    def _warn(self, problem: Problem, stacklevel: int) -> None:
+        if problem.kind not in self._warned:
+            self._warned.add(problem.kind)
+            warnings.warn(problem.message, NoEffectWarning, stacklevel=stacklevel)
+
+
+def _multiple(config: SparsityConfig) -> int | Literal["auto"]:
+    is_of_samples = config.axis == "sample" and config.channel_multiple == "auto"
+    return 1 if is_of_samples else config.channel_multiple
+
+
+def saved_share(graphs: Sequence[GraphRecord], keep_counts: Sequence[int]) -> float | None:
+    """Return the share of their dense time that sparse sites save, None if some are not measured.
+
+    Args:
+        graphs: the compiled graphs.
+        keep_counts: of each slot.
+    """
+    sites = [site for graph in graphs for site in graph.sites if not site.reason]
+    if not sites or any(site.times is None for site in sites):
+        return None
+    saved = sum(cast(float, s.saved_ms(keep_counts[s.slot] * s.groups)) for s in sites)
+    return saved / sum(site.times.dense for site in sites if site.times)

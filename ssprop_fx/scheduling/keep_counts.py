@@ -1,0 +1,171 @@
+"""Keep counts: a model's part of the runtime sparsity tensor, and the rule that fills it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from ssprop_passes.sites.site import MIN_KEEP_COUNT
+
+from ssprop_fx.scheduling.telemetry import Telemetry
+
+__all__ = ["KeepCounts", "RateSource", "keep_count"]
+
+# From here on rounding to a multiple of 16 is at most a 32nd of the channels off.
+_MANY_CHANNELS = 256
+
+
+class RateSource(Protocol):
+    """What keep counts follow: a scheduler, which owns the runtime sparsity tensor."""
+
+    @property
+    def highest_drop_rate(self) -> float:
+        """The highest drop rate that the schedule visits."""
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that the schedule visits, None where they are many."""
+
+    @property
+    def keep_counts(self) -> torch.Tensor:
+        """The runtime sparsity tensor: int64, CPU, [slots of all models]."""
+
+    def refresh(self) -> None:
+        """Write the keep counts of the drop rate in force into the tensor."""
+
+
+class KeepCounts:
+    """One model's part of a scheduler's runtime sparsity tensor.
+
+    Made by `SparsityScheduler.register`.
+
+    Attributes:
+        channels: output channels of each of the model's slots; where samples are chosen, those
+            of the batch, and 1 before the first sparse step.
+        groups: number of groups that each selects them in.
+        rates: drop rate of each where it has one of its own, else None.
+        block: keep counts are multiples of this.
+        multiple: keep counts are rounded to multiples of this; see `keep_count`.
+        names: name of the layer of each slot.
+        telemetry: what the model's sparse backwards report.
+    """
+
+    def __init__(
+        self,
+        source: RateSource,
+        start: int,
+        channels: Sequence[int],
+        multiple: int | Literal["auto"],
+        groups: Sequence[int],
+        rates: Sequence[float | None],
+        block: int,
+        names: Sequence[str],
+    ) -> None:
+        self._source = source
+        self._start = start
+        self.channels = tuple(channels)
+        self.multiple = multiple
+        self.groups = tuple(groups)
+        self.rates = tuple(rates)
+        self.block = block
+        self.names = tuple(names)
+        self.telemetry = Telemetry()
+
+    def follow_batch(self, size: int) -> None:
+        """Count samples of a batch of this size, in every slot, in place of channels."""
+        if any(channels != size for channels in self.channels):
+            self.channels = (size,) * len(self.channels)
+            self._source.refresh()
+
+    def at(self, drop_rate: float, controlled: Mapping[str, float] | None = None) -> list[int]:
+        """Return the keep count of each slot at a drop rate of the schedule.
+
+        Args:
+            drop_rate: the schedule's.
+            controlled: drop rate of each layer that a controller has decided on, by name. It
+                stands in place of the schedule's wherever that is above 0.
+        """
+        rates = [drop_rate if rate is None or drop_rate == 0 else rate for rate in self.rates]
+        if controlled and drop_rate > 0:
+            rates = [controlled.get(n, rate) for n, rate in zip(self.names, rates, strict=True)]
+        return [self._keep_count(slot, rate) for slot, rate in enumerate(rates)]
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each layer's channels that is kept now, by name."""
+        kept = zip(self.names, self.tensor.tolist(), self.groups, self.channels, strict=True)
+        return {name: count * groups / channels for name, count, groups, channels in kept}
+
+    def rounding(self, name: str) -> Callable[[float], float]:
+        """Return a function from a drop rate to the share of a layer's channels kept at it."""
+        slot = self.names.index(name)
+        whole = self.channels[slot] // self.groups[slot]
+        return lambda drop_rate: self._keep_count(slot, drop_rate) / whole
+
+    @property
+    def adjustable(self) -> list[str]:
+        """Names of the layers whose drop rate is not their own."""
+        return [n for n, rate in zip(self.names, self.rates, strict=True) if rate is None]
+
+    def _keep_count(self, slot: int, drop_rate: float) -> int:
+        channels, groups = self.channels[slot], self.groups[slot]
+        return keep_count(channels, drop_rate, self.multiple, groups, self.block)
+
+    @property
+    def smallest(self) -> list[int]:
+        """The keep count of each slot at the schedule's highest drop rate."""
+        return self.at(self._source.highest_drop_rate)
+
+    @property
+    def levels(self) -> frozenset[tuple[int, ...]] | None:
+        """The keep counts of each slot at each drop rate of the schedule, None if too many."""
+        rates = self._source.levels
+        return None if rates is None else frozenset(tuple(self.at(rate)) for rate in rates)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The live keep counts: int64, CPU, shape [slots of the model]."""
+        return self._source.keep_counts[self._start : self._start + len(self.channels)]
+
+
+def keep_count(
+    channels: int,
+    drop_rate: float,
+    multiple: int | Literal["auto"] = 1,
+    groups: int = 1,
+    block: int = 1,
+) -> int:
+    """Return how many channels of each group a backward keeps at `drop_rate`.
+
+    Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
+    arXiv 2408.12561), in each group. With others, or blocks, the kept channels of all groups
+    together are the nearest multiple, at least one of each group. On torch releases below 2.15 the
+    smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
+
+    Args:
+        channels: output channels of the layer.
+        drop_rate: fraction in [0, 1) left out.
+        multiple: channels are kept in multiples of this; `"auto"` stands for 8, and for 16 in
+            layers of 256 channels or more.
+        groups: number of groups that channels are selected in.
+        block: channels of a group are kept in multiples of this as well, which they must be one of.
+
+    Returns:
+        The keep count, in [1, channels / groups].
+
+    Example:
+        >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
+        (12, 16, 16)
+        >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)
+        (3, 4)
+        >>> keep_count(64, 0.8, block=4), keep_count(64, 0.8, multiple=16, groups=2, block=3)
+        (12, 24)
+        >>> keep_count(128, 0.8, multiple="auto"), keep_count(512, 0.8, multiple="auto")
+        (24, 96)
+    """
+    if multiple == "auto":
+        multiple = 8 if channels < _MANY_CHANNELS else 16
+    channels_of_group = channels // groups
+    step = math.lcm(multiple // math.gcd(multiple, groups), block)
+    kept = (1 - drop_rate) * channels_of_group
+    rounded = int(kept) if multiple == block == 1 else math.floor(kept / step + 0.5) * step
+    return min(max(rounded, step, MIN_KEEP_COUNT * block), channels_of_group)
