@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.cost import time_per_saving
-from benchmarks.study.summary import Result, Row, summarize
+from benchmarks.study.store import Result
+from benchmarks.study.summary import Row, summarize
 from benchmarks.study.task import Task
 
 __all__ = ["page", "verdict"]

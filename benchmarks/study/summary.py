@@ -1,18 +1,14 @@
 """From results to the rows of a table: means over seeds, costs, and dense training at that cost."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from benchmarks.study.cost import Cost, cost, dense_accuracy
+from benchmarks.study.store import Result
 from benchmarks.study.task import Task
 
-__all__ = ["Result", "Row", "read_results", "spread", "summarize"]
-
-Result = dict[str, Any]
+__all__ = ["Row", "spread", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,6 @@ class Row:
     def is_dense(self) -> bool:
         """Whether it is a point of the curve that the others are compared with."""
         return self.name.startswith("dense")
-
-
-def read_results(folder: Path) -> list[Result]:
-    """Return all results in a folder, one a file."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def spread(accuracies: Sequence[Sequence[float]]) -> float | None:
