@@ -90,7 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_config_arguments(parser)
     parser.add_argument("--drop-rate", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
-    parser.add_argument("--output", help="folder for a CSV and a JSON file of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 

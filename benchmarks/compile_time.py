@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18"], help="timm models")
     add_workload_arguments(parser, model=None)
     parser.add_argument("--rounds", type=int, default=1, help="cold compiles of each variant")
-    parser.add_argument("--output", help="folder for a CSV and a JSON file of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 

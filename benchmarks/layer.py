@@ -15,7 +15,7 @@ convolution's whole backward also gathers its input and scatters the gradient of
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -23,7 +23,6 @@ from benchmarks.configs import parse_overrides
 from benchmarks.layer_parts import PARTS, Setting, WholeBackward, make_parts
 from benchmarks.layers import TYPICAL, Layer, collect_layers
 from benchmarks.machine import environment
-from benchmarks.picture import draw_layers
 from benchmarks.results import save, table
 from benchmarks.timing import alternate
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
@@ -95,7 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--variant", help="fields of SparsityConfig, as in `step`")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each part")
-    parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -125,8 +124,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         precision = "bf16" if args.amp else "fp32"
         name = f"layer-{args.model or 'typical'}-b{args.batch_size}-{precision}"
-        picture = save(rows, environment(args.device), args.output, name)
-        draw_layers([asdict(row) for row in rows], picture)
+        save(rows, environment(args.device), args.output, name)
 
 
 def measure(

@@ -5,11 +5,11 @@ speed-up over dense torch.compile too.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.picture import draw_steps, sparse_rows
+from benchmarks.picture import sparse_rows
+from benchmarks.results import read
 from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
 __all__ = ["add_parser", "markdown"]
@@ -22,20 +22,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of step-*.json files")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="the rows to show")
-    parser.add_argument("--picture", type=Path, help="PNG file to draw the same rows into")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table, and draw the picture if asked to."""
-    files = [
-        json.loads(path.read_text())["rows"] for path in sorted(args.folder.glob("step-*.json"))
-    ]
+    """Print the table."""
+    files = [read(path) for path in sorted(args.folder.glob("step-*.json"))]
     print(markdown(files, args.drop_rate))
-    if args.picture:
-        draw_steps(
-            [row for rows in files for row in rows if _is_shown(row, args.drop_rate)], args.picture
-        )
 
 
 def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:

@@ -18,7 +18,6 @@ T_backward is the time that the dense step spends, by the profiler, inside
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -26,7 +25,6 @@ from benchmarks.backward_time import ProfiledStep, linear_products
 from benchmarks.configs import add_config_arguments, configs_of
 from benchmarks.machine import environment
 from benchmarks.memory import peak_mib
-from benchmarks.picture import draw_steps
 from benchmarks.results import save, table
 from benchmarks.step_row import FORMATS, FORMATS_OF_VARIANTS, StepRow
 from benchmarks.timing import alternate, synchronize
@@ -57,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="time what the process computes in place of what passes: on a CPU that others use as"
         " well, best with OMP_NUM_THREADS=1",
     )
-    parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -69,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = measure(workload, configs_of(args), args.drop_rates, args.rounds, args.peers, clock)
     if args.output:
-        picture = save(rows, environment(args.device), args.output, f"step-{workload.slug}")
-        draw_steps([asdict(row) for row in rows], picture)
+        save(rows, environment(args.device), args.output, f"step-{workload.slug}")
 
 
 def measure(
