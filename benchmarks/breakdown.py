@@ -1,11 +1,11 @@
 """`python -m benchmarks breakdown`: where the time of a step goes, dense and sparse.
 
-Parts: the forward; the backward's convolutions, reduced or not; its matrix products; its sorting;
-and the rest, which is Inductor's own kernels (in the sparse step scores, gathers and scatters are
-fused into them) with the code that calls all of it.
+Parts: the forward; the backward's convolutions, matrix products and top-k; and the rest. The rest
+is Inductor's own kernels and the code that calls them; in a sparse step these kernels also compute
+scores, gathers and scatters.
 
-A profiler disturbs what it measures when every large buffer is a fresh allocation, so the calls
-themselves are timed: in the code that Inductor wrote, the operators are replaced by timed ones.
+A profiler slows down steps that allocate large buffers. So this benchmark uses none: it replaces
+the operators in Inductor's code by timed ones.
 """
 
 import argparse

@@ -3,14 +3,14 @@
     dense     backward of the layer under torch.compile
     sparse    backward of the layer under ssprop_compile, every part of it included
     reduced   the reduced convolution or the two reduced products alone
-    score     mean |grad_output| of each channel
+    score     l2 norm of each channel of grad_output
     select    the k largest
     gather    the selected channels of grad_output and rows of the weight
     scatter   the rows of the weight's gradient into zeros
 
-Gain is dense over sparse; the ideal gain is C / k. The parts are compiled one by one and with k as
-a constant: in a model they fuse with each other and with what is around the layer. A depthwise
-convolution's whole backward also gathers its input and scatters the gradient of that.
+Gain is dense over sparse; the ideal gain is C / k. Each part is compiled alone, with k as a
+constant; in a model the parts fuse with each other and with the operations around the layer. The
+backward of a depthwise convolution also gathers its input and scatters the input's gradient.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from benchmarks.configs import parse_overrides
 from benchmarks.layer_parts import PARTS, Setting, WholeBackward, make_parts
 from benchmarks.layers import TYPICAL, Layer, collect_layers
-from benchmarks.machine import environment
+from benchmarks.machine import describe, environment
 from benchmarks.results import save, table
 from benchmarks.timing import alternate
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         rows += measure(layer, setting, config, args.drop_rates, args.rounds)
         print(f"measured {layer.name}", flush=True)
     print(table(rows, FORMATS))
-    print("; ".join(f"{key}: {value}" for key, value in environment(args.device).items()))
+    print(describe(args.device))
     if args.output:
         precision = "bf16" if args.amp else "fp32"
         name = f"layer-{args.model or 'typical'}-b{args.batch_size}-{precision}"

@@ -1,7 +1,7 @@
 """`python -m benchmarks table FOLDER`: saved results of `step` as one Markdown table.
 
-A row for each model and sparse variant; the peers, where they were measured, are columns: their
-speed-up over dense torch.compile too.
+One row for each model and sparse variant, one column for each peer that was measured. All speed-ups
+are over dense torch.compile.
 """
 
 import argparse
@@ -64,5 +64,5 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
 
 
 def _is_shown(row: dict[str, Any], drop_rate: float) -> bool:
-    """Say whether a row is of the drop rate, or of dense training, which has none."""
+    """Return whether a row has the drop rate, or is dense, which has none."""
     return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, *DENSE_PEERS)

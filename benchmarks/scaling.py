@@ -1,7 +1,7 @@
 """`python -m benchmarks scaling`: speed-up over drop rate, at several batch sizes and resolutions.
 
-The rows are those of `step` at every drop rate, for each batch size at the first resolution and
-each resolution at the first batch size.
+It measures the rows of `step` at every drop rate: at the first resolution for each batch size, and
+at the first batch size for each resolution.
 """
 
 import argparse

@@ -45,7 +45,7 @@ class Row:
 def spread(accuracies: Sequence[Sequence[float]]) -> float | None:
     """Return the standard deviation over seeds, pooled over settings.
 
-    Three seeds tell little of their own spread; those of all settings of a task tell enough.
+    Three seeds are too few to estimate a spread; those of all settings of a task are enough.
 
     Args:
         accuracies: those of each setting.
@@ -90,7 +90,7 @@ def summarize(task: Task, results: Sequence[Result], per_saving: float) -> list[
     dense = [name for name in runs if name.startswith("dense")]
     curve = [(costs[name].arithmetic, fmean(accuracies[name])) for name in dense]
     deviation = spread(list(accuracies.values()))
-    # Cautious: between two dense settings the curve is surer than at either.
+    # Cautious: between two dense settings the curve has a smaller error than at either.
     dense_seeds = min(len(runs[name]) for name in dense)
     rows = []
     for name, values in accuracies.items():
