@@ -24,7 +24,7 @@ test-slow: venv
 	$(BIN)/pytest -q -m slow
 
 # Hours: what is too slow for every change. 100,000 random layers against the oracle, the slow tests,
-# and 5000 steps whose times, memory and graphs must not grow. CASES and STEPS can be given.
+# and 5000 steps whose memory and graphs must not grow. CASES and STEPS can be given.
 CASES ?= 100000
 STEPS ?= 5000
 nightly: venv

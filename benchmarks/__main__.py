@@ -5,6 +5,7 @@ import argparse
 from benchmarks import (
     breakdown,
     compile_time,
+    export,
     layer,
     long_run,
     machine,
@@ -15,7 +16,7 @@ from benchmarks import (
     suite,
 )
 
-COMMANDS = (step, breakdown, layer, compile_time, scaling, scale, long_run, suite, markdown)
+COMMANDS = (step, breakdown, layer, compile_time, scaling, scale, long_run, suite, markdown, export)
 
 
 def main() -> None:

@@ -1,23 +1,23 @@
-"""T_backward: the time of a dense step that sparse back-propagation could save a part of.
+"""T_backward: the time of a dense step of which sparse back-propagation can save a part.
 
 It is the time inside
 
 - `aten::convolution_backward`, of all convolutions;
 - the two backward products of each linear layer that takes part.
 
-The first have an operator of their own. The second are `aten::mm` or `aten::addmm` like any other
-matrix product, and on a CPU they run in the thread of the forward. They are told apart by two
-things that the profiler records: they run below an autograd node, and the sizes of their operands
-are those of a layer's call, y [T, C] = x [T, C_in] w^T:
+Convolutions have their own operator. The products are `aten::mm` or `aten::addmm`, like any other
+matrix product, and on a CPU they run in the forward's thread. The profiler records two things that
+tell them apart: they run below an autograd node, and their operands have the sizes of a layer's
+call, y [T, C] = x [T, C_in] w^T:
 
     dx = mm(dy, w)        [T, C] x [C, C_in]
     dw = mm(t(dy), x)     [C, T] x [T, C_in], or its transpose
 
-Neither is enough: with two layers that widen and narrow again, a forward product of one has the
-sizes of a backward product of the other; and attention has backward products too. Where more
-products of some sizes ran than layers have, the layers get their share of the time. What Inductor
-fused into a product (the sum of two gradients, as `addmm`) counts with it. Products that were not
-found, because Inductor made other code of them, are counted in `missing`.
+Neither is enough alone. Where one layer widens and the next narrows, a forward product of one has
+the sizes of a backward product of the other; and attention has backward products too. If more
+products of some sizes ran than the layers have, the layers get their share of the time. What
+Inductor fused into a product (the sum of two gradients, as `addmm`) counts with it. `missing`
+counts the products that are not in the profile because Inductor replaced them by other code.
 """
 
 import statistics

@@ -1,11 +1,11 @@
 """`python -m benchmarks breakdown`: where the time of a step goes, dense and sparse.
 
-Parts: the forward; the backward's convolutions, reduced or not; its matrix products; its sorting;
-and the rest, which is Inductor's own kernels (in the sparse step scores, gathers and scatters are
-fused into them) with the code that calls all of it.
+Parts: the forward; the backward's convolutions, matrix products and top-k; and the rest. The rest
+is Inductor's own kernels and the code that calls them; in a sparse step these kernels also compute
+scores, gathers and scatters.
 
-A profiler disturbs what it measures when every large buffer is a fresh allocation, so the calls
-themselves are timed: in the code that Inductor wrote, the operators are replaced by timed ones.
+A profiler slows down steps that allocate large buffers. So this benchmark uses none: it replaces
+the operators in Inductor's code by timed ones.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_config_arguments(parser)
     parser.add_argument("--drop-rate", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
-    parser.add_argument("--output", help="folder for a CSV and a JSON file of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 

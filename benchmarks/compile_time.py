@@ -4,9 +4,9 @@
     warm     first step of a second process with the cache that the first one left
     import   importing ssprop_fx once torch is imported
 
-Each in a process of its own, the variants in turn, in every second round in the opposite order.
-Compile time is that of the first step, less the time of the second. The ratio is that of the cold
-times, over dense: the median of the rounds, and its 95 % confidence interval.
+Each first step runs in a new process. The variants take turns; every second round reverses their
+order. Compile time is the time of the first step less that of the second. The ratio is the cold
+time over that of dense: the median of the rounds, and its 95 % confidence interval.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 
 from benchmarks.first_step import VARIANTS
-from benchmarks.machine import environment
+from benchmarks.machine import describe, environment
 from benchmarks.results import save, table
 from benchmarks.timing import Timing
 from benchmarks.workload import Workload, add_workload_arguments, workload_of
@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18"], help="timm models")
     add_workload_arguments(parser, model=None)
     parser.add_argument("--rounds", type=int, default=1, help="cold compiles of each variant")
-    parser.add_argument("--output", help="folder for a CSV and a JSON file of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     workloads = [workload_of(args, model) for model in args.models]
     rows = [row for workload in workloads for row in measure(workload, args.rounds)]
     print(table(rows, FORMATS))
-    print("; ".join(f"{key}: {value}" for key, value in environment(args.device).items()))
+    print(describe(args.device))
     if args.output:
         for workload in workloads:
             of_model = [row for row in rows if row.model == workload.title]
@@ -135,7 +135,7 @@ def _first_step(workload: Workload, variant: str, cache: str) -> dict[str, float
     command = [sys.executable, "-m", "benchmarks.first_step"]
     command += [json.dumps(asdict(workload)), variant]
     environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    # Elsewhere than in the cache by the user's own setting, these would not be cold.
+    # If the user keeps Triton's cache elsewhere, the first compile would not be cold.
     environ.pop("TRITON_CACHE_DIR", None)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:

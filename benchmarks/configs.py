@@ -1,4 +1,4 @@
-"""The sparse variants that a benchmark compares: a SparsityConfig each, from the command line."""
+"""The sparse variants that a benchmark compares: one SparsityConfig for each."""
 
 import argparse
 import ast
@@ -9,7 +9,7 @@ from ssprop_fx.config import TARGETS
 
 __all__ = ["NAME", "add_config_arguments", "configs_of", "parse_overrides"]
 
-# Name of the rows of `ssprop_compile`; with overrides, these follow.
+# Name of the rows of `ssprop_compile`; overrides, if any, follow it.
 NAME = "ssprop"
 
 
@@ -31,7 +31,7 @@ def configs_of(args: argparse.Namespace) -> dict[str, SparsityConfig]:
     """Return the configurations to compare by the name of their rows, the plain one first.
 
     Raises:
-        ValueError: a `--variant` is not of the form that it should have.
+        ValueError: a `--variant` has the wrong form.
     """
     base = SparsityConfig(min_channels=args.min_channels, targets=tuple(args.targets))
     configs = {NAME: base}

@@ -1,10 +1,9 @@
-"""A peer: dense torch.compile with the kernels that sparse steps have.
+"""A peer: dense torch.compile with the kernels of a sparse step.
 
-On a CPU a sparse step has three things of its own that are no gain of sparsity: sums in two steps
-(`ssprop_passes.transforms.two_step_sums`), gradients of convolution weights by a kernel of our own
+On a CPU a sparse step has three kernels that make it faster without sparsity: sums in two steps
+(`ssprop_passes.transforms.two_step_sums`), our gradient of convolution weights
 (`ssprop_passes.kernels.conv_grad_weight`), and 1x1 convolutions of all positions at once
-(`ssprop_passes.kernels.conv1x1`). Here a dense step has them all, which tells what they do by
-themselves.
+(`ssprop_passes.kernels.conv1x1`). This dense step uses all three, which shows what they gain alone.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""A process of its own that compiles one variant: what `python -m benchmarks compile` starts.
+"""The process that `python -m benchmarks compile` starts: compiles one variant.
 
-`python -m benchmarks.first_step WORKLOAD VARIANT` prints one line of JSON: the seconds that the
-first step of a variant (`dense` or `sparse`) of a workload took beyond the second one, and the
-seconds that importing ssprop_fx took once torch was imported.
+`python -m benchmarks.first_step WORKLOAD VARIANT` prints one line of JSON: by how many seconds the
+first step of a variant (`dense` or `sparse`) is longer than the second, and how many seconds it
+takes to import ssprop_fx after torch.
 """
 
 import json

@@ -3,27 +3,26 @@
     dense     backward of the layer under torch.compile
     sparse    backward of the layer under ssprop_compile, every part of it included
     reduced   the reduced convolution or the two reduced products alone
-    score     mean |grad_output| of each channel
+    score     l2 norm of each channel of grad_output
     select    the k largest
     gather    the selected channels of grad_output and rows of the weight
     scatter   the rows of the weight's gradient into zeros
 
-Gain is dense over sparse; the ideal gain is C / k. The parts are compiled one by one and with k as
-a constant: in a model they fuse with each other and with what is around the layer. A depthwise
-convolution's whole backward also gathers its input and scatters the gradient of that.
+Gain is dense over sparse; the ideal gain is C / k. Each part is compiled alone, with k as a
+constant; in a model the parts fuse with each other and with the operations around the layer. The
+backward of a depthwise convolution also gathers its input and scatters the input's gradient.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from benchmarks.configs import parse_overrides
 from benchmarks.layer_parts import PARTS, Setting, WholeBackward, make_parts
 from benchmarks.layers import TYPICAL, Layer, collect_layers
-from benchmarks.machine import environment
-from benchmarks.picture import draw_layers
+from benchmarks.machine import describe, environment
 from benchmarks.results import save, table
 from benchmarks.timing import alternate
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
@@ -96,7 +95,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--variant", help="fields of SparsityConfig, as in `step`")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each part")
-    parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -122,12 +121,11 @@ def run(args: argparse.Namespace) -> None:
         rows += measure(layer, setting, config, args.drop_rates, args.rounds)
         print(f"measured {layer.name}", flush=True)
     print(table(rows, FORMATS))
-    print("; ".join(f"{key}: {value}" for key, value in environment(args.device).items()))
+    print(describe(args.device))
     if args.output:
         precision = "bf16" if args.amp else "fp32"
         name = f"layer-{args.model or 'typical'}-b{args.batch_size}-{precision}"
-        picture = save(rows, environment(args.device), args.output, name)
-        draw_layers([asdict(row) for row in rows], picture)
+        save(rows, environment(args.device), args.output, name)
 
 
 def measure(

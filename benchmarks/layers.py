@@ -1,4 +1,4 @@
-"""Single layers to measure: a list of typical ones, or those of a timm model."""
+"""Single layers to measure: typical ones, or those of a timm model."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

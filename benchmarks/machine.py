@@ -1,4 +1,4 @@
-"""The machine that a result was measured on, and the allocator that it was measured with."""
+"""The machine and the allocator that a result was measured with."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ import torch
 
 from ssprop_fx.training.allocator import keep_freed_memory
 
-__all__ = ["allocator", "environment"]
+__all__ = ["allocator", "describe", "environment"]
 
 
 @functools.cache
@@ -49,8 +49,13 @@ def environment(device: str) -> dict[str, str | int]:
     }
 
 
+def describe(device: str) -> str:
+    """Return `environment(device)` as one line."""
+    return "; ".join(f"{key}: {value}" for key, value in environment(device).items())
+
+
 def _cpu_name() -> str:
-    """Return the processor's name and its vectors, which virtual machines do not tell by name."""
+    """Return the processor's name and its vector instructions, which its name does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
@@ -61,7 +66,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     commit = _git("describe", "--always")
-    # Results of other runs that lie there change no measurement.
+    # Changed results change no measurement.
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
     return f"{commit}-dirty" if commit and changed else commit or "unknown"
 

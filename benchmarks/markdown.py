@@ -1,15 +1,15 @@
 """`python -m benchmarks table FOLDER`: saved results of `step` as one Markdown table.
 
-A row for each model and sparse variant; the peers, where they were measured, are columns: their
-speed-up over dense torch.compile too.
+One row for each model and sparse variant, one column for each peer that was measured. All speed-ups
+are over dense torch.compile.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.picture import draw_steps, sparse_rows
+from benchmarks.picture import sparse_rows
+from benchmarks.results import read
 from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
 __all__ = ["add_parser", "markdown"]
@@ -22,20 +22,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of step-*.json files")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="the rows to show")
-    parser.add_argument("--picture", type=Path, help="PNG file to draw the same rows into")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table, and draw the picture if asked to."""
-    files = [
-        json.loads(path.read_text())["rows"] for path in sorted(args.folder.glob("step-*.json"))
-    ]
+    """Print the table."""
+    files = [read(path) for path in sorted(args.folder.glob("step-*.json"))]
     print(markdown(files, args.drop_rate))
-    if args.picture:
-        draw_steps(
-            [row for rows in files for row in rows if _is_shown(row, args.drop_rate)], args.picture
-        )
 
 
 def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
@@ -71,5 +64,5 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
 
 
 def _is_shown(row: dict[str, Any], drop_rate: float) -> bool:
-    """Say whether a row is of the drop rate, or of dense training, which has none."""
+    """Return whether a row has the drop rate, or is dense, which has none."""
     return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, *DENSE_PEERS)

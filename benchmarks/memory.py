@@ -12,13 +12,12 @@ __all__ = ["peak_mib"]
 def peak_mib(step: Callable[[], object], device: str) -> float:
     """Return the most memory that tensors held during a step above what they held before it.
 
-    On a GPU, by the statistics of torch's caching allocator. On a CPU, torch's allocator keeps
-    none: there it is the largest running sum of the allocations and releases that the profiler
-    notes. What libraries take for themselves, such as oneDNN's scratchpads, is in neither; nor is
-    the memory that is in use before and after, the model and its input.
+    On a GPU torch's caching allocator counts it. On a CPU it is the largest running sum of the
+    allocations and releases that the profiler records. Neither counts what libraries allocate, such
+    as oneDNN's scratchpads, nor the model and its input, which are there before and after.
 
     Args:
-        step: runs forward and backward; compiled before, and no gradients left from the last one.
+        step: runs forward and backward; compiled before, with no gradients left from the last step.
         device: where it runs.
 
     Returns:

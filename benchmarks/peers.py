@@ -7,8 +7,9 @@ computes, in the backward,
     grad_input, rows, grad_bias = convolution_backward(grad_output[:, idx], input, weight[idx])
     grad_weight = zeros; grad_weight[idx] = rows
 
-with k a Python int. Written anew, without that code's faults: dilation counts in the weight's
-gradient, and autocast applies. Grouped convolutions, which it gets wrong, stay as they are.
+with k a Python int. This is our code, without the faults of the published one: the weight's
+gradient respects dilation, and autocast applies. Grouped convolutions, which the published code
+gets wrong, stay as they are.
 """
 
 import copy

@@ -6,14 +6,7 @@ from typing import Any
 
 from benchmarks.variants import DENSE, PEERS
 
-__all__ = [
-    "draw_layers",
-    "draw_long_run",
-    "draw_scale",
-    "draw_scaling",
-    "draw_steps",
-    "sparse_rows",
-]
+__all__ = ["Record", "draw_layers", "draw_scaling", "draw_steps", "sparse_rows"]
 
 _SPARSE, _BOUND, _DENSE = "#d08770", "#2e7d6b", "#4c566a"
 _PEERS = dict(zip(PEERS, ("#d8dee9", "#c9d3c0", "#b8c2d4", "#8fa1bf"), strict=True))
@@ -126,69 +119,6 @@ def draw_layers(rows: Sequence[Record], path: Path) -> None:
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8)
     axes.set_title("Time of a layer's sparse backward, dense = 1", loc="left", fontsize=10)
-    _save(figure, axes, path)
-
-
-def draw_long_run(rows: Sequence[Record], slopes: Sequence[Any], path: Path) -> None:
-    """Draw step time and memory of a long run over its steps, with their straight lines.
-
-    Args:
-        rows: records of EpochRow.
-        slopes: those of dense and sparse step time first, that of memory next to last.
-        path: the PNG file; one that exists is replaced.
-    """
-    made = _figure(4)
-    if made is None:
-        return
-    figure, axes = made
-    for color, line, is_sparse in ((_DENSE, slopes[0], False), (_SPARSE, slopes[1], True)):
-        part = [row for row in rows if bool(row["drop_rate"]) == is_sparse]
-        axes.plot(
-            [row["steps"] for row in part], [row["step_ms"] for row in part], ".", color=color
-        )
-        axes.plot(*zip(line.first, line.last, strict=True), color=color, label=str(line))
-    memory = axes.twinx()
-    values = [row["rss_mib"] for row in rows]
-    label = f"right: {slopes[-2]}"
-    memory.plot([row["steps"] for row in rows], values, color=_BOUND, label=label)
-    memory.set_ylim(0, 1.2 * max(values))
-    axes.set_ylim(0, 1.5 * sorted(row["step_ms"] for row in rows)[int(0.9 * len(rows))])
-    axes.set_xlabel("training steps")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    memory.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.set_title(
-        "Medians of each epoch over a long run, and straight lines", loc="left", fontsize=10
-    )
-    _save(figure, axes, path)
-
-
-def draw_scale(rows: Sequence[Record], path: Path) -> None:
-    """Draw the modelled speed-up over bandwidth, for the middle one of the numbers of ranks.
-
-    Args:
-        rows: records of ScaleRow.
-        path: the PNG file; one that exists is replaced.
-    """
-    made = _figure(4)
-    if made is None:
-        return
-    figure, axes = made
-    numbers = sorted({row["ranks"] for row in rows})
-    ranks = numbers[len(numbers) // 2]
-    fields = {"kept_speedup": ("kept rows", _BOUND), "sparse_speedup": ("whole gradients", _SPARSE)}
-    for overlap, style in ((0.0, "-"), (1.0, ":")):
-        part = [row for row in rows if (row["ranks"], row["overlap"]) == (ranks, overlap)]
-        for field, (name, color) in fields.items():
-            hidden = "behind all of the backward" if overlap else "behind nothing"
-            label = f"sparse step, {name} sent, {hidden}"
-            at = [row["gbits"] for row in part]
-            axes.plot(at, [row[field] for row in part], style, color=color, marker=".", label=label)
-    axes.axhline(1, color=_DENSE, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlabel("bandwidth of a rank's link, Gbit/s")
-    axes.legend(frameon=False, fontsize=8)
-    title = f"Model: speed of a training step of {ranks} ranks, dense at that bandwidth = 1"
-    axes.set_title(title, loc="left", fontsize=10)
     _save(figure, axes, path)
 
 

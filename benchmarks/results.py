@@ -1,13 +1,12 @@
-"""Rows of results: printed as a table, kept as CSV and JSON with the machine they come from."""
+"""Rows of results: printed as a table, kept as JSON with the machine they come from."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-__all__ = ["save", "table"]
+__all__ = ["read", "save", "table"]
 
 
 def table(rows: Sequence[Any], formats: Mapping[str, str]) -> str:
@@ -46,25 +45,22 @@ def table(rows: Sequence[Any], formats: Mapping[str, str]) -> str:
 
 def save(
     rows: Sequence[Any], environment: Mapping[str, str | int], folder: str | Path, name: str
-) -> Path:
-    """Write rows as `folder/name.csv` and, with the environment, as `folder/name.json`.
+) -> None:
+    """Write rows and environment as `folder/name.json`.
 
     Args:
-        rows: dataclass instances, at least one.
+        rows: dataclass instances.
         environment: what `benchmarks.machine.environment` returned.
         folder: made if it is missing.
-        name: name of the files, without extension.
-
-    Returns:
-        Path of a picture of the same rows, `folder/name.png`, for the caller to draw.
+        name: name of the file, without extension.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    records = [asdict(row) for row in rows]
-    with (path / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0].keys())
-        writer.writeheader()
-        writer.writerows(records)
-    content = {"environment": dict(environment), "rows": records}
+    content = {"environment": dict(environment), "rows": [asdict(row) for row in rows]}
     (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    return path / f"{name}.png"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that `save` wrote, as records."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows

@@ -1,48 +1,89 @@
 """`python -m benchmarks scale`: a model of step time over bandwidth, for data-parallel training.
 
-Nothing of it is measured on a network. Arithmetic is the dense and the sparse step of a saved
-`breakdown`, on one machine; what is sent is counted and the packing of kept rows is timed in one
-process; bandwidth, latency and number of ranks are parameters (`benchmarks.scale_model` has the
-formulas). Three kinds of step:
+    all-reduce = 2 (n - 1) (messages * latency + bytes / (n * bandwidth))
+    step       = forward + backward + packing + what the backward waits for
+                 + max(0, other communication - overlap * backward)
+
+The number of ranks n, bandwidth, latency and overlap are parameters. The inputs are measured in one
+process: times of the dense and the sparse step (`python -m benchmarks breakdown`), bytes and
+messages that a step sends, and the time to pack kept rows (`benchmarks.communication`). By default
+they are read from a file; `--steps` measures them anew. Three kinds of step:
 
     dense   whole gradients are sent
-    sparse  the sparse step, each rank's own selection: whole gradients are sent
-    kept    the sparse step, one selection for all ranks: scores, then kept rows
-
-`--check` compares the model with gloo processes on this machine: a network is fitted to single
-all-reduces of the first number of ranks and predicts what the same and the other numbers take. The
-tables are printed as docs/scale.md has them.
+    sparse  a sparse step, each rank selects for itself: whole gradients are sent
+    kept    a sparse step, all ranks select alike: scores, then kept rows are sent
 """
 
 import argparse
-import json
-import math
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.communication import Job, measure
+from benchmarks.communication import Communication, measure
 from benchmarks.machine import environment
-from benchmarks.picture import draw_scale
-from benchmarks.results import save, table
-from benchmarks.scale_check import CheckRow, check
-from benchmarks.scale_rows import Inputs, LimitRow, inputs_of, limits, scale
-from ssprop_fx import SparsityConfig
+from benchmarks.results import read, save
 
-__all__ = ["add_parser", "markdown"]
+__all__ = ["GBITS", "LATENCY_US", "RANKS", "Inputs", "Network", "add_parser", "markdown"]
+__all__ += ["step_times"]
 
-_STEPS = Path("benchmarks/results/cpu-2-cores/breakdown-resnet50-224-b16-fp32-channels_last.json")
-_OVERLAPS = (0.0, 1.0)
-_FORMATS = {
-    "ranks": "",
-    "overlap": "g",
-    "gbits": "g",
-    "dense_ms": ".0f",
-    "sparse_ms": ".0f",
-    "kept_ms": ".0f",
-    "sparse_speedup": ".2f",
-    "kept_speedup": ".2f",
-}
+RANKS = (2, 8, 64)
+GBITS = (0.1, 1.0, 10.0, 100.0)
+LATENCY_US = 20.0
+_INPUTS = Path(__file__).parent / "results/cpu-2-cores/scale-resnet50.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Communication):
+    """What the model is fed: what a step sends, and how long it computes.
+
+    Attributes:
+        model: name, resolution, batch, precision, layout.
+        drop_rate: of the sparse step.
+        dense_forward_ms, dense_backward_ms: milliseconds of the dense step.
+        sparse_forward_ms, sparse_backward_ms: milliseconds of the sparse step.
+    """
+
+    model: str
+    drop_rate: float
+    dense_forward_ms: float
+    dense_backward_ms: float
+    sparse_forward_ms: float
+    sparse_backward_ms: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """What connects the ranks.
+
+    Attributes:
+        ranks: number of ranks, each with a link of its own.
+        gbits: bandwidth of a link in each direction, gigabits per second.
+        latency_us: of a message between two ranks, microseconds.
+    """
+
+    ranks: int
+    gbits: float
+    latency_us: float
+
+    def all_reduce_ms(self, size: int, messages: int) -> float:
+        """Return the milliseconds of all-reduces, one after another, as rings.
+
+        In a ring each rank sends 2 (n - 1) / n of the bytes, in 2 (n - 1) messages one after
+        another (Patarasuk and Yuan, Bandwidth Optimal All-reduce Algorithms for Clusters of
+        Workstations, 2009).
+
+        Args:
+            size: bytes, of all of them.
+            messages: number of all-reduces.
+
+        Example:
+            >>> Network(ranks=2, gbits=8, latency_us=10).all_reduce_ms(3_000_000, 1)
+            3.02
+        """
+        bytes_of_ms = self.gbits * 1e9 / 8 / 1e3
+        latency_ms = messages * self.latency_us / 1e3
+        return 2 * (self.ranks - 1) * (latency_ms + size / (self.ranks * bytes_of_ms))
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -53,86 +94,91 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=Path, default=_STEPS, help="JSON file of `breakdown`")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64])
-    parser.add_argument(
-        "--gbits", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
-    )
-    parser.add_argument("--latency-us", type=float, default=20.0, help="of a message")
-    parser.add_argument("--img-size", type=int, default=64, help="of the step that is counted")
-    parser.add_argument("--batch-size", type=int, default=4, help="of the step that is counted")
-    parser.add_argument("--min-channels", type=int, default=SparsityConfig.min_channels)
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps")
-    parser.add_argument("--check", type=int, nargs="*", default=[], help="processes, as in 2 4")
-    parser.add_argument("--output", help="folder for CSV and JSON files and a picture of the rows")
+    parser.add_argument("--inputs", type=Path, default=_INPUTS, help="JSON file of inputs")
+    parser.add_argument("--steps", type=Path, help="JSON file of `breakdown`: measure the inputs")
+    parser.add_argument("--output", help="folder for a JSON file of measured inputs")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--gbits", type=float, nargs="+", default=list(GBITS))
+    parser.add_argument("--latency-us", type=float, default=LATENCY_US, help="of a message")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark and print its tables."""
-    dense, sparse = json.loads(args.steps.read_text())["rows"]
-    job = Job(
-        model=dense["model"].split()[0],
-        drop_rate=sparse["drop_rate"],
-        img_size=args.img_size,
-        batch_size=args.batch_size,
-        rounds=args.rounds,
-        min_channels=args.min_channels,
+    """Print inputs and speed-ups as docs/scale.md has them."""
+    if args.steps:
+        inputs = _measure(args.steps)
+        if args.output:
+            name = f"scale-{inputs.model.split()[0]}"
+            save([inputs], environment("cpu"), args.output, name)
+    else:
+        inputs = Inputs(**read(args.inputs)[0])
+    print(markdown(inputs, args.ranks, args.gbits, args.latency_us))
+
+
+def step_times(inputs: Inputs, network: Network, overlap: float) -> tuple[float, float, float]:
+    """Return the milliseconds of a dense step, of a sparse one, and of one that sends kept rows.
+
+    Args:
+        inputs: what is measured.
+        network: what connects the ranks.
+        overlap: share of the backward that hides gradients sent meanwhile, from 0 to 1.
+    """
+
+    def step(forward: float, backward: float, sent: float, not_hidden: float = 0.0) -> float:
+        return forward + backward + not_hidden + max(0.0, sent - overlap * backward)
+
+    dense = inputs.dense_forward_ms, inputs.dense_backward_ms
+    sparse = inputs.sparse_forward_ms, inputs.sparse_backward_ms
+    whole = network.all_reduce_ms(inputs.gradient_bytes, inputs.buckets)
+    kept = network.all_reduce_ms(inputs.kept_bytes, inputs.buckets)
+    agreeing = network.all_reduce_ms(inputs.score_bytes, inputs.layers)
+    agreeing += network.all_reduce_ms(inputs.row_bytes, inputs.buckets)
+    return (
+        step(*dense, whole),
+        step(*sparse, whole),
+        step(*sparse, kept, inputs.packing_ms + agreeing),
     )
-    alone = measure(job)
-    inputs = inputs_of(dense, sparse, alone)
-    settings = [(ranks, args.latency_us, overlap) for ranks in args.ranks for overlap in _OVERLAPS]
-    rows = [row for setting in settings for row in scale(inputs, *setting, args.gbits)]
-    bounds = [limits(inputs, *setting) for setting in settings]
-    checks = []
-    if args.check:
-        checks = check({ranks: measure(job, ranks, alone.what) for ranks in args.check}, alone)
-    print(table(rows, _FORMATS))
-    print(f"\n{markdown(inputs, bounds, checks)}")
-    if args.output:
-        parts = {"inputs": [inputs], "limits": bounds, "check": checks}
-        for name, part in parts.items():
-            if part:
-                save(part, environment("cpu"), args.output, f"scale-{job.model}-{name}")
-        picture = save(rows, environment("cpu"), args.output, f"scale-{job.model}")
-        draw_scale([asdict(row) for row in rows], picture)
 
 
-def markdown(inputs: Inputs, bounds: Sequence[LimitRow], checks: Sequence[CheckRow]) -> str:
+def markdown(
+    inputs: Inputs, ranks: Sequence[int], gbits: Sequence[float], latency_us: float
+) -> str:
     """Return the tables of docs/scale.md."""
-    lines = ["| input | |", "|---|---|"]
-    lines += [
+    share = (inputs.kept_bytes + inputs.row_bytes) / inputs.gradient_bytes
+    lines = [
+        f"| input ({inputs.model}, drop rate {inputs.drop_rate:g}) | |",
+        "|---|---|",
         f"| dense step: forward, backward | {inputs.dense_forward_ms:.0f} ms,"
         f" {inputs.dense_backward_ms:.0f} ms |",
         f"| sparse step: forward, backward | {inputs.sparse_forward_ms:.0f} ms,"
         f" {inputs.sparse_backward_ms:.0f} ms |",
-        f"| gradients | {inputs.gradient_bytes / 1e6:.1f} MB in {inputs.buckets} buckets |",
-        f"| kept rows | {inputs.kept_bytes / 1e6:.1f} MB in {inputs.buckets} buckets, and"
-        f" {inputs.row_bytes / 1e3:.0f} kB to agree on rows: a share of {inputs.kept_share:.2f} |",
-        f"| gathering and scattering kept rows | {inputs.packing_ms:.0f} ms |",
-        f"| scores | {inputs.score_bytes / 1e3:.0f} kB in {inputs.layers} all-reduces |",
+        f"| gradients | {inputs.gradient_bytes / 1e6:.1f} MB, {inputs.buckets} all-reduces |",
+        f"| kept rows | {inputs.kept_bytes / 1e6:.1f} MB, {inputs.buckets} all-reduces |",
+        f"| agreeing on rows | {inputs.row_bytes / 1e3:.0f} kB, {inputs.buckets} all-reduces |",
+        f"| scores | {inputs.score_bytes / 1e3:.0f} kB, {inputs.layers} all-reduces |",
+        f"| kept rows and agreeing on them, share of the gradients | {share:.2f} |",
+        f"| packing kept rows | {inputs.packing_ms:.0f} ms |",
         "",
-        "| ranks | hidden behind the backward | sparse gains less than 10 % below | kept rows are"
-        " faster than whole gradients below | kept rows are faster than dense |"
-        " communication takes less than 5 % above | kept rows gain nothing from a latency of |",
-        "|---|---|---|---|---|---|---|",
+        f"| ranks | overlap | sent | {' | '.join(f'{width:g} Gbit/s' for width in gbits)} |",
+        "|---" * (3 + len(gbits)) + "|",
     ]
-    lines += [
-        f"| {row.ranks} | {'all of it' if row.overlap else 'nothing'} | {row.little_below:.2g} |"
-        f" {row.kept_below:.2g} |"
-        f" {'always' if math.isinf(row.wins_below) else f'below {row.wins_below:.2g}'} |"
-        f" {row.free_above:.2g} | {row.latency_limit_us:.0f} µs |"
-        for row in bounds
-    ]
-    if checks:
-        lines += [
-            "",
-            "| processes | sent | bytes | all-reduces | measured ms | model ms | ratio |",
-            "|---|---|---|---|---|---|---|",
-        ]
-    lines += [
-        f"| {row.ranks} | {row.what} | {row.bytes} | {row.messages} | {row.measured_ms:.3g} |"
-        f" {row.model_ms:.3g} | {row.ratio:.2f} |"
-        for row in checks
-    ]
+    for number, overlap in itertools.product(ranks, (0, 1)):
+        networks = [Network(number, width, latency_us) for width in gbits]
+        dense, *others = zip(*(step_times(inputs, n, overlap) for n in networks), strict=True)
+        for sent, times in zip(("gradients", "kept rows"), others, strict=True):
+            speeds = [f"{d / ms:.2f}" for d, ms in zip(dense, times, strict=True)]
+            lines.append(f"| {number} | {overlap} | {sent} | {' | '.join(speeds)} |")
     return "\n".join(lines)
+
+
+def _measure(steps: Path) -> Inputs:
+    dense, sparse = read(steps)
+    return Inputs(
+        **asdict(measure(dense["model"].split()[0], sparse["drop_rate"])),
+        model=dense["model"],
+        drop_rate=sparse["drop_rate"],
+        dense_forward_ms=dense["forward_ms"],
+        dense_backward_ms=dense["step_ms"] - dense["forward_ms"],
+        sparse_forward_ms=sparse["forward_ms"],
+        sparse_backward_ms=sparse["step_ms"] - sparse["forward_ms"],
+    )

@@ -1,15 +1,13 @@
 """`python -m benchmarks scaling`: speed-up over drop rate, at several batch sizes and resolutions.
 
-The rows are those of `step` at every drop rate, for each batch size at the first resolution and
-each resolution at the first batch size.
+It measures the rows of `step` at every drop rate: at the first resolution for each batch size, and
+at the first batch size for each resolution.
 """
 
 import argparse
-from dataclasses import asdict
 
 from benchmarks.configs import add_config_arguments, configs_of
 from benchmarks.machine import environment
-from benchmarks.picture import draw_scaling
 from benchmarks.results import save
 from benchmarks.step import measure
 from benchmarks.workload import add_workload_arguments, workload_of
@@ -33,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="further ones")
     parser.add_argument("--img-sizes", type=int, nargs="*", default=[], help="further ones")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
-    parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -47,5 +45,4 @@ def run(args: argparse.Namespace) -> None:
     for batch_size, img_size in dict.fromkeys(points):
         rows += measure(base.at(batch_size, img_size), configs, args.drop_rates, args.rounds)
     if args.output:
-        picture = save(rows, environment(args.device), args.output, f"scaling-{base.slug}")
-        draw_scaling([asdict(row) for row in rows], picture)
+        save(rows, environment(args.device), args.output, f"scaling-{base.slug}")

@@ -1,32 +1,31 @@
 """`python -m benchmarks step`: whole training steps of a model, sparse against dense.
 
-A step is forward and backward. Rows: dense torch.compile, `ssprop_compile` at drop rate 0 (its
-dense phase) and at the given drop rates, in each configuration (--variant), and with --peers eager
-dense and the module swap of the published code, eager and compiled; all in one process, in turn.
+A step is forward and backward. The rows are dense torch.compile, and `ssprop_compile` at drop rate
+0 (its dense phase) and at the given drop rates, in each configuration (--variant). --peers adds
+eager dense, dense with the kernels of a sparse step, and the module swap of the published code,
+eager and compiled. All run in one process and take turns.
 
-    bound       T_dense / (T_dense - d * T_backward): what would be reached if the layers' backward
-                took exactly the share of its time that is kept
+    bound       T_dense / (T_dense - d * T_backward): the speed-up if dropping the share d of the
+                channels saved exactly that share of the backward's time
     efficiency  (T_dense - T_sparse) / (d * T_backward): 1.0 reaches the bound
-    speedup     T_dense / T of each round, all of whose runs are neighbours in time: the median, and
-                the 95 % confidence interval of that by the bootstrap
-    over_plain  the same of T / T of the first configuration: what a --variant costs
+    speedup     T_dense / T in each round, whose runs are neighbours in time: the median of the
+                rounds, and its 95 % confidence interval by the bootstrap
+    over_plain  T / T of the first configuration, likewise: what a --variant costs
 
-T_backward is the time that the dense step spends, by the profiler, inside
-`aten::convolution_backward` and inside the backward products of the linear layers that take part.
+The profiler measures T_backward: the time of the dense step inside `aten::convolution_backward` and
+inside the backward products of the linear layers that take part.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
 from benchmarks.backward_time import ProfiledStep, linear_products
 from benchmarks.configs import add_config_arguments, configs_of
-from benchmarks.machine import environment
+from benchmarks.machine import describe, environment
 from benchmarks.memory import peak_mib
-from benchmarks.picture import draw_steps
 from benchmarks.results import save, table
 from benchmarks.step_row import FORMATS, FORMATS_OF_VARIANTS, StepRow
 from benchmarks.timing import alternate, synchronize
@@ -54,10 +53,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="time what the process computes in place of what passes: on a CPU that others use as"
-        " well, best with OMP_NUM_THREADS=1",
+        help="time the processor and not the clock: for a CPU that others use too; best with"
+        " OMP_NUM_THREADS=1",
     )
-    parser.add_argument("--output", help="folder for a CSV, a JSON file and a picture of the rows")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)
 
 
@@ -69,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = measure(workload, configs_of(args), args.drop_rates, args.rounds, args.peers, clock)
     if args.output:
-        picture = save(rows, environment(args.device), args.output, f"step-{workload.slug}")
-        draw_steps([asdict(row) for row in rows], picture)
+        save(rows, environment(args.device), args.output, f"step-{workload.slug}")
 
 
 def measure(
@@ -102,7 +100,7 @@ def measure(
         raise ValueError(f"--drop-rates must have one above 0, got {list(drop_rates)}")
     model, images = workload.build()
     torch._dynamo.reset()
-    # Every variant compiles the same code anew, and none may end in eager without a word.
+    # Every variant compiles the same code anew, and none may fall back to eager silently.
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     with limits:
         variants = make_variants(workload, model, images, configs, rates, with_peers)
@@ -138,5 +136,5 @@ def measure(
             )
     print(f"\n{workload.title}: {backward}")
     print(table(rows, FORMATS_OF_VARIANTS if len(configs) > 1 else FORMATS))
-    print("; ".join(f"{key}: {value}" for key, value in environment(workload.device).items()))
+    print(describe(workload.device))
     return rows

@@ -1,4 +1,4 @@
-"""A row of the step and scaling benchmarks, and the arithmetic of bound and efficiency."""
+"""A row of `step` and `scaling`, and the arithmetic of bound and efficiency."""
 
 from dataclasses import dataclass
 from math import nan
@@ -66,7 +66,7 @@ class StepRow:
         median_ms, low_ms, high_ms: step time and its quartiles.
         speedup: dense time over this one, the median of the ratios of the rounds.
         speedup_low, speedup_high: its 95 % confidence interval.
-        backward_ms: time of the dense step in what could be saved of: all backward convolutions
+        backward_ms: time of the dense step of which a part can be saved: all backward convolutions
             and the backward products of the linear layers that take part.
         linear_backward_ms: the latter's part of it.
         bound: the speed-up at efficiency 1.
@@ -130,8 +130,8 @@ class StepRow:
             backward_ms=backward.total_ms,
             linear_backward_ms=backward.linear_ms,
             bound=bound(dense.median, backward.total_ms, drop_rate),
-            # From the ratios of the rounds, as the speed-up is: where the machine's speed drifts,
-            # the medians of the two may be of different hours.
+            # From the ratios of the rounds, like the speed-up: if the machine's speed drifts, the
+            # two medians may come from different times.
             efficiency=efficiency(
                 dense.median, dense.median / speedup.median, backward.total_ms, drop_rate
             ),

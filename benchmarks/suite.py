@@ -1,7 +1,7 @@
-"""`python -m benchmarks suite`: every benchmark of a device, one after another.
+"""`python -m benchmarks suite`: every benchmark for a device, one after another.
 
-Each run is a process of its own. One that fails does not stop those after it; failures are named
-at the end, and the exit status is then 1.
+Each run has its own process. If one fails, the others still run; the suite names the failures at
+the end and exits with status 1.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "suite",
-        help="every benchmark of a device",
+        help="every benchmark for a device",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def commands(device: str, folder: str) -> Iterator[list[str]]:
-    """Yield the arguments of every run, the most telling first.
+    """Yield the arguments of every run, the most important first.
 
     Args:
         device: to run on.
@@ -85,7 +85,7 @@ def commands(device: str, folder: str) -> Iterator[list[str]]:
     for index, ((model, size, batch, _), workload) in enumerate(
         zip(models, workloads, strict=True)
     ):
-        # The first model stands for all in what batch size and resolution do.
+        # Only the first model also varies batch size and resolution.
         batches = ["--batch-sizes", str(batch // 4), str(batch // 2)] * (not index)
         sizes = ["--img-sizes", str(size // 2), str(size * 3 // 4)] * (not index)
         yield ["scaling", "--model", model, *workload, *batches, *sizes]
@@ -94,7 +94,7 @@ def commands(device: str, folder: str) -> Iterator[list[str]]:
 
 
 def run_all(runs: Sequence[Sequence[str]]) -> int:
-    """Run commands in order, whatever becomes of each.
+    """Run commands in order, even after one fails.
 
     Args:
         runs: the commands.

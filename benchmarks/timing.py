@@ -1,4 +1,4 @@
-"""Timing: variants in turn, medians, spread, ratios of runs that are neighbours in time."""
+"""Timing of variants that take turns: medians, quartiles, and ratios within a round."""
 
 import random
 import statistics
@@ -53,7 +53,8 @@ class Timing:
     def over(self, other: "Timing") -> Ratio:
         """Return the ratio of these times to those of another variant in the same rounds.
 
-        What slows the machine down for a while slows both of a round, and leaves their ratio.
+        If something slows the machine down for a while, it slows both runs of a round, and their
+        ratio stays.
 
         Args:
             other: timed in turn with this one.
@@ -86,18 +87,18 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time each variant once a round, so that a drift of the machine meets all of them.
 
-    In an order that changes from round to round, as what a step leaves behind in memory and caches
-    is felt by the next: in as many rounds as there are variants each has every place once, and,
-    where their number is even, follows every other once (Williams, Experimental designs balanced
-    for the estimation of residual effects of treatments, 1949).
+    The order changes from round to round, because a step leaves memory and caches to the next one.
+    In as many rounds as there are variants, each has every place once and, if their number is even,
+    follows every other once (Williams, Experimental designs balanced for the estimation of residual
+    effects of treatments, 1949).
 
     Args:
         variants: name -> function that runs one step.
         rounds: timed runs of each variant.
         warmup: untimed runs of each variant at the beginning, compilation included.
         prepare: name -> function to run before each run of that variant, untimed.
-        clock: returns seconds. `time.process_time` counts those that the process computes for, on
-            all its threads, and not those that others keep it waiting.
+        clock: returns seconds. `time.process_time` counts what all threads of the process compute,
+            and not how long they wait for others.
 
     Returns:
         Name -> timing.

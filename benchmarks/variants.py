@@ -1,4 +1,4 @@
-"""What a step is measured of: dense, sparse in each configuration, and the peers."""
+"""The variants of a step: dense, sparse in each configuration, and the peers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ __all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants"]
 
 DENSE = "dense"
 # Rows to compare with: dense eager, the module swap, and dense torch.compile with the kernels of a
-# sparse step, which tells what of its gain is theirs.
+# sparse step, which shows how much of the gain is theirs.
 DENSE_PEERS = ("eager", "dense own kernels")
 PEERS = (*DENSE_PEERS, "module swap eager", "module swap compiled")
 
@@ -101,7 +101,7 @@ def _sparse(
 ) -> Iterator[Variant]:
     def variant(index: int, rate: float) -> Variant:
         def run() -> None:
-            # Setting the drop rate counts: training does so as well.
+            # Setting the drop rate is part of the step, as in training.
             scheduler.load_state_dict({"last_step": index})
             workload.step(compiled, images)
 

@@ -1,4 +1,4 @@
-"""What is measured: a model, its input, and what a training step of it is."""
+"""What is measured: a model, its input, and its training step."""
 
 import argparse
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""What does sparse back-propagation buy in accuracy per cost? `python -m benchmarks.study`."""
+"""What accuracy does sparse back-propagation reach for its cost? `python -m benchmarks.study`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.study.grid import GRIDS, settings
 from benchmarks.study.page import page
-from benchmarks.study.summary import read_results
+from benchmarks.study.store import has_result, read_results
 
 HERE = Path(__file__).parent
 _START_SEED = 1
@@ -38,9 +38,9 @@ def main() -> None:
 def run_grid(args: argparse.Namespace) -> None:
     """Run what has no result yet: one seed of everything, then the next."""
     # It imports the compiler, which takes seconds.
-    from benchmarks.study.runner import Places, result_path, run_one
+    from benchmarks.study.runner import Places, run_one
 
-    places = Places(args.results / args.grid, args.work, args.data)
+    places = Places(_results(args), args.work, args.data)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for seed in args.seeds:
         for setting in settings(args.grid):
@@ -49,7 +49,7 @@ def run_grid(args: argparse.Namespace) -> None:
             # All seeds of a task start from the same weights.
             if setting.is_start and seed != _START_SEED:
                 continue
-            if result_path(places, setting, seed).exists():
+            if has_result(places.results, setting.task.name, setting.name, seed):
                 continue
             if end is not None and time.monotonic() > end:
                 return
@@ -59,7 +59,7 @@ def run_grid(args: argparse.Namespace) -> None:
 
 def print_page(args: argparse.Namespace) -> None:
     """Print the page of the results that there are."""
-    print(page(GRIDS[args.grid], read_results(args.results / args.grid)), end="")
+    print(page(GRIDS[args.grid], read_results(_results(args))), end="")
 
 
 def plot_grid(args: argparse.Namespace) -> None:
@@ -67,7 +67,12 @@ def plot_grid(args: argparse.Namespace) -> None:
     # matplotlib is optional.
     from benchmarks.study.plot import draw
 
-    draw(GRIDS[args.grid], read_results(args.results / args.grid), args.path)
+    draw(GRIDS[args.grid], read_results(_results(args)), args.path)
+
+
+def _results(args: argparse.Namespace) -> Path:
+    path: Path = args.results / f"{args.grid}.jsonl"
+    return path
 
 
 if __name__ == "__main__":

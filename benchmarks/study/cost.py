@@ -1,9 +1,9 @@
 """What a run costs, in epochs of dense training of the task's reference model.
 
-Wall time on a shared machine says little, so two costs are counted instead:
+Wall time on a shared machine means little. Two costs are counted instead:
 
-- *arithmetic*: forward 1 part and backward 2, of which `backward_saved` is left out;
-- *time*: what that saving was worth in a measured step, `TIME_PER_SAVING`.
+- *arithmetic*: the forward is 1 part; the backward is 2, less `backward_saved` of them;
+- *time*: what that saving is worth in a measured step, `time_per_saving`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The large grid, for a GPU: all of CIFAR-10, up to 100 epochs, with rows of the small one."""
+"""The large grid, for a GPU: all of CIFAR-10, up to 100 epochs, and rows of the small grid."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _FLAGS: dict[str, Any] = {
     "weight_decay": 5e-4,
     "schedule": "none",
     "epochs": 100,
-    # What is asked is what the layers learn; what the time is, `python -m benchmarks` measures.
+    # The study asks what the layers learn; `python -m benchmarks` measures time.
     "gate": False,
 }
 # 54 channels in place of 64 and so on save as much arithmetic as half of the steps at 0.8 do, 27 %.

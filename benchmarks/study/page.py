@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.cost import time_per_saving
-from benchmarks.study.summary import Result, Row, summarize
+from benchmarks.study.store import Result
+from benchmarks.study.summary import Row, summarize
 from benchmarks.study.task import Task
 
 __all__ = ["page", "verdict"]
@@ -47,7 +48,7 @@ def page(tasks: Sequence[Task], results: Sequence[Result]) -> str:
 
 
 def verdict(gain: float | None, error: float | None) -> str:
-    """Return what a gain says: "better", "worse", or "equal" within two standard errors.
+    """Return what a gain means: "better", "worse", or "equal" within two standard errors.
 
     Args:
         gain: in points; None where there is nothing to compare with.
@@ -60,7 +61,7 @@ def verdict(gain: float | None, error: float | None) -> str:
 
 def _judge(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
     """Return kind of cost -> verdict -> names of settings."""
-    # One seed says nothing, and whoever has one is in the table alone.
+    # A setting with one seed appears only in the table.
     compared = [row for row in rows if not row.is_dense and row.seeds > 1]
     found: dict[str, dict[str, list[str]]] = {}
     for row in compared:

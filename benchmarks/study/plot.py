@@ -16,7 +16,7 @@ __all__ = ["draw"]
 
 _DENSE = "#4c566a"
 _COLUMNS = 3
-# The others have their place in the tables; more labels cannot be read.
+# The tables have the others; more labels would be unreadable.
 _SHOWN = {
     "steps-0.8": ("#d08770", "o"),
     "constant-0.3": ("#ebcb8b", "P"),

@@ -1,4 +1,4 @@
-"""Rows that several tables have."""
+"""Rows that several tables share."""
 
 from typing import Any
 

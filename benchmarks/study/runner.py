@@ -1,7 +1,6 @@
 """One run of the study: `ssprop-fx train` with a setting's flags, then all test images once."""
 
 import functools
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmarks.study.model  # noqa: F401 timm knows the model once it is imported
 from benchmarks.machine import environment
 from benchmarks.study.data import unpack
+from benchmarks.study.store import Result, append_result
 from benchmarks.study.task import Setting
 from ssprop_fx.training.checkpoint import LAST
 from ssprop_fx.training.config import TrainConfig
@@ -26,7 +26,7 @@ from ssprop_fx.training.records.logs import EPOCHS, EpochRow, read_rows
 from ssprop_fx.training.run import train
 from ssprop_fx.training.setup import create_data_config, find_device
 
-__all__ = ["Places", "result_path", "run_one"]
+__all__ = ["Places", "run_one"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Places:
     """Where a study finds and keeps things.
 
     Attributes:
-        results: folder of the results.
+        results: JSONL file of the results.
         work: folder of unpacked images and of weights that other runs start from.
         archive: zip of CIFAR-10; None without one, and digits alone can be run.
     """
@@ -44,13 +44,8 @@ class Places:
     archive: Path | None
 
 
-def result_path(places: Places, setting: Setting, seed: int) -> Path:
-    """Return the file of one run's result."""
-    return places.results / f"{setting.key.replace('/', '-')}-seed{seed}.json"
-
-
-def run_one(setting: Setting, seed: int, places: Places) -> dict[str, Any]:
-    """Train, test, and keep the result, whole or not at all.
+def run_one(setting: Setting, seed: int, places: Places) -> Result:
+    """Train, test, and append the result to the file of results.
 
     Args:
         setting: what to run.
@@ -58,7 +53,7 @@ def run_one(setting: Setting, seed: int, places: Places) -> dict[str, Any]:
         places: where things are.
 
     Returns:
-        The result, as the file has it.
+        The result, as its line has it.
 
     Raises:
         CommandError: a flag does not fit.
@@ -90,9 +85,7 @@ def run_one(setting: Setting, seed: int, places: Places) -> dict[str, Any]:
     }
     if setting.is_start:
         replace_file(_weights(places, setting.name), lambda file: torch.save(weights, file))
-    places.results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result) + "\n"
-    replace_file(result_path(places, setting, seed), lambda file: file.write(text.encode()))
+    append_result(places.results, result)
     return result
 
 

@@ -16,8 +16,8 @@ from benchmarks.study.task import Task
 
 __all__ = ["SMALL"]
 
-# All layers take part whatever they gain in time, at the published code's keep counts: what is
-# asked is what they learn.
+# All layers take part, even if they gain no time, at the published code's keep counts: the study
+# asks what they learn.
 _SMALL: dict[str, Any] = {
     "model": "study_resnet",
     "img_size": 32,

@@ -1,18 +1,14 @@
 """From results to the rows of a table: means over seeds, costs, and dense training at that cost."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from benchmarks.study.cost import Cost, cost, dense_accuracy
+from benchmarks.study.store import Result
 from benchmarks.study.task import Task
 
-__all__ = ["Result", "Row", "read_results", "spread", "summarize"]
-
-Result = dict[str, Any]
+__all__ = ["Row", "spread", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +42,10 @@ class Row:
         return self.name.startswith("dense")
 
 
-def read_results(folder: Path) -> list[Result]:
-    """Return all results in a folder, one a file."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
 def spread(accuracies: Sequence[Sequence[float]]) -> float | None:
     """Return the standard deviation over seeds, pooled over settings.
 
-    Three seeds tell little of their own spread; those of all settings of a task tell enough.
+    Three seeds are too few to estimate a spread; those of all settings of a task are enough.
 
     Args:
         accuracies: those of each setting.
@@ -99,7 +90,7 @@ def summarize(task: Task, results: Sequence[Result], per_saving: float) -> list[
     dense = [name for name in runs if name.startswith("dense")]
     curve = [(costs[name].arithmetic, fmean(accuracies[name])) for name in dense]
     deviation = spread(list(accuracies.values()))
-    # Cautious: between two dense settings the curve is surer than at either.
+    # Cautious: between two dense settings the curve has a smaller error than at either.
     dense_seeds = min(len(runs[name]) for name in dense)
     rows = []
     for name, values in accuracies.items():

@@ -1,4 +1,4 @@
-"""What a grid is made of."""
+"""The parts of a grid: tasks and their settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,6 @@
 """The benchmarks' commands: they run and write rows of the right shape."""
 
+import csv
 import doctest
 import importlib
 import math
@@ -15,6 +16,7 @@ from benchmarks.backward_time import BackwardTime
 from benchmarks.breakdown import BreakdownRow
 from benchmarks.compile_time import CompileRow
 from benchmarks.layer import LayerRow
+from benchmarks.results import read
 from benchmarks.step_row import StepRow
 from benchmarks.timing import Timing
 from benchmarks.variants import DENSE_PEERS, PEERS
@@ -28,7 +30,6 @@ RESULTS = [path for path in (Path(machine.__file__).parent / "results").iterdir(
 
 
 def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pytest.importorskip("matplotlib")
     more = ["--peers", "--variant", "channel_multiple=1", "--output", str(tmp_path)]
     args = parse(["step", *MODEL, *TINY, *more])
     args.run(args)
@@ -55,7 +56,7 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert saved[0] == saved[1] == saved[4] == 0
     assert 0 < saved[2] < saved[3] < 1
     assert 0 < saved[5] == saved[6] < saved[3]
-    assert len(list(tmp_path.glob("step-test_convnext-64-b2-fp32-channels_last.png"))) == 1
+    assert (tmp_path / "step-test_convnext-64-b2-fp32-channels_last.json").exists()
     assert "allocator: " in capsys.readouterr().out
 
 
@@ -82,7 +83,7 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["32", "b2"],
     ]
     assert [row["drop_rate"] for row in rows] == [0.0, 0.0, 0.5] * 3
-    assert len(list(tmp_path.glob("scaling-test_convnext-64-b2-fp32-channels_last.png"))) == 1
+    assert (tmp_path / "scaling-test_convnext-64-b2-fp32-channels_last.json").exists()
 
 
 @pytest.mark.slow
@@ -234,14 +235,41 @@ def test_table_of_variants_and_peers() -> None:
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
-def test_saved_results_make_a_table(
-    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    args = parse(["table", str(folder), "--picture", str(tmp_path / "picture.png")])
+def test_saved_results_make_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(["table", str(folder)])
     args.run(args)
     assert len(capsys.readouterr().out.splitlines()) >= 2 + len(list(folder.glob("step-*.json")))
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_saved_results_are_exported(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    args = parse(["export", str(folder), "--output", str(tmp_path / "made")])
+    args.run(args)
+    made = tmp_path / "made"
+    for path in folder.glob("*.json"):
+        with (made / f"{path.stem}.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        records = read(path)
+        texts = [{name: str(value) for name, value in row.items()} for row in records]
+        assert lines == texts
+        is_drawn = path.stem.split("-")[0] in ("step", "scaling", "layer")
+        assert (made / f"{path.stem}.png").exists() == is_drawn
+    assert all(path.stat().st_size > 1000 for path in made.glob("*.png"))
+    assert not list(made.glob("*.json"))
+
+
+def test_export_writes_beside_the_results_by_default(tmp_path: Path) -> None:
+    (tmp_path / "compile-m.json").write_text('{"rows": [{"model": "m", "cold_s": 1.5}]}')
+    args = parse(["export", str(tmp_path)])
+    args.run(args)
+    assert (tmp_path / "compile-m.csv").read_text().split() == ["model,cold_s", "m,1.5"]
+
+
+def test_export_of_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
+    args = parse(["export", str(tmp_path)])
+    with pytest.raises(ValueError, match="has no JSON file"):
+        args.run(args)
 
 
 def test_a_step_without_a_drop_rate_is_an_error() -> None:
@@ -257,7 +285,7 @@ def test_help_names_every_command(
     with pytest.raises(SystemExit):
         main()
     printed = capsys.readouterr().out
-    for name in ("step", "layer", "compile", "scaling", "suite", "table"):
+    for name in ("step", "layer", "compile", "scaling", "suite", "table", "export"):
         assert f"    {name} " in printed
 
 

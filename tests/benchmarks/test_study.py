@@ -13,7 +13,8 @@ from benchmarks.study.cost import Cost, cost, dense_accuracy, time_per_saving
 from benchmarks.study.data import unpack
 from benchmarks.study.grid import GRIDS, settings
 from benchmarks.study.page import page, verdict
-from benchmarks.study.summary import read_results, spread, summarize
+from benchmarks.study.store import append_result, read_results
+from benchmarks.study.summary import spread, summarize
 from benchmarks.study.task import Task
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.setup import sparsity_config
@@ -140,9 +141,9 @@ def test_a_difference_counts_beyond_two_standard_errors(gain, error, expected):
 
 
 def test_the_page_shows_what_was_run(tmp_path):
-    for number, found in enumerate(RESULTS):
-        (tmp_path / f"{number}.json").write_text(json.dumps(found))
-    text = page([TASK], read_results(tmp_path))
+    for found in RESULTS:
+        append_result(tmp_path / "toy.jsonl", found)
+    text = page([TASK], read_results(tmp_path / "toy.jsonl"))
     assert '| half | `--schedule "constant:rate=0.5 until 1ep then none" --no-gate` | 2 |' in text
     assert "70.00 ± 1.41 | 0.75 | +4.00 ± 1.41 |" in text.replace("**", "")
     assert "- **toy**: `never-run`" in text
@@ -154,7 +155,7 @@ def test_the_page_shows_what_was_run(tmp_path):
 
 
 def test_the_page_and_what_the_readme_says_of_it_are_made_from_the_results():
-    made = page(GRIDS["small"], read_results(ROOT / "benchmarks/study/results/small"))
+    made = page(GRIDS["small"], read_results(ROOT / "benchmarks/study/results/small.jsonl"))
     assert (ROOT / "docs/study.md").read_text() == made, "python -m benchmarks.study table"
     table = (ROOT / "README.md").read_text().split("| accuracy in %")[1].split("\n\n")[0]
     claims = re.findall(r"(\d+\.\d\d ± \d+\.\d\d) at (\d\.\d\d)", table)
@@ -169,9 +170,8 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     ran = []
 
     def run_one(setting, seed, places):
-        path = runner.result_path(places, setting, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        run = {"task": setting.task.name, "setting": setting.name, "seed": seed}
+        append_result(places.results, run)
         ran.append((setting.key, seed))
         return {"accuracy": 0.0}
 
@@ -183,6 +183,34 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     assert ran == first
     study(monkeypatch, tmp_path, "run", "--only", "digits/dense*", "--seeds", "1", "2")
     assert ran == first + [(key, 2) for key, _ in first]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_cut_line_loses_its_own_run_alone(tmp_path, end):
+    path = tmp_path / "results" / "toy.jsonl"
+    for found in RESULTS[:3]:
+        append_result(path, found)
+    whole = path.read_text()
+    assert whole.count("\n") == 3
+    path.write_text(whole[:-20] + end)
+    assert read_results(path) == RESULTS[:2]
+    append_result(path, RESULTS[2])
+    append_result(path, RESULTS[3])
+    assert read_results(path) == RESULTS[:4]
+
+
+def test_a_last_line_without_its_end_is_read(tmp_path):
+    path = tmp_path / "toy.jsonl"
+    path.write_text(json.dumps(RESULTS[0]))
+    assert read_results(path) == RESULTS[:1]
+    append_result(path, RESULTS[1])
+    assert read_results(path) == RESULTS[:2]
+
+
+def test_of_a_run_that_is_there_twice_the_later_line_counts(tmp_path):
+    for accuracy in (1.0, 2.0):
+        append_result(tmp_path / "toy.jsonl", result("dense", 1, accuracy))
+    assert read_results(tmp_path / "toy.jsonl") == [result("dense", 1, 2.0)]
 
 
 def test_weights_that_runs_start_from_are_trained_once(tmp_path, monkeypatch):
@@ -240,7 +268,7 @@ def test_a_run_is_kept_and_its_saving_counted(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(GRIDS, "small", (tiny,))
     study(monkeypatch, tmp_path, "run", "--work", str(tmp_path / "work"), "--seeds", "1")
-    dense, sparse = summarize(tiny, read_results(tmp_path / "small"), 0.5)
+    dense, sparse = summarize(tiny, read_results(tmp_path / "small.jsonl"), 0.5)
     assert dense.cost == Cost(1.0, 1.0)
     # Half of the channels of all but the classifier.
     assert sparse.cost.arithmetic == pytest.approx(1 - 0.5 * 2 / 3, abs=0.01)

@@ -1,0 +1,54 @@
+"""The results of a grid: one JSONL file, one line a run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Result", "append_result", "has_result", "read_results"]
+
+Result = dict[str, Any]
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the results in a file; none if it does not exist.
+
+    A process that is killed while it writes leaves a part of a line, which is skipped. Where a
+    run is in the file twice, the later line counts.
+
+    Args:
+        path: the JSONL file of a grid.
+    """
+    results = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        results[result["task"], result["setting"], result["seed"]] = result
+    return list(results.values())
+
+
+def has_result(path: Path, task: str, setting: str, seed: int) -> bool:
+    """Return whether a file has the result of a run."""
+    wanted = (task, setting, seed)
+    return any((r["task"], r["setting"], r["seed"]) == wanted for r in read_results(path))
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Add a line to a file. What is there already is left as it is.
+
+    Args:
+        path: the JSONL file of a grid; made, with its folder, if it is missing.
+        result: with at least "task", "setting" and "seed".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            # After a cut line, a new one begins.
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(result).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
