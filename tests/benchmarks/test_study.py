@@ -153,7 +153,7 @@ def test_the_page_shows_what_was_run(tmp_path):
     assert "7 runs on here" in text
 
 
-def test_the_page_and_what_docs_say_of_it_are_made_from_the_results():
+def test_the_page_and_what_the_readme_says_of_it_are_made_from_the_results():
     made = page(GRIDS["small"], read_results(ROOT / "benchmarks/study/results/small"))
     assert (ROOT / "docs/study.md").read_text() == made, "python -m benchmarks.study table"
     table = (ROOT / "docs/performance.md").read_text().split("| accuracy in %")[1].split("\n\n")[0]
