@@ -1,0 +1,79 @@
+"""Figures in the README and in docs/performance.md are those of the saved results."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sources import ROOT
+
+from benchmarks import markdown
+
+README = (ROOT / "README.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+AVX512 = RESULTS / "cpu-2-cores-avx512"
+DROP_RATE = 0.8
+COLUMNS = ("step_ms", "forward_ms", "conv_ms", "product_ms", "topk_ms", "rest_ms")
+
+
+def saved(folder: Path, kind: str) -> list[list[dict]]:
+    """The rows of each saved file of a kind."""
+    return [json.loads(p.read_text())["rows"] for p in sorted(folder.glob(f"{kind}-*.json"))]
+
+
+def test_the_readme_is_short_and_its_links_work_on_a_package_index():
+    assert len(README.splitlines()) <= 120
+    targets = [part.split(")")[0] for part in README.split("](")[1:]]
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+
+
+def test_the_readme_shows_the_saved_step_times():
+    speedups = []
+    rows = [line for line in README.splitlines() if line.endswith(" |") and "---" not in line]
+    for steps in saved(AVX512, "step"):
+        by_name = {r["variant"]: r for r in steps if r["drop_rate"] in (0, DROP_RATE)}
+        dense, sparse = by_name["dense"], by_name["ssprop"]
+        assert sparse["drop_rate"] == DROP_RATE
+        speedups.append(sparse["speedup"])
+        cells = [sparse["model"], f"{dense['median_ms']:.0f}", f"{sparse['median_ms']:.0f}"]
+        cells.append(f"{sparse['speedup']:.2f}")
+        assert f"| {' | '.join(cells)} |" in rows
+    assert len(rows) == 1 + len(speedups), "the header and a row a file"
+    assert f"{min(speedups):.1f} to {max(speedups):.1f} times faster" in README
+
+
+@pytest.mark.parametrize("folder", ["cpu-2-cores-avx512", "cpu-2-cores"])
+def test_the_tables_of_step_times_are_of_the_saved_results(folder):
+    made = markdown.markdown(saved(RESULTS / folder, "step"), DROP_RATE)
+    assert made in PERFORMANCE, f"python -m benchmarks table benchmarks/results/{folder}"
+
+
+def test_the_table_of_drop_rates_is_of_the_saved_results():
+    files = saved(AVX512, "scaling")
+    assert files
+    for rows in files:
+        speedups = [
+            f"{row['speedup']:.2f}"
+            for row in rows
+            if row["variant"] == "ssprop" and row["drop_rate"] > 0
+        ]
+        assert f"| {rows[0]['model']} | {' | '.join(speedups)} |" in PERFORMANCE
+
+
+def test_the_breakdown_is_of_the_saved_results():
+    files = saved(AVX512, "breakdown") + saved(RESULTS / "cpu-2-cores", "breakdown")
+    assert files
+    for row in (row for rows in files for row in rows):
+        cells = [row["model"], row["variant"], *(f"{row[name]:.0f}" for name in COLUMNS)]
+        assert f"| {' | '.join(cells)} |" in PERFORMANCE
+
+
+def test_the_compile_times_are_of_the_saved_results():
+    ((dense, sparse),) = saved(AVX512, "compile")
+    text = " ".join(PERFORMANCE.split())
+    assert f"compiles in {sparse['ratio']:.2f} times the dense step's time" in text
+    assert f"interval {sparse['ratio_low']:.2f} to {sparse['ratio_high']:.2f})" in text
+    assert f"{sparse['cold_s']:.0f} s against {dense['cold_s']:.0f} s" in text
+    assert {f"{row['warm_s']:.1f}" for row in (dense, sparse)} == {"3.2"}
+    assert "both take 3.2 s" in text
