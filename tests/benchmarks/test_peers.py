@@ -9,6 +9,7 @@ import torch
 from oracle import gradients, oracle_gradients, relative_error
 from torch import Tensor, fx, nn
 
+from benchmarks.dense_kernels import dense_kernels
 from benchmarks.peers import TopKConv2d, is_swappable, swap_convs
 from ssprop_fx.compiler.inductor import compile_aot_eager
 

@@ -28,7 +28,7 @@ def rewrite(
     for node in traced.graph.nodes:
         if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
             node.meta[INSERTED_KEY] = True
-    found = BatchNormGradientPass(None, inductor_decompositions)
+    found = BatchNormGradientPass(inductor_decompositions)
     found.transform(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()

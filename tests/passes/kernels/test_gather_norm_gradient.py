@@ -213,6 +213,6 @@ def test_gathers_of_others_are_left() -> None:
     fn = functools.partial(kept_of, norm_of(nn.BatchNorm1d(6)), order=None)
     x, grad = data(8, 6).requires_grad_(), data(8, 6)
     traced = trace(fn, x, grad, torch.tensor([4, 0]))
-    bn_pass = BatchNormGradientPass(None, dict)
+    bn_pass = BatchNormGradientPass(dict)
     bn_pass.transform(traced.graph)
     assert bn_pass.gathers == 0

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from norms import Norm, data, norm_of, rewrite, trace
+from ssprop_passes.graph.graph_pass import PassSummary
 from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -124,7 +125,7 @@ def test_squares_of_others_are_left() -> None:
     fn = functools.partial(squares_of, norm_of(nn.BatchNorm2d(6)), over=((0, 2, 3),))
     x = data(4, 6, 5, 7).requires_grad_()
     traced = trace(fn, x, data(4, 6, 5, 7))
-    bn_pass = BatchNormGradientPass(None, dict)
+    bn_pass = BatchNormGradientPass(dict)
     bn_pass.transform(traced.graph)
     assert bn_pass.squares == 0
 
@@ -173,9 +174,10 @@ def test_gradients_under_inductor(
     found: list[tuple[int, int, int]] = []
 
     class Recording(BatchNormGradientPass):
-        def transform(self, graph: fx.Graph) -> None:
-            super().transform(graph)
+        def transform(self, graph: fx.Graph) -> PassSummary:
+            summary = super().transform(graph)
             found.append((self.squares, self.gathers, self.own))
+            return summary
 
         def uuid(self) -> None:
             return None
