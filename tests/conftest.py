@@ -9,7 +9,7 @@ import torch
 from ssprop_passes.kernels.cpp_loader import kernel_maybe, start_compiling
 from training_runs import TWO_PHASES
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.named_backend.autostep import SteppedVariant
 from ssprop_fx.runtime import constant_counts as specialize

@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 from sources import FOLDERS, ROOT, files, imported_names, used_names
 
 import ssprop_fx
@@ -38,15 +41,21 @@ def is_private_torch(name: str) -> bool:
     return first == "torch" and second in PRIVATE
 
 
+def module_paths() -> list[Path]:
+    """Files of both packages; `__main__` would run if it were imported."""
+    return [path for package in FOLDERS for path in files(package) if path.stem != "__main__"]
+
+
 def module_names() -> list[str]:
-    """Names of all modules of both packages; `__main__` would run if it were imported."""
+    def name(package: str, folder: Path, path: Path) -> str:
+        parts = package, *path.relative_to(folder).with_suffix("").parts
+        return ".".join(parts).removesuffix(".__init__")
+
     return [
-        ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        )
+        name(package, folder, path)
+        for path in module_paths()
         for package, folder in FOLDERS.items()
-        for path in files(package)
-        if path.stem != "__main__"
+        if path.is_relative_to(folder)
     ]
 
 
@@ -72,9 +81,26 @@ def test_the_checks_see_what_they_look_for(tmp_path):
     assert not is_private_torch("torch._check")
 
 
-@pytest.mark.parametrize("path", files("ssprop_passes"), ids=lambda path: path.name)
-def test_passes_know_nothing_of_ssprop_fx(path):
-    assert [name for name in imported_names(path) if name.split(".")[0] == "ssprop_fx"] == []
+def test_rooms_import_only_what_stands_below_them(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(cache_dir=None) == 0, "lint-imports says which import runs up"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports for type checking count, too."""
+    modules = dict(zip(module_names(), module_paths(), strict=True))
+    imports = {
+        name: {
+            other
+            for imported in imported_names(path)
+            for other in (imported, imported.rpartition(".")[0])
+            if other in modules and other != name
+        }
+        for name, path in modules.items()
+    }
+    assert sum(map(len, imports.values())) > 300
+    order = tuple(TopologicalSorter(imports).static_order())
+    assert order.index("ssprop_passes.errors") < order.index("ssprop_fx.compiler.backend")
 
 
 def test_private_torch_stays_in_few_files():

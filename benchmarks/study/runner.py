@@ -22,7 +22,7 @@ from ssprop_fx.training.data.datasets import create_datasets
 from ssprop_fx.training.data.loaders import Batch, create_loaders
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.files import replace_file
-from ssprop_fx.training.records.logs import EPOCHS, EpochRow, read_rows
+from ssprop_fx.training.records.rows import EPOCHS, EpochRow, read_rows
 from ssprop_fx.training.run import train
 from ssprop_fx.training.setup import create_data_config, find_device
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 
 sys.exit(main())

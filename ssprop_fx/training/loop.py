@@ -23,7 +23,8 @@ from ssprop_fx.training.energy import EnergyMeter
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.interrupt import StopRequest
 from ssprop_fx.training.precision import autocast, move_images, synchronize
-from ssprop_fx.training.records.logs import Records, StepRow
+from ssprop_fx.training.records.logs import Records
+from ssprop_fx.training.records.rows import StepRow
 from ssprop_fx.training.state import TrainState
 
 __all__ = ["Trainer"]

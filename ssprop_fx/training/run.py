@@ -26,8 +26,9 @@ from ssprop_fx.training.files import remove_leftovers
 from ssprop_fx.training.interrupt import StopRequest
 from ssprop_fx.training.loop import Trainer
 from ssprop_fx.training.precision import memory_format
-from ssprop_fx.training.records.logs import EpochRow, Records
+from ssprop_fx.training.records.logs import Records
 from ssprop_fx.training.records.plot import plot_run
+from ssprop_fx.training.records.rows import EpochRow
 from ssprop_fx.training.records.summary import format_summary
 from ssprop_fx.training.records.tensorboard import check_tensorboard
 from ssprop_fx.training.setup import (

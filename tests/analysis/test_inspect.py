@@ -21,7 +21,7 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 
 EXACT = SparsityConfig(channel_multiple=1, min_channels=1)
 
@@ -305,7 +305,7 @@ def test_a_mistake_is_one_line(flags, status, message, capsys) -> None:
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = (
         "import sys\nsys.modules['timm'] = None\n"
-        "from ssprop_fx.cli import main\nsys.exit(main(['inspect', 'resnet18']))"
+        "from ssprop_fx.cli.app import main\nsys.exit(main(['inspect', 'resnet18']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training.compare.comparison import compare_runs
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import write_config
-from ssprop_fx.training.records.logs import Records, StepRow
+from ssprop_fx.training.records.logs import Records
+from ssprop_fx.training.records.rows import StepRow
 
 STEPS = 4
 

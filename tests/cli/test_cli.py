@@ -8,7 +8,7 @@ import torch
 from timm.models import load_checkpoint as load_timm_checkpoint
 from training_runs import STEPS_PER_EPOCH, TINY, TWO_PHASES, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 
 
 def test_a_run_has_a_dense_and_a_sparse_phase(whole_run):
@@ -115,7 +115,7 @@ def test_without_the_extra_the_command_imports_and_says_what_to_install():
         "import sys\n"
         "names = ('timm', 'torchvision', 'tqdm', 'matplotlib', 'sklearn')\n"
         "sys.modules.update(dict.fromkeys(names))\n"
-        "from ssprop_fx.cli import main\n"
+        "from ssprop_fx.cli.app import main\n"
         "sys.exit(main(['train']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from training_runs import TINY, assert_same_run
 
-from ssprop_fx.cli import main, train
+from ssprop_fx.cli.app import main, train
 from ssprop_fx.training import run as run_module
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import read_arguments, write_config

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from training_runs import TINY, content
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data.datasets import create_datasets
 from ssprop_fx.training.data.digits import Digits

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_runs import TINY, TWO_PHASES, assert_same_run, content, is_equal, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training.checkpoint import load_checkpoint, restore
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.errors import CommandError
@@ -15,7 +15,7 @@ from ssprop_fx.training.errors import CommandError
 # Runs the command, and leaves each process' weights after every checkpoint.
 SCRIPT = """
 import os, sys, torch
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training import run
 
 save = run.save_checkpoint

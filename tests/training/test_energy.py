@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import TINY, content, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.energy import Energy, EnergyMeter
 

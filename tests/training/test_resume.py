@@ -9,13 +9,13 @@ import sys
 import pytest
 from training_runs import STEPS_PER_EPOCH, TINY, TWO_PHASES, assert_same_run, content, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training import loop, run
 
 # Runs the command, and kills itself before the step that comes first.
 KILLED = """
 import os, signal, sys
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training import loop
 
 step = int(sys.argv[1])

@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from ssprop_fx.training.records.logs import Records, StepRow, median_ms
+from ssprop_fx.training.records.logs import Records
 from ssprop_fx.training.records.plot import plot_run
+from ssprop_fx.training.records.rows import StepRow, median_ms
 from ssprop_fx.training.records.summary import format_summary
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from training_runs import TINY, assert_same_run, content, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training import checkpoint
-from ssprop_fx.training.records.logs import EpochRow, Records, StepRow, read_rows
+from ssprop_fx.training.records.logs import Records
+from ssprop_fx.training.records.rows import EpochRow, StepRow, read_rows
 
 FLAGS = [*TINY, "--epochs", "1", "--max-steps", "4", "--checkpoint-every", "1"]
 FLAGS += ["--schedule", "constant:rate=0.5", "--no-plot"]

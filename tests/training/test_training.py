@@ -7,7 +7,7 @@ from timm.models import load_checkpoint
 from torch import nn
 from training_runs import TINY, content, rows
 
-from ssprop_fx.cli import main
+from ssprop_fx.cli.app import main
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.setup import create_state, sparsity_config
 

@@ -12,7 +12,7 @@ import yaml
 
 from ssprop_fx.training.config_file import CONFIG
 from ssprop_fx.training.errors import CommandError
-from ssprop_fx.training.records.logs import EPOCHS, STEPS, EpochRow, StepRow, read_rows
+from ssprop_fx.training.records.rows import EPOCHS, STEPS, EpochRow, StepRow, read_rows
 
 __all__ = ["Comparison", "Difference", "RunData", "compare_runs", "read_run"]
 

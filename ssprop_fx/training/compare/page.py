@@ -6,7 +6,7 @@ import math
 from statistics import median
 
 from ssprop_fx.training.compare.comparison import Comparison, Difference, RunData
-from ssprop_fx.training.records.logs import step_times
+from ssprop_fx.training.records.rows import step_times
 
 __all__ = ["answers", "format_page", "format_text", "table"]
 

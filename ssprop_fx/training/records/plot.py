@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ssprop_fx.training.files import replace_file
-from ssprop_fx.training.records.logs import Records, StepRow, median_ms
+from ssprop_fx.training.records.logs import Records
+from ssprop_fx.training.records.rows import StepRow, median_ms
 
 __all__ = ["plot_run"]
 

@@ -3,7 +3,8 @@
 import math
 from statistics import fmean, quantiles
 
-from ssprop_fx.training.records.logs import Records, median_ms, step_times
+from ssprop_fx.training.records.logs import Records
+from ssprop_fx.training.records.rows import median_ms, step_times
 
 __all__ = ["format_summary"]
 

@@ -3,12 +3,10 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssprop_fx.training.errors import CommandError
-
-if TYPE_CHECKING:
-    from ssprop_fx.training.records.logs import EpochRow, StepRow
+from ssprop_fx.training.records.rows import EpochRow, StepRow
 
 __all__ = ["TensorBoardLog", "check_tensorboard"]
 
@@ -43,11 +41,11 @@ class TensorBoardLog:
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step)
 
-    def add_step(self, row: "StepRow") -> None:
+    def add_step(self, row: StepRow) -> None:
         """Add a step's row, at its step."""
         self._add("step", _STEP_NAMES, row, row.step)
 
-    def add_epoch(self, row: "EpochRow") -> None:
+    def add_epoch(self, row: EpochRow) -> None:
         """Add an epoch's row, at the step of its end."""
         self._add("epoch", _EPOCH_NAMES, row, row.step)
 
