@@ -68,6 +68,7 @@ def ssprop_compile(
     # They import the compiler, which takes seconds.
     from ssprop_fx.compiler.backend import BACKENDS
     from ssprop_fx.runtime.module import SsPropModule
+    from ssprop_fx.runtime.variants import Variants
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -93,4 +94,5 @@ def ssprop_compile(
     if backend == "inductor":
         compile_kwargs.update(mode=mode, options=options)
     config = config or SparsityConfig()
-    return SsPropModule(model, scheduler, config, compile_kwargs, in_place=in_place)
+    variants = Variants(model, scheduler, config, compile_kwargs, in_place=in_place)
+    return SsPropModule(model, variants)

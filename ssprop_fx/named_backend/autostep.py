@@ -2,13 +2,11 @@
 
 import functools
 import itertools
-import warnings
 import weakref
 from collections import Counter
 from typing import Any, ClassVar
 
 import torch
-from ssprop_passes.errors import NoEffectWarning
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -17,6 +15,7 @@ from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.named_backend.options import Settings
 from ssprop_fx.runtime.sparse_variant import SparseVariant
 from ssprop_fx.runtime.tripwire import Problem
+from ssprop_fx.runtime.user_warning import warn_no_effect
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = [
@@ -75,7 +74,7 @@ class SteppedVariant(SparseVariant):
                 " of a torch.optim.Optimizer that holds parameters of the model. Unless so many"
                 " batches are accumulated, use ssprop_compile and call scheduler.step()."
             )
-            self._warn(Problem("stands still", message), stacklevel=3)
+            self._warn(Problem("stands still", message))
 
     def end_step(self, optimizer: Optimizer) -> None:
         """Advance the schedule, if this step of an optimizer ends a training step of the model."""
@@ -84,7 +83,7 @@ class SteppedVariant(SparseVariant):
             return
         self._leader = weakref.ref(optimizer)
         if self.is_due():
-            self.check_step(stacklevel=5)
+            self.check_step()
         self._forwards.clear()
         self.tripwire.start()
         self.scheduler.step()
@@ -131,11 +130,9 @@ def _end_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for variant in list(_variants.values()):
         variant.end_step(optimizer)
     if not SteppedVariant.made and next(_steps_without_variant) == _STEPS_PATIENCE:
-        warnings.warn(
+        warn_no_effect(
             f"{_STEPS_PATIENCE} optimizer steps, and Dynamo has handed the ssprop backend no graph"
             " of a training step, so they were dense. Likely causes: compilation is disabled"
             " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or Dynamo runs the whole model"
             " eagerly, as it does DistributedDataParallel(torch.nn.Sequential(...)).",
-            NoEffectWarning,
-            stacklevel=4,
         )

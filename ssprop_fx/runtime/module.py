@@ -20,6 +20,10 @@ class SsPropModule(nn.Module):
     Parameters, buffers, submodules, mode and attributes are those of the model itself, under the
     names that `torch.compile`'s module gives them (`_orig_mod.` in the state dict).
 
+    Args:
+        model: the model.
+        variants: its compiled variants.
+
     Attributes:
         ssprop: the compiled variants, with their scheduler, keep counts and memory.
     """
@@ -27,24 +31,10 @@ class SsPropModule(nn.Module):
     # The last one goes with the hooks, which are its own.
     _own = frozenset({"_orig_mod", "ssprop", "training", "_is_full_backward_hook"})
 
-    def __init__(
-        self,
-        model: nn.Module,
-        scheduler: SparsityScheduler,
-        config: SparsityConfig,
-        compile_kwargs: dict[str, Any],
-        keep_counts: KeepCounts | None = None,
-        memory: Memory | None = None,
-        in_place: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, variants: Variants) -> None:
         super().__init__()
         self._orig_mod = model
-        self.ssprop = Variants(
-            model, scheduler, config, compile_kwargs, keep_counts, memory, in_place
-        )
-        if in_place:
-            # What `nn.Module.compile` sets: `model(...)` calls it in place of `_call_impl`.
-            model._compiled_call_impl = self.ssprop.run
+        self.ssprop = variants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model: dense, or in a sparse training step sparse."""
@@ -79,13 +69,26 @@ class SsPropModule(nn.Module):
         return sorted({*object.__dir__(self), *dir(self._orig_mod)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SsPropModule":
-        # The copy follows the same scheduler, in the same slots: its layers are the same.
-        memory = copy.deepcopy(self.ssprop.memory, memo)
-        return type(self)(copy.deepcopy(self._orig_mod, memo), *self._arguments(memory))
+        model = copy.deepcopy(self._orig_mod, memo)
+        return type(self)(
+            model, self.ssprop.for_copy(model, copy.deepcopy(self.ssprop.memory, memo))
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._orig_mod, *self._arguments(self.ssprop.memory))
-
-    def _arguments(self, memory: Memory) -> tuple[Any, ...]:
         own = self.ssprop
-        return own.scheduler, own.config, own.compile_kwargs, own.part, memory
+        state = own.scheduler, own.config, own.compile_kwargs, own.part, own.memory
+        return _restore, (self._orig_mod, *state)
+
+
+def _restore(
+    model: nn.Module,
+    scheduler: SparsityScheduler,
+    config: SparsityConfig,
+    compile_kwargs: dict[str, Any],
+    keep_counts: KeepCounts,
+    memory: Memory,
+) -> SsPropModule:
+    variants = Variants(
+        model, scheduler, config, compile_kwargs, keep_counts=keep_counts, memory=memory
+    )
+    return SsPropModule(model, variants)

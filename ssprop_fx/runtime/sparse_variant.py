@@ -1,12 +1,10 @@
 """SparseVariant: a model's sparse form, and when it is to run."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from ssprop_passes.errors import NoEffectWarning
 from torch import nn
 
 from ssprop_fx.compiler.backend import SparseBackend
@@ -16,6 +14,7 @@ from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.rank_agreement import RankAgreement
 from ssprop_fx.runtime.tripwire import Problem, Tripwire, why_no_layer
+from ssprop_fx.runtime.user_warning import warn_no_effect
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
@@ -85,7 +84,7 @@ class SparseVariant:
         self._judged: tuple[float, int] | None = None
         self._faster = True
         if not slots:
-            self._warn(why_no_layer(self.table.excluded), stacklevel=6)
+            self._warn(why_no_layer(self.table.excluded))
 
     @property
     def keep_counts(self) -> torch.Tensor:
@@ -93,7 +92,7 @@ class SparseVariant:
         return self.part.tensor
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
-        """Return what sparse backwards told of each layer; see `SparsityScheduler.telemetry`."""
+        """Return what sparse backwards report of each layer; see `SparsityScheduler.telemetry`."""
         return self.part.telemetry.latest()
 
     @property
@@ -135,31 +134,28 @@ class SparseVariant:
                     f" sparse step costs beside ({_SMALLEST_GAIN:.0%}), so the step runs dense;"
                     " SparsityConfig(gate=False) makes it sparse all the same"
                 )
-                self._warn(Problem("slower", message), stacklevel=9)
+                self._warn(Problem("slower", message))
         return self._faster
 
     def _device(self) -> torch.device:
         parameter = next(self.backend.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def check_step(self, stacklevel: int) -> None:
+    def check_step(self) -> None:
         """Warn where a step that was due, and ends now, was not sparse in every layer.
 
         Once for each problem; that a whole step was dense, again when it happens again.
-
-        Args:
-            stacklevel: of the warning, as if the caller gave it.
         """
         problem = self.tripwire.problem_maybe()
         if problem is None:
             self._warned.discard("dense")
         else:
-            self._warn(problem, stacklevel + 2)
+            self._warn(problem)
 
-    def _warn(self, problem: Problem, stacklevel: int) -> None:
+    def _warn(self, problem: Problem) -> None:
         if problem.kind not in self._warned:
             self._warned.add(problem.kind)
-            warnings.warn(problem.message, NoEffectWarning, stacklevel=stacklevel)
+            warn_no_effect(problem.message)
 
 
 def _multiple(config: SparsityConfig) -> int | Literal["auto"]:

@@ -13,7 +13,6 @@ from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import constant_levels
 from ssprop_fx.runtime.sparse_variant import SparseVariant
 from ssprop_fx.runtime.tripwire import Tripwire
-from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["Variants", "inductor_options"]
@@ -32,8 +31,8 @@ class Variants(SparseVariant):
         config: which layers take part.
         compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
             Inductor, mode and options.
-        keep_counts, memory: as in `SparseVariant`.
         in_place: the model's own calls run the variants, which so must not call the model.
+        shared: `keep_counts` and `memory` of `SparseVariant`, for the copy of a model.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -45,15 +44,18 @@ class Variants(SparseVariant):
         scheduler: SparsityScheduler,
         config: SparsityConfig,
         compile_kwargs: dict[str, Any],
-        keep_counts: KeepCounts | None = None,
-        memory: Memory | None = None,
+        *,
         in_place: bool = False,
+        **shared: Any,
     ) -> None:
         kind, mode = compile_kwargs["backend"], compile_kwargs.get("mode")
         options = inductor_options(mode, compile_kwargs.get("options"), compile_kwargs["dynamic"])
-        super().__init__(model, scheduler, config, kind, options, keep_counts, memory)
+        super().__init__(model, scheduler, config, kind, options, **shared)
         self.compile_kwargs = compile_kwargs
         self._called = _call_in_place(model) if in_place else model
+        if in_place:
+            # What `nn.Module.compile` sets: `model(...)` calls it in place of `_call_impl`.
+            model._compiled_call_impl = self.run
         self._dense = self._compile(**compile_kwargs)
         self._sparse: dict[
             tuple[int, ...] | None, tuple[Callable[..., Any], SparseBackend, Tripwire]
@@ -62,6 +64,22 @@ class Variants(SparseVariant):
         specialize = config.specialize if config.axis == "channel" else False
         fullgraph = compile_kwargs["fullgraph"]
         self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
+
+    def for_copy(self, model: nn.Module, memory: Memory) -> "Variants":
+        """Return those of a copy of the model: same scheduler, slots and settings.
+
+        Args:
+            model: the copy.
+            memory: its memory.
+        """
+        return Variants(
+            model,
+            self.scheduler,
+            self.config,
+            self.compile_kwargs,
+            keep_counts=self.part,
+            memory=memory,
+        )
 
     # Traced into another compiled function, the model would become part of that, and dense.
     @torch.compiler.disable(reason="ssprop_compile has compiled it already")  # type: ignore[no-untyped-call, untyped-decorator]
@@ -105,7 +123,7 @@ class Variants(SparseVariant):
         if backend.error is not None:
             # Dynamo swallowed it and ran eager, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
-        self.check_step(stacklevel=7)
+        self.check_step()
         return output
 
 

@@ -11,6 +11,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 
+from ssprop_fx.compiler.backend import SparseBackend
+
 
 def joint_graph(
     fn: Callable[..., torch.Tensor],
@@ -69,6 +71,11 @@ def sparse_pass(
 
 def count(graph: fx.Graph, target: object) -> int:
     return len(graph.find_nodes(op="call_function", target=target))
+
+
+def sparse_runs(backend: SparseBackend) -> int:
+    """How often a backend's graphs with a rewritten site were called."""
+    return sum(graph.runs for graph in backend.graphs if graph.is_sparse)
 
 
 def small_net(channels: int = 64) -> nn.Sequential:
