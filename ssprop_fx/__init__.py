@@ -8,9 +8,12 @@ from ssprop_fx.analysis.report import Report, report
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.integrations.optimizer import freeze_dropped
+from ssprop_fx.scheduling import schedules as _schedules
+from ssprop_fx.scheduling.base import Schedule
+from ssprop_fx.scheduling.combine import join, warmup
 from ssprop_fx.scheduling.controllers import AddedError, KeptMass
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
-from ssprop_fx.scheduling.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduling.schedules import *  # noqa: F403
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = [
@@ -25,17 +28,14 @@ __all__ = [
     "SparsityConfig",
     "SparsityScheduler",
     "SsPropCompileError",
-    "bar",
     "by_depth",
-    "constant",
-    "cosine",
     "freeze_dropped",
     "inspect_sites",
     "join",
-    "linear",
     "report",
     "ssprop_compile",
     "warmup",
 ]
+__all__ += _schedules.__all__
 
 __version__ = "0.1.0"
