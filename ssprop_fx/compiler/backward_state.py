@@ -65,7 +65,7 @@ class Memory:
         layers: names of the layers that may have one.
         fields: those of `Remembered` that they have.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
         >>> config = SparsityConfig(memory=0.9)
         >>> scheduler = SparsityScheduler(constant(0.5))

@@ -61,7 +61,7 @@ def read_settings(
         TypeError: a setting has the wrong type.
         ValueError: there is no schedule, or a setting is unknown or out of its range.
 
-    Example:
+    Examples:
         >>> settings = read_settings(None, {"min_channels": 64}, {"SSPROP_SCHEDULE": "none"})
         >>> settings.schedule, settings.config.min_channels
         (constant(rate=0.0), 64)

@@ -1,6 +1,6 @@
 """Schedules made of others: `warmup` and `join`.
 
-Example:
+Examples:
     >>> from ssprop_fx import bar
     >>> schedule = warmup(bar(0.8, period=4), steps=2)
     >>> [schedule(step) for step in range(8)]
@@ -28,7 +28,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
         TypeError: `schedule` is not a schedule, or `steps` not an int.
         ValueError: `steps` is negative.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import constant
         >>> [warmup(constant(0.8), steps=2)(step) for step in range(4)]
         [0.0, 0.0, 0.8, 0.8]
@@ -76,7 +76,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         TypeError: a part is not a schedule, or an argument not a sequence.
         ValueError: the numbers of parts and boundaries do not fit, or boundaries do not increase.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import constant
         >>> halves = join([constant(0.2), constant(0.8)], boundaries=[2])
         >>> [halves(step) for step in range(4)]

@@ -44,7 +44,7 @@ def parse_schedule(
         ValueError: `text` describes no schedule; the message is one line that begins with it and
             says what would be right. Or `warmup_epochs` is given without `steps_per_epoch`.
 
-    Example:
+    Examples:
         >>> parse_schedule("bar:rate=0.8,period=2ep", steps_per_epoch=100)
         bar(rate=0.8, period=200, dense_fraction=0.5)
         >>> parse_schedule("bar:rate=0.8,period=2000")

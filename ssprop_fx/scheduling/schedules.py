@@ -4,7 +4,7 @@ Each public function returns a frozen dataclass with `__call__`, which prints as
 by value and pickles. What a step is, an iteration or an epoch, depends on how often
 `SparsityScheduler.step` is called; a schedule only counts.
 
-Example:
+Examples:
     >>> schedule = bar(0.8, period=4)
     >>> [schedule(step) for step in range(6)]
     [0.0, 0.0, 0.8, 0.8, 0.0, 0.0]
@@ -37,7 +37,7 @@ def constant(rate: float) -> Schedule:
         TypeError: `rate` is not a number.
         ValueError: `rate` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> constant(0.8)(1000)
         0.8
     """
@@ -82,7 +82,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
         TypeError: a rate is not a number, or `steps` not an int.
         ValueError: a rate is outside [0, 1) or `steps` below 1.
 
-    Example:
+    Examples:
         >>> [linear(0.0, 0.5, steps=2)(step) for step in range(4)]
         [0.0, 0.25, 0.5, 0.5]
     """
@@ -104,7 +104,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
         TypeError: a rate is not a number, or `steps` not an int.
         ValueError: a rate is outside [0, 1) or `steps` below 1.
 
-    Example:
+    Examples:
         >>> [round(cosine(0.0, 0.8, steps=4)(step), 3) for step in range(6)]
         [0.0, 0.117, 0.4, 0.683, 0.8, 0.8]
     """
@@ -175,7 +175,7 @@ def bar(rate: float, period: int, dense_fraction: float = 0.5) -> Schedule:
         TypeError: a rate or fraction is not a number, or `period` not an int.
         ValueError: `rate` is outside [0, 1), `period` below 1, or `dense_fraction` outside [0, 1].
 
-    Example:
+    Examples:
         >>> [bar(0.8, period=4)(step) for step in range(6)]
         [0.0, 0.0, 0.8, 0.8, 0.0, 0.0]
     """
