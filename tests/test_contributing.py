@@ -16,10 +16,10 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 # What the text says of each, beside the tests that it gives.
 CLAIMS = {
     "Add a score": """
-from ssprop_passes.selection.scores import max_abs
-assert SparsityConfig(score="max_abs").selection.score is max_abs
-assert flags(["--score", "max_abs"]).score == "max_abs"
-assert variables(SSPROP_SCORE="max_abs").config.selection.score is max_abs
+from ssprop_passes.selection.scores import mean_root
+assert SparsityConfig(score="mean_root").selection.score is mean_root
+assert flags(["--score", "mean_root"]).score == "mean_root"
+assert variables(SSPROP_SCORE="mean_root").config.selection.score is mean_root
 """,
     "Add a schedule": """
 from ssprop_fx.scheduling.parse import parse_schedule
@@ -93,27 +93,31 @@ def run(folder: Path, *command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "title",
+    ("title", "tests"),
     [
-        "Add a score",
-        "Add a schedule",
+        ("Add a score", ["-k", "claims or mean_root", "tests/passes/selection/test_selection.py"]),
+        ("Add a schedule", ["tests/scheduling/test_sawtooth.py"]),
         pytest.param(
             "Add a config option",
+            ["tests/test_max_channels.py"],
             marks=pytest.mark.xfail(strict=True, reason="options are not in one place yet"),
         ),
     ],
+    ids=["score", "schedule", "option"],
 )
-def test_a_worked_example_works(title: str, tmp_path: Path) -> None:
-    for name in ("ssprop_fx", "passes"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+def test_a_worked_example_works(title: str, tests: list[str], tmp_path: Path) -> None:
+    for name in ("ssprop_fx", "passes", "tests", "benchmarks"):
+        left_out = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (_, source, diff), (_, test, code) = blocks(title)
-    path = tmp_path / source
-    path.write_text(apply(diff, path.read_text()))
-    (tmp_path / test).parent.mkdir(parents=True)
-    (tmp_path / test).write_text(code)
+    (_, source, _), (_, test, _) = blocks(title)
+    assert not source.startswith("tests/")
+    assert test.startswith("tests/")
+    for language, name, content in blocks(title):
+        path = tmp_path / name
+        path.write_text(apply(content, path.read_text()) if language == "diff" else content)
     (tmp_path / "test_claims.py").write_text(PROGRAM + textwrap.indent(CLAIMS[title], "    "))
-    run(tmp_path, "-m", "pytest", "-q", "--doctest-modules", "test_claims.py", test, source)
+    run(tmp_path, "-m", "pytest", "-q", "--doctest-modules", "test_claims.py", source, *tests)
     run(tmp_path, "-m", "ruff", "check", source, test)
     run(tmp_path, "-m", "ruff", "format", "--check", source, test)
 
