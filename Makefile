@@ -5,12 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_VENV = .venv-torch-$(TORCH)
 
-.PHONY: venv test test-slow nightly test-torch lint demo bench
+.PHONY: venv test test-slow nightly test-torch lint docs demo bench
 
 venv: .venv/installed
 
-# The stamp: installed anew only when the dependencies may have changed.
-.venv/installed: pyproject.toml
+# The stamp: installed anew only when the dependencies or the version may have changed.
+.venv/installed: pyproject.toml ssprop_fx/__init__.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[dev]'
 	touch $@
@@ -50,6 +50,14 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and the API reference, in build/docs/index.html; a broken link is an error.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install -e '.[docs]'
+	touch $@
 
 demo: venv
 	$(BIN)/ssprop-fx train

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityScheduler, bar, constant, ssprop_compile
-from ssprop_fx.scheduling.schedules import Schedule
+from ssprop_fx.scheduling.base import Schedule
 
 
 def load_data(first_class: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,9 @@
 """Scheduled sparse back-propagation for any torch model, as a torch.compile graph pass."""
 
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ssprop_passes.errors import CaptureError, NoEffectWarning, SsPropCompileError
 
 from ssprop_fx.analysis.depth_rates import by_depth
@@ -7,35 +11,63 @@ from ssprop_fx.analysis.inspection import Inspection, inspect_sites
 from ssprop_fx.analysis.report import Report, report
 from ssprop_fx.compile import ssprop_compile
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.integrations.ddp import KeptRows, kept_rows_hook
 from ssprop_fx.integrations.optimizer import freeze_dropped
-from ssprop_fx.scheduling.controllers import AddedError, KeptMass
+from ssprop_fx.logs import configure_logging
+from ssprop_fx.scheduling import schedules as _schedules
+from ssprop_fx.scheduling.base import Schedule
+from ssprop_fx.scheduling.combine import join, warmup
+from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass, Seen
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
-from ssprop_fx.scheduling.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduling.schedules import *  # noqa: F403
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
+
+if TYPE_CHECKING:
+    from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
+
+    from ssprop_fx.runtime.module import SsPropModule
 
 __all__ = [
     "AddedError",
     "CaptureError",
+    "Controller",
     "Inspection",
     "KeptMass",
+    "KeptRows",
     "NoEffectWarning",
     "Report",
     "Schedule",
+    "Seen",
     "SiteTelemetry",
     "SparsityConfig",
     "SparsityScheduler",
     "SsPropCompileError",
-    "bar",
+    "SsPropModule",
+    "TwoStepSumsPass",
     "by_depth",
-    "constant",
-    "cosine",
     "freeze_dropped",
     "inspect_sites",
     "join",
-    "linear",
+    "kept_rows_hook",
     "report",
     "ssprop_compile",
     "warmup",
 ]
+__all__ += _schedules.__all__
 
 __version__ = "0.1.0"
+
+# They import the compiler, which takes seconds: only when they are asked for.
+_ON_DEMAND = {
+    "SsPropModule": "ssprop_fx.runtime.module",
+    "TwoStepSumsPass": "ssprop_passes.transforms.two_step_sums",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ON_DEMAND[name]), name)
+
+
+configure_logging(os.environ)

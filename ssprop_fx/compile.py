@@ -55,7 +55,7 @@ def ssprop_compile(
         TypeError: an argument has the wrong type.
         ValueError: `backend` is unknown, or `mode` or `options` do not fit it.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
         >>> scheduler = SparsityScheduler(constant(0.5))
         >>> import torch

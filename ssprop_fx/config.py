@@ -103,7 +103,7 @@ class SparsityConfig:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of its range.
 
-    Example:
+    Examples:
         >>> config = SparsityConfig(filter_fn=lambda module, fqn: not fqn.startswith("stem"))
         >>> config.min_channels
         32

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.scores import l2, l2_weight
+from ssprop_passes.selection.scores import SCORES, l2, l2_weight
 from ssprop_passes.selection.selectors import sampled, topk
 
 from ssprop_fx import SparsityConfig
@@ -49,8 +49,8 @@ def test_takes_what_is_valid():
         ({"targets": ("conv", "rnn")}, ValueError, "targets must be"),
         ({"select": "top-k"}, ValueError, "select must be one of ('topk', 'random', 'sampled')"),
         ({"select": None}, TypeError, "select must be one of ('topk', 'random', 'sampled') or a"),
-        ({"score": "l1"}, ValueError, "score must be one of ('mean_abs', 'l2', 'l2_weight') or a"),
-        ({"score": 2}, TypeError, "score must be one of ('mean_abs', 'l2', 'l2_weight') or a"),
+        ({"score": "l1"}, ValueError, f"score must be one of {tuple(SCORES)} or a"),
+        ({"score": 2}, TypeError, f"score must be one of {tuple(SCORES)} or a"),
         ({"gradients": "bias"}, ValueError, "gradients must be one of ('both', 'weight', 'input')"),
         ({"gradients": ["both"]}, ValueError, "gradients must be one of ('both', 'weight',"),
         ({"block": 0}, ValueError, "block must be at least 1, got 0"),

@@ -1,5 +1,6 @@
 """The examples run, with tiny settings."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -27,7 +28,8 @@ def numbers(pattern: str, lines: list[str]) -> list[float]:
 
 def test_there_is_a_test_of_each() -> None:
     tests = Path(__file__).read_text()
-    assert [path.stem for path in EXAMPLES.glob("*.py") if f'"{path.stem}' not in tests] == []
+    examples = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")]
+    assert [path.stem for path in examples if f'"{path.stem}' not in tests] == []
 
 
 def test_msbp_mlp_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,3 +103,17 @@ def test_kept_rows_sends_fewer_bytes() -> None:
     assert "gradients equal bit for bit: True" in done.stdout
     share = float(done.stdout.split("a step (")[1].split(")")[0])
     assert 0.2 < share < 0.3
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"]] == []
+    names: dict[str, object] = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert numbers(r"drop rate (\S+),", lines) == [0, 0.8, 0, 0.8, 0, *[0] * 5]
+    # Chance is 10 %.
+    assert min(numbers(r"accuracy (\S+) %", lines)) > 60
+    assert numbers(r"^(\d) of \d sites sparse", lines[-1:]) == [2]

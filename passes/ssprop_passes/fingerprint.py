@@ -47,7 +47,7 @@ def identity_maybe(fn: Callable[..., Any]) -> str | None:
     Args:
         fn: the function.
 
-    Example:
+    Examples:
         >>> def scaled(by):
         ...     return lambda scores, k: torch.topk(scores * by, k).indices
         >>> identity_maybe(scaled(2)) == identity_maybe(scaled(2)) != identity_maybe(scaled(3))

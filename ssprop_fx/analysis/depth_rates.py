@@ -33,7 +33,7 @@ def by_depth(inspection: Inspection, rate: float, slope: float) -> dict[str, flo
         TypeError: `inspection` is no inspection.
         ValueError: a number is out of its range, or no layer would be sparse.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from ssprop_fx import SparsityConfig, inspect_sites

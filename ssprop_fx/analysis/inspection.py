@@ -167,7 +167,7 @@ def inspect_sites(
         ValueError: the model has layers whose weights do not exist yet, or `config` is of samples.
         CaptureError: the model cannot be captured without the values of its tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 64, 3, bias=False), nn.ReLU(), nn.Conv2d(64, 32, 1))
         >>> inspection = inspect_sites(model, torch.empty(2, 3, 8, 8, device="meta"))

@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is neither.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile

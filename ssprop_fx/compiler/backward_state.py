@@ -48,7 +48,7 @@ class Memory:
     Args:
         layers: names of the layers that may have one.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
         >>> config = SparsityConfig(memory=0.9)
         >>> scheduler = SparsityScheduler(constant(0.5))

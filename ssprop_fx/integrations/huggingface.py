@@ -32,7 +32,7 @@ class SsPropCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         TypeError: `scheduler` is not a SparsityScheduler.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> model = ViTForImageClassification(ViTConfig(num_hidden_layers=1, hidden_size=48))

@@ -34,7 +34,7 @@ class SsPropCallback(Callback):  # type: ignore[misc]
     Raises:
         TypeError: `scheduler` is not a SparsityScheduler.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
         >>> from torch import nn
         >>> scheduler = SparsityScheduler(constant(0.8))

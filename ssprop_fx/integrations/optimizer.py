@@ -35,7 +35,7 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         TypeError: an argument has the wrong type.
         ValueError: the optimizer has no weight of a layer that takes part.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
         >>> layer = nn.Linear(8, 64)
         >>> model = ssprop_compile(layer, SparsityScheduler(constant(0.5)), backend="aot_eager")

@@ -10,8 +10,8 @@ import torch
 from ssprop_fx.compiler.backend import BACKENDS
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.variants import inductor_options
+from ssprop_fx.scheduling.base import Schedule
 from ssprop_fx.scheduling.parse import parse_schedule
-from ssprop_fx.scheduling.schedules import Schedule
 
 __all__ = ["Settings", "read_settings"]
 
@@ -61,7 +61,7 @@ def read_settings(
         TypeError: a setting has the wrong type.
         ValueError: there is no schedule, or a setting is unknown or out of its range.
 
-    Example:
+    Examples:
         >>> settings = read_settings(None, {"min_channels": 64}, {"SSPROP_SCHEDULE": "none"})
         >>> settings.schedule, settings.config.min_channels
         (constant(rate=0.0), 64)

@@ -141,7 +141,7 @@ class KeptMass(_Target):
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of its range.
 
-    Example:
+    Examples:
         >>> from ssprop_fx import SparsityScheduler, constant
         >>> scheduler = SparsityScheduler(constant(0.5), controller=KeptMass(0.9, budget=0.6))
         >>> scheduler.controller
@@ -183,7 +183,7 @@ class AddedError(_Target):
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of its range.
 
-    Example:
+    Examples:
         >>> AddedError(0.1, every=50)
         AddedError(target=0.1, budget=None, every=50)
     """

@@ -152,7 +152,7 @@ def keep_count(
     Returns:
         The keep count, in [1, channels / groups].
 
-    Example:
+    Examples:
         >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
         (12, 16, 16)
         >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)

@@ -4,28 +4,23 @@ Parts follow one another as in `constant:rate=0.8 until 5ep then none`.
 """
 
 import difflib
+import inspect
 import re
-from dataclasses import MISSING, fields
+from collections.abc import Callable
 
-from ssprop_fx.scheduling.schedules import Schedule, bar, constant, cosine, join, linear, warmup
+from ssprop_fx.scheduling.base import Schedule
+from ssprop_fx.scheduling.combine import join, warmup
+from ssprop_fx.scheduling.schedules import IN_TEXT, constant
 
 __all__ = ["EXAMPLES", "parse_schedule"]
 
+_SCHEDULES: dict[str, Callable[..., Schedule]] = {make.__name__: make for make in IN_TEXT}
+
 EXAMPLES = {
     "none": "none",
-    "constant": "constant:rate=0.5",
-    "linear": "linear:start=0,end=0.8,steps=10ep",
-    "cosine": "cosine:start=0,end=0.8,steps=10ep",
-    "bar": "bar:rate=0.8,period=2ep",
+    **{name: f"{name}:{IN_TEXT[make]}" for name, make in _SCHEDULES.items()},
 }
 
-_SCHEDULES: dict[str, type[Schedule]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "bar": bar,
-}
-_COUNTS_STEPS = {"steps", "period"}
 _JOINT = re.compile(r"\s+until\s+(\S+)\s+then\s+")
 
 
@@ -36,9 +31,9 @@ def parse_schedule(
 
     Args:
         text: `name` or `name:key=value,key=value`; the names are those of `EXAMPLES`, the keys
-            those of the schedule of that name. Lengths (`steps`, `period`) are a number of steps,
-            or, with `ep` after it, of epochs. `A until 5ep then B` is `join`: B begins at its own
-            step 0 where A ends, and more parts may follow.
+            the parameters of the function of that name. Lengths (`steps`, `period`) are a number
+            of steps or, with `ep` after it, of epochs. `A until 5ep then B` is `join`: B begins at
+            its own step 0 where A ends, and more parts may follow.
         steps_per_epoch: steps in one epoch; None where that is not known, and `ep` is an error.
         warmup_epochs: dense epochs before the schedule begins.
 
@@ -49,7 +44,7 @@ def parse_schedule(
         ValueError: `text` describes no schedule; the message is one line that begins with it and
             says what would be right. Or `warmup_epochs` is given without `steps_per_epoch`.
 
-    Example:
+    Examples:
         >>> parse_schedule("bar:rate=0.8,period=2ep", steps_per_epoch=100)
         bar(rate=0.8, period=200, dense_fraction=0.5)
         >>> parse_schedule("bar:rate=0.8,period=2000")
@@ -94,19 +89,20 @@ def _make_schedule(name: str, arguments: str, steps_per_epoch: int | None) -> Sc
         if arguments:
             raise ValueError("none takes no settings")
         return constant(0.0)
-    kind = _SCHEDULES[name]
-    values = _parse_arguments(name, arguments, steps_per_epoch)
-    required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+    make = _SCHEDULES[name]
+    known = inspect.signature(make, eval_str=True).parameters
+    lengths = {key for key, parameter in known.items() if parameter.annotation is int}
+    values = _parse_arguments(name, arguments, list(known), lengths, steps_per_epoch)
+    required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
     missing = [key for key in required if key not in values]
     if missing:
         raise ValueError(f"{name} needs {' and '.join(f'{key}=' for key in missing)}")
-    return kind(**values)
+    return make(**values)
 
 
 def _parse_arguments(
-    name: str, arguments: str, steps_per_epoch: int | None
+    name: str, arguments: str, known: list[str], lengths: set[str], steps_per_epoch: int | None
 ) -> dict[str, float | int]:
-    known = [field.name for field in fields(_SCHEDULES[name])]  # type: ignore[arg-type]
     values: dict[str, float | int] = {}
     for item in arguments.split(",") if arguments else ():
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -116,7 +112,7 @@ def _parse_arguments(
             raise ValueError(f"{key} needs a value")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        is_length = key in _COUNTS_STEPS
+        is_length = key in lengths
         if is_length and value.endswith("ep") and steps_per_epoch is None:
             raise ValueError(f"{key}={value} is in epochs, whose length is not known here")
         try:

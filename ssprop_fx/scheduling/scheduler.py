@@ -30,7 +30,7 @@ class SparsityScheduler:
         TypeError: `schedule` is not callable, or `controller` is no controller.
         ValueError: `schedule` returns a drop rate outside [0, 1).
 
-    Example:
+    Examples:
         >>> from ssprop_fx import bar
         >>> scheduler = SparsityScheduler(bar(0.8, period=2))
         >>> scheduler.drop_rate
@@ -103,7 +103,7 @@ class SparsityScheduler:
         one. Layers whose gradient was not finite are missing. Where models have layers of the same
         name, those of the model compiled last count; `model.ssprop.telemetry()` tells of one.
 
-        Example:
+        Examples:
             >>> from ssprop_fx import SparsityConfig, constant, ssprop_compile
             >>> scheduler = SparsityScheduler(constant(0.5))
             >>> config = SparsityConfig(telemetry=True)

@@ -1,97 +1,59 @@
 """Schedules: pure functions from a step to a drop rate.
 
-A schedule is a frozen dataclass with `__call__`, so that it prints as the code that makes it,
-compares by value and pickles. What a step is, an iteration or an epoch, is decided by how often
+Each public function returns a frozen dataclass with `__call__`, which prints as that call, compares
+by value and pickles. What a step is, an iteration or an epoch, depends on how often
 `SparsityScheduler.step` is called; a schedule only counts.
 
-Example:
-    >>> schedule = warmup(bar(0.8, period=4), steps=2)
-    >>> [schedule(step) for step in range(8)]
-    [0.0, 0.0, 0.0, 0.0, 0.8, 0.8, 0.0, 0.0]
+Examples:
+    >>> schedule = bar(0.8, period=4)
+    >>> [schedule(step) for step in range(6)]
+    [0.0, 0.0, 0.8, 0.8, 0.0, 0.0]
     >>> schedule
-    warmup(schedule=bar(rate=0.8, period=4, dense_fraction=0.5), steps=2)
+    bar(rate=0.8, period=4, dense_fraction=0.5)
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Schedule", "bar", "constant", "cosine", "join", "linear", "warmup"]
+from ssprop_fx.scheduling.base import Schedule, as_call, check_rate, check_steps
+
+# The public functions: `ssprop_fx` exports them all.
+__all__ = [
+    "bar",
+    "constant",
+    "cosine",
+    "linear",
+]
 
 
-class Schedule(ABC):
-    """A pure function from a step (int, from 0) to a drop rate in [0, 1)."""
-
-    @abstractmethod
-    def __call__(self, step: int) -> float:
-        """Return the drop rate of `step`."""
-
-    @property
-    @abstractmethod
-    def highest(self) -> float:
-        """The highest drop rate of any step."""
-
-    @property
-    @abstractmethod
-    def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have, None where they are too many to tell."""
-
-
-def _union(parts: Iterable[frozenset[float] | None]) -> frozenset[float] | None:
-    union: frozenset[float] = frozenset()
-    for part in parts:
-        if part is None:
-            return None
-        union |= part
-    return union
-
-
-def _level(rate: float) -> frozenset[float]:
-    return frozenset({float(rate)} if rate else ())
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise TypeError(f"{name} must be a number in [0, 1), got {rate!r}")
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(
-            f"{name} must be in [0, 1), got {rate!r}: it is the fraction of channels that the"
-            " backward pass leaves out, not the percentage kept"
-        )
-
-
-def _check_steps(name: str, steps: int, minimum: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"{name} must be an int, got {steps!r}")
-    if steps < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {steps}")
-
-
-def _check_schedule(name: str, schedule: object) -> None:
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"{name} must be a schedule such as constant(0.8), got {schedule!r}")
-
-
-@dataclass(frozen=True)
-class constant(Schedule):
-    """The same drop rate at every step.
+def constant(rate: float) -> Schedule:
+    """Return a schedule that has the same drop rate at every step.
 
     Args:
         rate: drop rate in [0, 1).
 
     Raises:
+        TypeError: `rate` is not a number.
         ValueError: `rate` is outside [0, 1).
 
-    Example:
+    Examples:
         >>> constant(0.8)(1000)
         0.8
     """
+    return ConstantSchedule(rate)
+
+
+@dataclass(frozen=True)
+class ConstantSchedule(Schedule):
+    """What `constant` returns."""
 
     rate: float
 
+    __repr__ = as_call("constant")
+
     def __post_init__(self) -> None:
-        _check_rate("rate", self.rate)
+        check_rate("rate", self.rate)
 
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
@@ -103,14 +65,13 @@ class constant(Schedule):
         return float(self.rate)
 
     @property
-    def levels(self) -> frozenset[float] | None:
+    def levels(self) -> frozenset[float]:
         """All drop rates above 0 that steps have."""
         return _level(self.rate)
 
 
-@dataclass(frozen=True)
-class linear(Schedule):
-    """A straight line: `start + (end - start) * min(step, steps) / steps`.
+def linear(start: float, end: float, steps: int) -> Schedule:
+    """Return a straight line: `start + (end - start) * min(step, steps) / steps`.
 
     Args:
         start: drop rate at step 0.
@@ -118,25 +79,48 @@ class linear(Schedule):
         steps: length of the ramp, at least 1.
 
     Raises:
+        TypeError: a rate is not a number, or `steps` not an int.
         ValueError: a rate is outside [0, 1) or `steps` below 1.
 
-    Example:
+    Examples:
         >>> [linear(0.0, 0.5, steps=2)(step) for step in range(4)]
         [0.0, 0.25, 0.5, 0.5]
     """
+    return LinearSchedule(start, end, steps)
 
+
+def cosine(start: float, end: float, steps: int) -> Schedule:
+    """Return half a cosine: `end + (start - end) * (1 + cos(pi * min(step, steps) / steps)) / 2`.
+
+    The published code has this cosine for the kept fraction (ssProp, arXiv 2408.12561); here it is
+    of the drop rate.
+
+    Args:
+        start: drop rate at step 0.
+        end: drop rate at step `steps` and after it.
+        steps: length of the ramp, at least 1.
+
+    Raises:
+        TypeError: a rate is not a number, or `steps` not an int.
+        ValueError: a rate is outside [0, 1) or `steps` below 1.
+
+    Examples:
+        >>> [round(cosine(0.0, 0.8, steps=4)(step), 3) for step in range(6)]
+        [0.0, 0.117, 0.4, 0.683, 0.8, 0.8]
+    """
+    return CosineSchedule(start, end, steps)
+
+
+@dataclass(frozen=True)
+class _Ramp(Schedule):
     start: float
     end: float
     steps: int
 
     def __post_init__(self) -> None:
-        _check_rate("start", self.start)
-        _check_rate("end", self.end)
-        _check_steps("steps", self.steps, 1)
-
-    def __call__(self, step: int) -> float:
-        """Return the drop rate of `step`."""
-        return self.start + (self.end - self.start) * min(step, self.steps) / self.steps
+        check_rate("start", self.start)
+        check_rate("end", self.end)
+        check_steps("steps", self.steps, 1)
 
     @property
     def highest(self) -> float:
@@ -150,33 +134,21 @@ class linear(Schedule):
 
 
 @dataclass(frozen=True)
-class cosine(Schedule):
-    """Half a cosine: `end + (start - end) * (1 + cos(pi * min(step, steps) / steps)) / 2`.
+class LinearSchedule(_Ramp):
+    """What `linear` returns."""
 
-    The published code's cosine of the kept fraction (ssProp, arXiv 2408.12561), written for the
-    drop rate.
+    __repr__ = as_call("linear")
 
-    Args:
-        start: drop rate at step 0.
-        end: drop rate at step `steps` and after it.
-        steps: length of the ramp, at least 1.
+    def __call__(self, step: int) -> float:
+        """Return the drop rate of `step`."""
+        return self.start + (self.end - self.start) * min(step, self.steps) / self.steps
 
-    Raises:
-        ValueError: a rate is outside [0, 1) or `steps` below 1.
 
-    Example:
-        >>> [round(cosine(0.0, 0.8, steps=4)(step), 3) for step in range(6)]
-        [0.0, 0.117, 0.4, 0.683, 0.8, 0.8]
-    """
+@dataclass(frozen=True)
+class CosineSchedule(_Ramp):
+    """What `cosine` returns."""
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_rate("start", self.start)
-        _check_rate("end", self.end)
-        _check_steps("steps", self.steps, 1)
+    __repr__ = as_call("cosine")
 
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
@@ -187,20 +159,9 @@ class cosine(Schedule):
         wave = (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.end + (self.start - self.end) * wave
 
-    @property
-    def highest(self) -> float:
-        """The highest drop rate of any step."""
-        return max(self.start, self.end)
 
-    @property
-    def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
-        return _level(self.start) if self.start == self.end else None
-
-
-@dataclass(frozen=True)
-class bar(Schedule):
-    """Dense, then `rate`, in turn: the schedule that ssProp recommends (arXiv 2408.12561).
+def bar(rate: float, period: int, dense_fraction: float = 0.5) -> Schedule:
+    """Return dense steps, then steps at `rate`, in turn: what ssProp recommends (arXiv 2408.12561).
 
     Steps whose place in the period lies below `dense_fraction * period` have drop rate 0, the
     rest have `rate`.
@@ -211,26 +172,34 @@ class bar(Schedule):
         dense_fraction: share of the period that is dense, in [0, 1].
 
     Raises:
+        TypeError: a rate or fraction is not a number, or `period` not an int.
         ValueError: `rate` is outside [0, 1), `period` below 1, or `dense_fraction` outside [0, 1].
 
-    Example:
+    Examples:
         >>> [bar(0.8, period=4)(step) for step in range(6)]
         [0.0, 0.0, 0.8, 0.8, 0.0, 0.0]
     """
+    return BarSchedule(rate, period, dense_fraction)
+
+
+@dataclass(frozen=True)
+class BarSchedule(Schedule):
+    """What `bar` returns."""
 
     rate: float
     period: int
-    dense_fraction: float = 0.5
+    dense_fraction: float
+
+    __repr__ = as_call("bar")
 
     def __post_init__(self) -> None:
-        _check_rate("rate", self.rate)
-        _check_steps("period", self.period, 1)
-        if not isinstance(self.dense_fraction, (int, float)) or isinstance(
-            self.dense_fraction, bool
-        ):
-            raise TypeError(f"dense_fraction must be a number, got {self.dense_fraction!r}")
-        if not 0.0 <= self.dense_fraction <= 1.0:
-            raise ValueError(f"dense_fraction must be in [0, 1], got {self.dense_fraction!r}")
+        check_rate("rate", self.rate)
+        check_steps("period", self.period, 1)
+        fraction = self.dense_fraction
+        if not isinstance(fraction, (int, float)) or isinstance(fraction, bool):
+            raise TypeError(f"dense_fraction must be a number, got {fraction!r}")
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"dense_fraction must be in [0, 1], got {fraction!r}")
 
     def __call__(self, step: int) -> float:
         """Return the drop rate of `step`."""
@@ -244,102 +213,20 @@ class bar(Schedule):
         return float(self.rate)
 
     @property
-    def levels(self) -> frozenset[float] | None:
+    def levels(self) -> frozenset[float]:
         """All drop rates above 0 that steps have."""
         return _level(self.rate)
 
 
-@dataclass(frozen=True)
-class warmup(Schedule):
-    """Dense for `steps` steps, then `schedule`, which starts at its own step 0.
-
-    Args:
-        schedule: what follows the dense steps.
-        steps: number of dense steps, at least 0.
-
-    Raises:
-        TypeError: `schedule` is not a schedule.
-        ValueError: `steps` is negative.
-
-    Example:
-        >>> [warmup(constant(0.8), steps=2)(step) for step in range(4)]
-        [0.0, 0.0, 0.8, 0.8]
-    """
-
-    schedule: Schedule
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_schedule("schedule", self.schedule)
-        _check_steps("steps", self.steps, 0)
-
-    def __call__(self, step: int) -> float:
-        """Return the drop rate of `step`."""
-        return 0.0 if step < self.steps else self.schedule(step - self.steps)
-
-    @property
-    def highest(self) -> float:
-        """The highest drop rate of any step."""
-        return self.schedule.highest
-
-    @property
-    def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
-        return self.schedule.levels
+def _level(rate: float) -> frozenset[float]:
+    return frozenset({float(rate)} if rate else ())
 
 
-@dataclass(frozen=True)
-class join(Schedule):
-    """One schedule after another; each starts at its own step 0.
-
-    Args:
-        schedules: the parts, at least one.
-        boundaries: the step at which each part after the first begins, strictly increasing: one
-            fewer than `schedules`.
-
-    Raises:
-        TypeError: a part is not a schedule.
-        ValueError: the numbers of parts and boundaries do not fit, or boundaries do not increase.
-
-    Example:
-        >>> halves = join([constant(0.2), constant(0.8)], boundaries=[2])
-        >>> [halves(step) for step in range(4)]
-        [0.2, 0.2, 0.8, 0.8]
-    """
-
-    schedules: Sequence[Schedule]
-    boundaries: Sequence[int]
-
-    def __post_init__(self) -> None:
-        for name in ("schedules", "boundaries"):
-            value = getattr(self, name)
-            if not isinstance(value, Iterable):
-                raise TypeError(f"{name} must be a sequence, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        for schedule in self.schedules:
-            _check_schedule("schedules", schedule)
-        if len(self.schedules) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"boundaries must have one entry fewer than schedules, got {len(self.boundaries)}"
-                f" for {len(self.schedules)} schedules"
-            )
-        for boundary in self.boundaries:
-            _check_steps("boundaries", boundary, 1)
-        if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError(f"boundaries must increase, got {self.boundaries}")
-
-    def __call__(self, step: int) -> float:
-        """Return the drop rate of `step`."""
-        part = sum(step >= boundary for boundary in self.boundaries)
-        start = self.boundaries[part - 1] if part else 0
-        return self.schedules[part](step - start)
-
-    @property
-    def highest(self) -> float:
-        """The highest drop rate of any step."""
-        return max(schedule.highest for schedule in self.schedules)
-
-    @property
-    def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
-        return _union(schedule.levels for schedule in self.schedules)
+# What a text can name (`parse_schedule`), with an example of its settings: the parameters of the
+# function, of which those that are an int are lengths in steps.
+IN_TEXT: dict[Callable[..., Schedule], str] = {
+    constant: "rate=0.5",
+    linear: "start=0,end=0.8,steps=10ep",
+    cosine: "start=0,end=0.8,steps=10ep",
+    bar: "rate=0.8,period=2ep",
+}

@@ -25,7 +25,7 @@ class Processes:
         local_size: number of those on this machine.
         device: device of this process.
 
-    Example:
+    Examples:
         >>> Processes().mean(2.0, 3.0)
         [2.0, 3.0]
     """

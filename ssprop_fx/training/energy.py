@@ -38,7 +38,7 @@ class EnergyMeter:
     Attributes:
         reason: why nothing is measured, "" otherwise.
 
-    Example:
+    Examples:
         >>> meter = EnergyMeter(Processes(), enabled=False)
         >>> meter.begin()
         >>> meter.end()

@@ -15,7 +15,7 @@ class StopRequest:
     Attributes:
         signal: number of the signal that arrived, or None.
 
-    Example:
+    Examples:
         >>> with StopRequest() as stop:
         ...     signal.raise_signal(signal.SIGINT)
         >>> stop.exit_code

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+import ssprop_fx
 from ssprop_fx import bar, constant, cosine, join, linear, warmup
 from ssprop_fx.scheduling.parse import EXAMPLES, parse_schedule
 
@@ -29,6 +30,13 @@ def test_text_gives_the_schedule_that_it_names(text, expected):
 @pytest.mark.parametrize("text", EXAMPLES.values())
 def test_every_example_is_right(text):
     parse_schedule(text, steps_per_epoch=100)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"none"}))
+def test_a_text_names_public_functions(name):
+    schedule = parse_schedule(EXAMPLES[name], steps_per_epoch=100)
+    assert name in ssprop_fx.__all__
+    assert repr(schedule).startswith(f"{name}(")
 
 
 def test_warmup_epochs_come_first():

@@ -304,6 +304,11 @@ class TestValues:
     def test_prints_as_the_code_that_makes_it(self, schedule):
         assert eval(repr(schedule)) == schedule
 
+    def test_functions_make_classes_of_their_name(self):
+        names = [repr(schedule).partition("(")[0] for schedule in EXAMPLES]
+        kinds = [type(schedule).__name__ for schedule in EXAMPLES]
+        assert kinds == [f"{name.capitalize()}Schedule" for name in names]
+
     @pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
     def test_pickles(self, schedule):
         copy = pickle.loads(pickle.dumps(schedule))

@@ -158,13 +158,22 @@ def weight_rows(layer: nn.Module) -> Tensor:
     return torch.stack(rows).flatten(1)
 
 
+def norms(rows: Tensor) -> Tensor:
+    return rows.square().sum(1).sqrt()
+
+
+# Each score, of the rows of a gradient and of a weight, [C, all] both.
+ORACLE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean_abs": lambda grad, weight: grad.abs().sum(1) / grad.shape[1],
+    "l2": lambda grad, weight: norms(grad),
+    "l2_weight": lambda grad, weight: norms(grad) * norms(weight),
+}
+
+
 def channel_scores(name: str, grad: Tensor, layer: nn.Module) -> Tensor:
     """Return the scores, [C], of the gradient of a layer's output."""
     channels = grad.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
-    if name == "mean_abs":
-        return channels.abs().sum(1) / channels.shape[1]
-    norms = channels.square().sum(1).sqrt()
-    return norms * weight_rows(layer).square().sum(1).sqrt() if name == "l2_weight" else norms
+    return ORACLE_SCORES[name](channels, weight_rows(layer))
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:

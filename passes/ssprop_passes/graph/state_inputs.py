@@ -26,7 +26,7 @@ class StateInputs(Generic[T]):
         keep_counts: the runtime sparsity tensor, int64 [slots]; None where keep counts are
             constants.
 
-    Example:
+    Examples:
         >>> layout = StateInputs(table="table", keep_counts="counts")
         >>> layout.pack()
         ['table', 'counts']

@@ -53,7 +53,7 @@ class Ranks:
 def find_ranks_maybe() -> Ranks | None:
     """Return the ranks of the default process group, None where there is none, or one rank alone.
 
-    Example:
+    Examples:
         >>> find_ranks_maybe() is None
         True
     """

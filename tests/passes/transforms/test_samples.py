@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import SMALLEST, find_factors, inclusion_probabilities, relative_error
+from oracle import (
+    ORACLE_SCORES,
+    SMALLEST,
+    find_factors,
+    inclusion_probabilities,
+    relative_error,
+)
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.replacements.linear import linear_backward_of_samples
 from ssprop_passes.selection.policy import GRADIENTS, Selection
@@ -131,14 +137,6 @@ def oracle(
     return found, seen[1], seen[0]
 
 
-def sample_scores(name: str, grad_output: Tensor, value: Tensor) -> Tensor:
-    rows = grad_output.flatten(1)
-    if name == "mean_abs":
-        return rows.abs().sum(1) / rows.shape[1]
-    norms = rows.square().sum(1).sqrt()
-    return norms * value.flatten(1).square().sum(1).sqrt() if name == "l2_weight" else norms
-
-
 def check(
     backend: str,
     select: str = "topk",
@@ -160,7 +158,7 @@ def check(
 
     ones = torch.ones(BATCH, dtype=torch.float64)
     dense, grad_output, value = oracle(model, x, ones, ones, SITES)
-    scores = sample_scores(score, grad_output, value)
+    scores = ORACLE_SCORES[score](grad_output.flatten(1), value.flatten(1))
     if select == "topk":
         kept = torch.zeros_like(ones)
         kept[scores.argsort(descending=True)[:3]] = 1
@@ -264,7 +262,7 @@ def test_expected_gradients_are_the_dense_ones(score: str) -> None:
     torch.testing.assert_close(shares.sum(0), wanted)
 
     def draw(select: str) -> Tensor:
-        scores = sample_scores(score, grad_output, value).expand(DRAWS, -1)
+        scores = ORACLE_SCORES[score](grad_output.flatten(1), value.flatten(1)).expand(DRAWS, -1)
         chosen = SELECTORS[select](scores, k)
         indices, weights = chosen if isinstance(chosen, tuple) else (chosen, torch.ones(DRAWS, k))
         factors = torch.zeros(DRAWS, 12).double().scatter(1, indices, weights.double())

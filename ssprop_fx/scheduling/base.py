@@ -1,0 +1,95 @@
+"""What all schedules share: the base class, checks of arguments, and how they print."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+__all__ = ["Schedule", "as_call", "check_rate", "check_schedule", "check_steps"]
+
+
+class Schedule(ABC):
+    """A pure function from a step (int, from 0) to a drop rate in [0, 1)."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Return the drop rate of `step`."""
+
+    @property
+    @abstractmethod
+    def highest(self) -> float:
+        """The highest drop rate of any step."""
+
+    @property
+    def levels(self) -> frozenset[float] | None:
+        """All drop rates above 0 that steps have; None, the default, where they are many."""
+        return None
+
+
+def as_call(name: str) -> Callable[[Any], str]:
+    """Return a `__repr__` that prints a dataclass as a call of a function.
+
+    Args:
+        name: name of the function, whose parameters are the fields of the dataclass.
+
+    Returns:
+        The method.
+    """
+
+    def show(self: Any) -> str:
+        values = (f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return f"{name}({', '.join(values)})"
+
+    return show
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Check a drop rate.
+
+    Args:
+        name: name of the argument, for the message.
+        rate: its value.
+
+    Raises:
+        TypeError: `rate` is not a number.
+        ValueError: `rate` is outside [0, 1).
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {rate!r}")
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(
+            f"{name} must be in [0, 1), got {rate!r}: it is the fraction of channels that the"
+            " backward pass leaves out, not the percentage kept"
+        )
+
+
+def check_steps(name: str, steps: int, minimum: int) -> None:
+    """Check a number of steps.
+
+    Args:
+        name: name of the argument, for the message.
+        steps: its value.
+        minimum: the smallest that is right.
+
+    Raises:
+        TypeError: `steps` is not an int.
+        ValueError: `steps` is below `minimum`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"{name} must be an int, got {steps!r}")
+    if steps < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {steps}")
+
+
+def check_schedule(name: str, schedule: object) -> None:
+    """Check a schedule that is part of another.
+
+    Args:
+        name: name of the argument, for the message.
+        schedule: its value.
+
+    Raises:
+        TypeError: `schedule` is not a schedule.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{name} must be a schedule such as constant(0.8), got {schedule!r}")
