@@ -15,18 +15,16 @@ import ssprop_fx
 # What they rely on is in `torch_api.py`.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
-    "passes/ssprop_passes/transforms/gate.py",
+    "passes/ssprop_passes/cache_files.py",
     "passes/ssprop_passes/graph/graph_pass.py",
-    "passes/ssprop_passes/kernels/cpp_loader.py",
+    "passes/ssprop_passes/graph/modes.py",
     "passes/ssprop_passes/graph/rewrite.py",
-    "ssprop_fx/compiler/backend.py",
+    "passes/ssprop_passes/kernels/cpp_loader.py",
     "ssprop_fx/analysis/fake_capture.py",
-    "ssprop_fx/compiler/inductor.py",
     "ssprop_fx/compiler/dynamo_graph.py",
-    "ssprop_fx/named_backend/plugin.py",
+    "ssprop_fx/compiler/inductor.py",
     "ssprop_fx/named_backend/options.py",
-    "ssprop_fx/runtime/variants.py",
-    "ssprop_fx/compiler/site_cache.py",
+    "ssprop_fx/named_backend/plugin.py",
 }
 
 # Modules that cannot be imported without an extra that not everyone has, and what of it they need.
@@ -38,7 +36,8 @@ NEEDS_EXTRA = {
 
 def is_private_torch(name: str) -> bool:
     first, second, *_ = [*name.split("."), "", ""]
-    return first == "torch" and second in PRIVATE
+    is_dispatch = name.startswith("torch.utils._python_dispatch")
+    return first == "torch" and (second in PRIVATE or is_dispatch)
 
 
 def module_paths() -> list[Path]:

@@ -19,7 +19,6 @@ from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from ssprop_passes.transforms.gate import Gate
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
 from ssprop_fx.compiler.compiled_graph import SEVERAL_GRAPHS, CompiledGraph, Instances
@@ -30,10 +29,12 @@ from ssprop_fx.compiler.dynamo_graph import (
     with_extra_inputs,
 )
 from ssprop_fx.compiler.inductor import (
+    RestartAnalysis,
     compile_aot_eager,
     compile_error,
     compile_inductor,
     inductor_decompositions,
+    passes_in_force,
 )
 from ssprop_fx.compiler.node_marks import (
     find_batch_input_maybe,
@@ -144,7 +145,7 @@ class SparseBackend:
         """
         try:
             return self._compile(gm, example_inputs)
-        except TensorifyScalarRestartAnalysis:
+        except RestartAnalysis:
             # No failure: Dynamo is to trace again, with a Python number as a constant.
             raise
         except Exception as error:
@@ -193,10 +194,7 @@ class SparseBackend:
         def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
             batch_size = None if batch_input is None else input_sizes(gm, batch_input)[0]
             sparse_pass = self._sparse_pass(layers, memories, batch_size)
-            user_hook = options.get(
-                "joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass
-            )
-            passes = build_passes(sparse_pass, self.kind, user_hook)
+            passes = build_passes(sparse_pass, self.kind, passes_in_force(options))
             # Both compilers take ownership of the graph, and it may be needed a second time.
             compile_with = compile_inductor if self.kind == "inductor" else compile_aot_eager
             return compile_with(copy_graph(gm), inputs, passes, options), sparse_pass

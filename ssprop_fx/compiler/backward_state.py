@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from ssprop_passes.graph.modes import outside_modes
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Memory", "MemoryInput"]
 
@@ -49,7 +49,8 @@ class Memory:
         layers: names of the layers that may have one.
 
     Examples:
-        >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+        >>> from ssprop_passes.graph.modes import outside_modes
+    from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
         >>> config = SparsityConfig(memory=0.9)
         >>> scheduler = SparsityScheduler(constant(0.5))
         >>> layers = torch.nn.Sequential(torch.nn.Linear(8, 64))
@@ -74,7 +75,7 @@ class Memory:
         held = self._tensors.get(key)
         if held is None or not _fits(held, wanted):
             # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
-            with _disable_current_modes():
+            with outside_modes():
                 made = wanted.zeros()
             if held is not None and held.shape == made.shape:
                 made.copy_(held)

@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import torch
 from ssprop_passes.errors import SsPropCompileError
+from ssprop_passes.graph.modes import outside_modes
 from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.sites.site import Site
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
 from ssprop_fx.compiler.node_marks import weight_owners
@@ -101,7 +101,7 @@ class Instance:
         """Return the table, to be written by a backward on a device."""
         if self.table is None or self.table.device != device:
             # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
-            with _disable_current_modes():
+            with outside_modes():
                 self.table = empty_table(self._slot_count, device)
         # An alias with a version counter of its own, as a memory.
         return self.table.data

@@ -4,7 +4,7 @@ Private torch: Inductor's `compile_fx`, and the hooks of Inductor and AOTAutogra
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,18 @@ from ssprop_passes.graph.graph_pass import PassList
 from ssprop_passes.kernels.cpp_loader import start_compiling
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
 
-__all__ = ["compile_aot_eager", "compile_error", "compile_inductor", "inductor_decompositions"]
+__all__ = [
+    "RestartAnalysis",
+    "compile_aot_eager",
+    "compile_error",
+    "compile_inductor",
+    "inductor_decompositions",
+    "inductor_options",
+    "is_inductor_option",
+    "passes_in_force",
+]
 
 
 def compile_error(error: Exception) -> SsPropCompileError:
@@ -78,3 +88,24 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
+
+
+def inductor_options(
+    mode: str | None, options: dict[str, Any] | None, dynamic: bool | None = None
+) -> dict[str, Any]:
+    """Return the Inductor configuration patches that `torch.compile` arguments stand for."""
+    from torch._inductor import list_mode_options
+
+    if mode is not None:
+        return dict(list_mode_options(mode, dynamic))
+    return {key.replace("-", "_"): value for key, value in (options or {}).items()}
+
+
+def is_inductor_option(name: str) -> bool:
+    """Say whether Inductor's configuration has an entry of this name."""
+    return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+
+
+def passes_in_force(options: Mapping[str, Any]) -> Any:
+    """Return what the user put in Inductor's `joint_custom_pre_pass`: a pass, several or None."""
+    return options.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)

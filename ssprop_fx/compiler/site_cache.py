@@ -5,18 +5,14 @@ it rewrote and why others stayed dense. So it is written down under a key of the
 """
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from ssprop_passes.cache_files import cache_file, read_maybe, write
 from ssprop_passes.sites.site import Site, Times
 from torch import fx
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 __all__ = ["GraphRecord", "load_record_maybe", "record_key", "save_record"]
 
@@ -66,28 +62,20 @@ def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
 
 
 def save_record(key: str, graph: GraphRecord) -> None:
-    """Write a graph's record to the disk, whole or not at all."""
-    path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a graph's record to the disk."""
     content = {"sites": [asdict(s) for s in graph.sites], "total_flops": graph.total_flops}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file)
-    os.replace(file.name, path)
+    write(cache_file("ssprop", key), content)
 
 
 def load_record_maybe(key: str) -> GraphRecord | None:
     """Return the graph's record, None if there is none that can be read."""
+    content = read_maybe(cache_file("ssprop", key))
     try:
-        content = json.loads(_path(key).read_text())
         sites = [_site(**site) for site in content["sites"]]
         return GraphRecord(sites, content["total_flops"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 
 def _site(times: dict[str, Any] | None, **values: Any) -> Site:
     return Site(**values, times=None if times is None else Times(**times))
-
-
-def _path(key: str) -> Path:
-    return Path(cache_dir()) / "ssprop" / f"{key}.json"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ssprop_fx.compiler.backend import BACKENDS
+from ssprop_fx.compiler.inductor import inductor_options
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.runtime.variants import inductor_options
 from ssprop_fx.scheduling.base import Schedule
 from ssprop_fx.scheduling.parse import parse_schedule
 

@@ -26,13 +26,12 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx.compiler.compiled_graph import CompiledGraph
 from ssprop_fx.compiler.dynamo_graph import copy_graph, is_differentiable
-from ssprop_fx.compiler.inductor import compile_error
+from ssprop_fx.compiler.inductor import RestartAnalysis, compile_error
 from ssprop_fx.named_backend.autostep import (
     SteppedVariant,
     find_stepped_variant,
@@ -105,7 +104,7 @@ def ssprop(
     """
     try:
         return _compile(gm, example_inputs, lambda: read_settings(mode, options, os.environ))
-    except TensorifyScalarRestartAnalysis:
+    except RestartAnalysis:
         # No failure: Dynamo is to trace again, with a Python number as a constant.
         raise
     except Exception as error:

@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Callable, Collection
 
 import torch
+from ssprop_passes.graph.modes import outside_modes
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from torch import distributed
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
@@ -71,7 +71,7 @@ class RankAgreement:
         state = [float(int.from_bytes(digest[:6])), float(step), rate]
         # On NCCL a collective takes a tensor of the rank's device. Under DistributedDataParallel,
         # Dynamo may be the caller, with fake tensors.
-        with _disable_current_modes():
+        with outside_modes():
             bounds = torch.tensor([*state, *(-value for value in state)], dtype=torch.float64)
             bounds = bounds.to(self._device())
             work = distributed.all_reduce(bounds, distributed.ReduceOp.MAX, async_op=True)

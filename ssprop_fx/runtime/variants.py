@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import list_mode_options
 
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.compiler.backward_state import Memory
+from ssprop_fx.compiler.inductor import inductor_options
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import constant_levels
 from ssprop_fx.runtime.sparse_variant import SparseVariant
 from ssprop_fx.runtime.tripwire import Tripwire
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
-__all__ = ["Variants", "inductor_options"]
+__all__ = ["Variants"]
 
 
 class Variants(SparseVariant):
@@ -125,15 +125,6 @@ class Variants(SparseVariant):
             raise backend.error from backend.error.__cause__
         self.check_step()
         return output
-
-
-def inductor_options(
-    mode: str | None, options: dict[str, Any] | None, dynamic: bool | None = None
-) -> dict[str, Any]:
-    """Return the Inductor configuration patches that `torch.compile` arguments stand for."""
-    if mode is not None:
-        return dict(list_mode_options(mode, dynamic))
-    return {key.replace("-", "_"): value for key, value in (options or {}).items()}
 
 
 def _call_in_place(model: nn.Module) -> Callable[..., Any]:

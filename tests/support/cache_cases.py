@@ -70,7 +70,6 @@ CASES = {
     "other values": Case(factor=1.5, shares="plain"),
     # The configuration.
     "l2": Case(config={"score": "l2"}),
-    "two scores": Case(config={"score": ("mean_abs", "l2_weight")}),
     "sampled": Case(config={"select": "sampled"}),
     "weight": Case(config={"gradients": "weight"}),
     "block": Case(config={"block": 2}),

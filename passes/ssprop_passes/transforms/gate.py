@@ -2,23 +2,18 @@
 
 While a graph is compiled, each site's backward runs on random tensors of its shapes, dense and
 sparse (`gate_timing`). The times are kept on disk, beside Inductor's compile cache.
-
-Private torch: the folder of that cache.
 """
 
 import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from ssprop_passes.cache_files import cache_file, read_maybe, write_first
 from ssprop_passes.fingerprint import identity_maybe, sources_hash
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.sites.flops import hinted
@@ -47,8 +42,11 @@ class Gate:
         if identity_maybe(selection.select) is None:
             # Another selector without an identity would find these times.
             return measure(match, k, selection, batch_size)
-        path = Path(cache_dir()) / "ssprop-gate" / f"{_key(match, k, selection, batch_size)}.json"
-        return _load_maybe(path) or _save_first(measure(match, k, selection, batch_size), path)
+        path = cache_file("ssprop-gate", _key(match, k, selection, batch_size))
+        if (known := _times_maybe(read_maybe(path))) is not None:
+            return known
+        times = measure(match, k, selection, batch_size)
+        return _times_maybe(write_first(path, asdict(times))) or times
 
     def identity(self) -> str:
         """Return what the decisions depend on, besides the machine."""
@@ -65,33 +63,11 @@ def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
     )
 
 
-def _load_maybe(path: Path) -> Times | None:
+def _times_maybe(content: Any) -> Times | None:
     try:
-        return Times(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return Times(**content)
+    except TypeError:
         return None
-
-
-def _save_first(times: Times, path: Path) -> Times:
-    """Write times to the disk, whole or not at all, and return those that are there then.
-
-    Of processes that have measured at the same time the first one's hold: all must decide alike,
-    as any of them will find what another compiled.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(asdict(times), file)
-    try:
-        os.link(file.name, path)
-    except OSError:
-        known = _load_maybe(path)
-        if known is None:
-            # What is there cannot be read, or the file system has no links.
-            os.replace(file.name, path)
-            return times
-        times = known
-    os.unlink(file.name)
-    return times
 
 
 def _key(match: SiteMatch, k: int, selection: Selection, batch_size: int | None) -> str:

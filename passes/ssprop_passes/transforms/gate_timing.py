@@ -4,8 +4,6 @@ The sparse backward runs eagerly, except scores and the gather of channels. Eage
 several times what Inductor's kernels do, which are bound by reading grad_output, so for each of
 the two grad_output is read once. On a CPU one thread runs its share of the batch: threads that wait
 for each other on a busy machine say little of either backward.
-
-Private torch: the modes of a compilation, which must not see these runs.
 """
 
 import time
@@ -16,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ssprop_passes.graph.modes import outside_modes
 from ssprop_passes.selection.gather_scatter import gather_channels, scale_channels
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import Samples
@@ -50,7 +48,7 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | No
     device = match.inputs[0].meta["val"].device
     cuda = [device] if device.type == "cuda" else []
     with (
-        _disable_current_modes(),
+        outside_modes(),
         torch.no_grad(),
         torch.random.fork_rng(cuda),
         _one_thread(device) as shares,

@@ -85,7 +85,7 @@ def oracle(
     actual: dict[str, Tensor],
     *,
     select: str,
-    score: str | tuple[str, str],
+    score: str,
     gradients: str,
     block: int,
 ) -> dict[str, Tensor]:
@@ -101,21 +101,9 @@ def oracle(
         kept = find_factors(shares, actual[key]).abs() > 1e-6
         assert kept.view(groups, -1).sum(1).tolist() == [k] * groups
         assert torch.equal(kept.view(-1, block).all(1), kept.view(-1, block).any(1))
-    # One for the gradients of weight and bias, one for that of the input.
-    pair = score if isinstance(score, tuple) else (score, score)
-    by_weight, by_input = (
-        scaled_gradients(
-            branch,
-            layer,
-            x,
-            loss,
-            channel_factors(
-                select, channel_scores(name, grad_output, layer), k, groups, block, kept
-            ),
-        )[0]
-        for name in pair
-    )
-    sparse = by_weight | {"inputs": by_input["inputs"]}
+    scores = channel_scores(score, grad_output, layer)
+    factors = channel_factors(select, scores, k, groups, block, kept)
+    sparse = scaled_gradients(branch, layer, x, loss, factors)[0]
     is_sparse = {"inputs": gradients != "weight"}
     return {
         key: sparse[key] if is_sparse.get(key, gradients != "input") else dense[key]
@@ -146,17 +134,6 @@ CASES = [
 def test_gradients_equal_the_oracle(select: str, score: str, gradients: str, block: int) -> None:
     options = {"select": select, "score": score, "gradients": gradients, "block": block}
     check(options, "aot_eager", torch.contiguous_format)
-
-
-@pytest.mark.parametrize("block", [1, 2])
-def test_a_score_for_each_gradient_equals_the_oracle(block: int) -> None:
-    options = {"score": ("mean_abs", "l2_weight"), "block": block}
-    check(options, "aot_eager", torch.contiguous_format)
-
-
-@pytest.mark.slow
-def test_a_score_for_each_gradient_equals_the_oracle_under_inductor() -> None:
-    check({"score": ("l2_weight", "mean_abs")}, "inductor", torch.channels_last)
 
 
 @pytest.mark.parametrize("select", SELECTORS)

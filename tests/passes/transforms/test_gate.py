@@ -3,18 +3,20 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ssprop_passes.transforms.gate
 import torch
 from ssprop_passes.errors import NoEffectWarning
+from ssprop_passes.fingerprint import identity_maybe
 from ssprop_passes.selection.gather_scatter import gather_channels
+from ssprop_passes.selection.selectors import topk
 from ssprop_passes.sites.site import Site, Times
 from ssprop_passes.transforms.gate import Gate
 from torch import Tensor, nn
 
-import ssprop_fx.compiler.site_cache
 from ssprop_fx import (
     SparsityConfig,
     SparsityScheduler,
@@ -27,7 +29,7 @@ from ssprop_fx import (
     ssprop_compile,
     warmup,
 )
-from ssprop_fx.compiler.site_cache import CompiledGraph, load_record_maybe, save_record
+from ssprop_fx.compiler.site_cache import GraphRecord, load_record_maybe, save_record
 from ssprop_fx.runtime.module import SsPropModule
 
 pytestmark = pytest.mark.gate
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.gate
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No times known, and no compiled graphs: those of Inductor's kernels alone."""
-    monkeypatch.setattr(ssprop_passes.transforms.gate, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(ssprop_passes.cache_files, "cache_dir", lambda: str(tmp_path))
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -156,12 +158,29 @@ def test_times_are_kept_on_disk(fresh_cache: None, measured: list[int]) -> None:
     assert sorted(measured) == [32, 64]
 
 
+def test_selectors_without_an_identity_share_no_times(
+    fresh_cache: None, measured: list[int]
+) -> None:
+    """Nothing tells one from another, so each is measured anew."""
+
+    def select(scores: Tensor, k: int, state: object) -> Tensor:
+        return topk(scores, k)
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        unknown = partial(select, state=object())
+        assert identity_maybe(unknown) is None
+        model, x = compile_two_layers(constant(0.75), select=unknown)
+        model(x).sin().sum().backward()
+    assert sorted(measured) == [32, 32, 64, 64]
+
+
 def test_times_are_in_the_record_of_a_graph(fresh_cache: None, tmp_path: Path) -> None:
     """A warm compile cache skips the pass, and the choice between the variants needs them."""
     site = Site("0", "conv2d", 64, 1, 100, slot=0, times=Times(dense=2.0, sparse=1.0, kept=16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssprop_fx.compiler.site_cache, "cache_dir", lambda: str(tmp_path))
-        save_record("key", CompiledGraph([site, replace(site, times=None)], 100))
+        patch.setattr(ssprop_passes.cache_files, "cache_dir", lambda: str(tmp_path))
+        save_record("key", GraphRecord([site, replace(site, times=None)], 100))
         known = load_record_maybe("key")
     assert known.sites == (site, replace(site, times=None))
 
@@ -199,7 +218,7 @@ def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "score"),
-    [(nn.Conv2d(8, 32, 3), ("mean_abs", "l2_weight")), (nn.Linear(6, 32), "mean_abs")],
+    [(nn.Conv2d(8, 32, 3), "l2_weight"), (nn.Linear(6, 32), "mean_abs")],
 )
 def test_channels_are_gathered_once_whatever_number_of_runs(
     fresh_cache: None, monkeypatch: pytest.MonkeyPatch, layer: nn.Module, score: object
@@ -211,7 +230,7 @@ def test_channels_are_gathered_once_whatever_number_of_runs(
         gathers.append(len(indices))
         return gather_channels(x, indices)
 
-    monkeypatch.setattr(ssprop_passes.transforms.gate, "gather_channels", gather)
+    monkeypatch.setattr(ssprop_passes.transforms.gate_timing, "gather_channels", gather)
     shape = (4, 6) if isinstance(layer, nn.Linear) else (4, 8, 6, 6)
     config = SparsityConfig(min_channels=1, score=score)
     model = ssprop_compile(layer, SparsityScheduler(constant(0.5)), config=config)
@@ -236,8 +255,8 @@ def test_long_runs_are_repeated_less(
     def run() -> None:
         clock[0] += next(runs) / 1e3
 
-    monkeypatch.setattr(ssprop_passes.transforms.gate.time, "perf_counter", lambda: clock[0])
-    assert ssprop_passes.transforms.gate._time_ms(run, torch.device("cpu")) == pytest.approx(
+    monkeypatch.setattr(ssprop_passes.transforms.gate_timing.time, "perf_counter", lambda: clock[0])
+    assert ssprop_passes.transforms.gate_timing._time_ms(run, torch.device("cpu")) == pytest.approx(
         expected
     )
     assert list(runs) == []
@@ -266,13 +285,13 @@ def test_gate_must_be_a_bool() -> None:
 def test_random_tensors_lie_as_those_they_stand_for() -> None:
     """And no two channels are alike, though few numbers are drawn."""
     x = torch.empty(5, 8, 64, 64).to(memory_format=torch.channels_last)
-    found = ssprop_passes.transforms.gate._random_like(x, shares=2)
+    found = ssprop_passes.transforms.gate_timing._random_like(x, shares=2)
     assert found.shape == (3, 8, 64, 64)
     assert found.stride() == x.stride()
     channels = found.transpose(0, 1).flatten(1)
     assert len(channels.unique(dim=0)) == 8
     assert bool((channels.std(1) - 1).abs().max() < 0.05)
-    row = ssprop_passes.transforms.gate._random_like(
+    row = ssprop_passes.transforms.gate_timing._random_like(
         torch.empty(6, 1, dtype=torch.float64).expand(6, 4)
     )
     assert (row.stride(), row.dtype) == ((1, 0), torch.float64)

@@ -452,10 +452,8 @@ def test_a_model_in_several_graphs_is_refused(model: type[nn.Module]) -> None:
         ({"axis": "sample", "ranks": "shared"}, 'ranks must be "own"'),
         ({"axis": "sample", "memory": 0.5}, "memory must be 0"),
         ({"axis": "sample", "telemetry": True}, "telemetry must be False"),
-        ({"telemetry": True, "score": ("l2", "l2_weight")}, "score must be a single one"),
         ({"axis": "sample", "rates": {"stem": 0.5}}, "rates must be all 0"),
         ({"axis": "sample", "select": "sampled", "gradients": "input"}, "select must not be"),
-        ({"axis": "sample", "score": ("l2", "l2_weight")}, "score must be a single one"),
     ],
     ids=str,
 )
