@@ -76,9 +76,7 @@ main(["train", "--new-share", "2"])
 def test_the_page_has_the_rows(python):
     page = python(str(ROOT / "docs" / "configuration.py")).stdout
     assert "| `new_switch` | switch | `no` | `--new-switch`, `SSPROP_NEW_SWITCH`, in" in page
-    assert (
-        "| `new_share` | number, in [0, 1) | `0.25` | `--new-share`, `SSPROP_NEW_SHARE`" in page
-    )
+    assert "| `new_share` | number, in [0, 1) | `0.25` | `--new-share`, `SSPROP_NEW_SHARE`" in page
 
 
 def test_the_page_in_the_repository_is_what_the_command_prints():

@@ -204,7 +204,7 @@ class RateSettings:
     lr: float = option(0.05, help="Set the learning rate", rule="above 0")
     sched: Literal[
         "cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "none"
-    ] = option("cosine", help="Change the learning rate by this schedule of timm")
+    ] = option("cosine", help="Follow this learning rate schedule of timm")
     warmup_epochs: int = option(
         0, help="Raise the learning rate over this many epochs first", rule="at least 0"
     )
