@@ -1,18 +1,19 @@
 """SparsityConfig: what takes part in sparse back-propagation, and how channels are chosen."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from ssprop_passes.selection.policy import AXES, GRADIENTS, Selection
+from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.scores import SCORES, Score
 from ssprop_passes.selection.selectors import SELECTORS, Selector, sampled
 from torch import nn
 
-__all__ = ["RANKS", "TARGETS", "SparsityConfig"]
+from ssprop_fx.options import option, options_of
+
+__all__ = ["TARGETS", "SparsityConfig"]
 
 TARGETS = ("conv", "depthwise", "linear")
-RANKS = ("own", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,84 +21,57 @@ class SparsityConfig:
     """Which layers take part in sparse back-propagation, and how their channels are chosen.
 
     Args:
-        channel_multiple: the channels kept of a layer, of all groups together, are rounded to the
-            nearest multiple of this, at least one multiple and at most all channels. `1` means
-            exactly `max(int((1 - drop_rate) * C), 1)`, the published code's rule, in each group.
-            `"auto"` is 8, as tensor cores and oneDNN want, and 16 in layers of 256 channels or
-            more, where oneDNN is faster at that; 1 for samples.
+        channel_multiple: keep counts are rounded to the nearest multiple of this: at least one
+            multiple, at most all channels of the layer. `"auto"` is 8, and 16 in layers of 256
+            channels or more, on every device; with `axis="sample"` it is 1. `1` means
+            `max(int((1 - drop_rate) * C), 1)` in each group, as the published code has it.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
-            name as in `model.named_modules()`. None lets all take part but the classifier of a
-            timm model (`model.get_classifier()`): it has few of the FLOPs, and what its backward
-            leaves out is missing in every other layer.
-        targets: the kinds of layer that take part, of `"conv"`, `"depthwise"` (convolutions whose
-            output channels read one input channel each) and `"linear"`. All by default: where
-            moving channels costs more than it saves, as with small depthwise kernels on a CPU, the
-            gate leaves a layer dense.
-        select: which channels are kept, given their scores: `"topk"`, those with the largest;
-            `"random"`, any; `"sampled"`, drawn with probability in proportion to the score and
-            weighted so that the expected gradients are the dense ones; or a function of your own,
-            as `ssprop_passes.selection.selectors` describes and the second example shows.
+            name in `model.named_modules()`. None lets every module take part, except the classifier
+            of a timm model (`model.get_classifier()`).
+        targets: the kinds of layer that take part: `"conv"`, `"depthwise"` (convolutions whose
+            output channels read one input channel each) and `"linear"`.
+        select: which channels are kept, given their scores. `"topk"` keeps the largest, `"random"`
+            keeps any. `"sampled"` draws channels in proportion to their score, and weights them so
+            that the expected gradients are the dense ones. Or your own function, as in the second
+            example; `ssprop_passes.selection.selectors` describes it.
         axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: all layers keep
-            the same samples of the batch, of all channels, chosen in each backward by the gradient
-            at the participating layer nearest the loss; the drop rate is then of samples, and
-            `max(int((1 - drop_rate) * N), 1)` of N are kept. The batch is the leading dimension of
-            the model's first input, and must be that of a layer's input too, or the leading
-            dimension a multiple of it, the rows of each sample next to one another, as with windows
-            or frames; sequence-first layouts are not for it. The gradients of a kept sample are
-            exact where layers treat each sample by itself, as layer norm does; batch norm couples
-            samples, and the gradients of its statistics are those of the kept ones alone. The whole
-            model must be one graph. `block`, `memory`, rates above 0 in `rates`,
-            `specialize=True` and `ranks="shared"` are of channels and do not go with it.
-        score: what a channel is worth: `"l2"`, the l2 norm of its gradient, which hardly costs time
-            where a batch norm follows, whose backward has the sums; `"mean_abs"`, the mean
-            magnitude of that, the published code's score; `"l2_weight"`, the norm times that of the
-            channel's row of the weight, which is what it matters to the gradient of the input; or a
-            function of your own, as `ssprop_passes.selection.scores` describes. Of samples,
-            `"l2_weight"` takes the norm of the layer's input in place of the weight's.
-        gradients: which gradients are computed from the kept channels alone: those of weight and
-            input, `"both"`, or one of them, `"weight"` or `"input"`, while the other is dense and
-            exact, and half of the FLOPs is saved. The gradient of a bias follows the weight's.
-        block: channels are kept in blocks of this many neighbours, by the sum of their scores.
-            Layers whose channels, or those of a group, are no multiple of it stay dense.
-        memory: coefficient in [0, 1) of memorized sparse back-propagation (Zhang et al., arXiv
-            1905.10194): so much of what the last sparse backward of a layer left out is added to
-            the gradient of its output, which channels are then chosen from. What is remembered is
-            a mean over the batch (for linear layers over all leading dimensions) and is added to
-            every sample's gradient, so that it is of the scale of one sample's gradient: with a
-            loss that is a mean over the batch, another batch size finds it too large or too small
-            by the ratio of the two. Each backward updates it, of micro-batches too; dense steps
-            leave it as it is. A gradient that `gradients` leaves dense is without it. It is state:
-            see `model.ssprop.memory.state_dict()`, and keep that in your checkpoints.
-        rates: name pattern -> drop rate in [0, 1), for layers whose drop rate is not the
-            scheduler's, such as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`
-            on names as in `model.named_modules()`, and the first that matches counts. The rate
-            stands in place of the scheduler's wherever that is above 0, so that dense phases are
-            dense everywhere, and a schedule that rises step by step does not move it. 0 is dense.
-        gate: whether a layer whose backward is not faster sparse stays dense. Each is measured
-            once, when it is compiled, at the schedule's highest drop rate, and the times are kept
-            beside Inductor's cache. A drop rate at which the layers would not save a tenth of
-            their time, which is about what a sparse step costs beside, runs dense. False makes
-            every layer sparse at every drop rate above 0. AOT eager, which is not for speed, has no
-            gate, nor have ranks that share their selection: by their own times they would not
-            always agree.
-        specialize: whether keep counts are compiled in as constants, which is faster by a few
-            percent at most, lets CUDA graphs be used, and costs a compile for each drop rate of the
-            schedule. `"auto"` does so where there are at most
-            two above 0, as in `constant`, `bar` and `warmup` of these, and layers of one shape
-            have one rate; `report(model)` says so. True does so for up to six. Keep counts that
-            are none of the schedule's are read at run time, and with False all are: one compile
-            serves every drop rate. The gradients are the same.
-        ranks: which channels the processes of a data-parallel run keep: `"own"`, each those that
-            its samples say; `"shared"`, all of them those that one process with the whole batch
-            would keep, so that the averaged gradients are those of that process. Scores are
-            averaged over the default process group, in the backward, by one small all-reduce a
-            layer, and a memory by one as large as itself; what random selectors draw is rank 0's.
-            All ranks must take the same steps with the same model and schedule, which is checked,
-            on batches of one size. Where there is no process group when the model is first run in
-            a sparse step, or one rank alone, there is nothing to share. See docs/distributed.md.
-        telemetry: whether sparse backwards leave behind what `SparsityScheduler.telemetry` reads
-            and a controller needs: how much of each gradient they keep.
+            the same samples of the batch, `max(int((1 - drop_rate) * N), 1)` of N. The batch must
+            be the leading dimension, and the model one graph. `block`, `memory`, rates above 0,
+            `specialize=True`, `ranks="shared"` and `telemetry` do not work with `"sample"`. See
+            docs/schedules.md.
+        score: what a channel is worth. `"l2"` is the l2 norm of its gradient, nearly free behind a
+            batch norm. `"mean_abs"` is the mean magnitude of its gradient, as in the published
+            code. `"l2_weight"` is the l2 norm times the norm of the channel's row of the weight
+            (with `axis="sample"`, times the norm of the layer's input). Or your own function, as
+            `ssprop_passes.selection.scores` describes.
+        gradients: which gradients use the kept channels only: `"both"`, or just that of the
+            `"weight"` or of the `"input"`. The other gradient is then dense and exact, and half of
+            the FLOPs are saved. The bias follows the weight.
+        block: experimental: in our measurements it did not pay. Keeps channels in blocks of this
+            many neighbours, by the sum of their scores. Layers whose channels (per group) are no
+            multiple of it stay dense.
+        memory: experimental: in our measurements it did not pay. Adds this fraction, in [0, 1), of
+            what the last sparse backward left out to the layer's output gradient (MSBP, arXiv
+            1905.10194). The memory is a mean over the batch, so it assumes batches of one size and
+            a loss that is a mean. It is state: save `model.ssprop.memory.state_dict()`. See
+            docs/schedules.md.
+        rates: name pattern -> drop rate in [0, 1), for layers that do not follow the schedule, such
+            as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`; the first that
+            matches counts. A rate holds in every step whose scheduled drop rate is above 0.
+        gate: whether a layer whose sparse backward is not faster stays dense. Each layer is timed
+            once, when it is compiled. A step whose layers would save less than a tenth of their
+            time runs dense. False makes every layer sparse at every drop rate above 0. AOT eager
+            and `ranks="shared"` have no gate.
+        specialize: whether each drop rate gets its own compile, with constant keep counts. This is
+            a few percent faster at most, and CUDA graphs need it. `"auto"` does so for schedules of
+            one or two drop rates above 0 if layers of one shape have one rate; True for up to six.
+            False: one compile serves every drop rate. The gradients are the same.
+        ranks: which channels the processes of a data-parallel run keep. `"own"`: each rank chooses
+            by its own samples. `"shared"`: all ranks keep the channels that one process with the
+            whole batch would keep. See docs/distributed.md.
+        telemetry: whether sparse backwards record how much of each gradient they keep. A controller
+            and `SparsityScheduler.telemetry` need it.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -108,7 +82,7 @@ class SparsityConfig:
         >>> config.min_channels
         32
 
-        A selector of one's own: the better half of what is kept are the largest, the rest any.
+        Your own selector: half of the kept channels are the largest, the others are random.
 
         >>> import torch
         >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
@@ -125,21 +99,68 @@ class SparsityConfig:
         16
     """
 
-    channel_multiple: int | Literal["auto"] = "auto"
-    min_channels: int = 32
-    filter_fn: Callable[[nn.Module, str], bool] | None = None
-    targets: tuple[str, ...] = TARGETS
-    select: str | Selector = "topk"
-    axis: Literal["channel", "sample"] = "channel"
-    score: str | Score = "l2"
-    gradients: Literal["both", "weight", "input"] = "both"
-    block: int = 1
-    memory: float = 0.0
-    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
-    gate: bool = True
-    specialize: bool | Literal["auto"] = "auto"
-    ranks: Literal["own", "shared"] = "own"
-    telemetry: bool = False
+    channel_multiple: int | Literal["auto"] = option(
+        "auto",
+        help="Round keep counts to multiples of this number",
+        unset="8, and 16 in layers of 256 channels or more",
+        metavar="N",
+        rule="at least 1",
+        inspect=True,
+    )
+    min_channels: int = option(
+        32,
+        help="Leave layers with fewer output channels dense",
+        rule="at least 1",
+        inspect=True,
+    )
+    filter_fn: Callable[[nn.Module, str], bool] | None = option(
+        None,
+        help="Call this function to decide whether a module takes part",
+        unset="all but the classifier of a timm model",
+        metavar="(module, fqn) -> bool",
+    )
+    targets: tuple[str, ...] = option(
+        TARGETS, help="Make these kinds of layer sparse", choices=TARGETS, inspect=True
+    )
+    select: str | Selector = option(
+        "topk", help="Choose the kept channels by this rule", choices=tuple(SELECTORS)
+    )
+    axis: Literal["channel", "sample"] = option(
+        "channel", help="Keep some channels of each layer, or some samples of the batch"
+    )
+    score: str | Score = option("l2", help="Rank channels by this score", choices=tuple(SCORES))
+    gradients: Literal["both", "weight", "input"] = option(
+        "both", help="Make these gradients sparse", inspect=True
+    )
+    block: int = option(
+        1,
+        help="Keep channels in blocks of this many neighbours;"
+        " experimental: in our measurements it did not pay",
+        rule="at least 1",
+    )
+    memory: float = option(
+        0.0,
+        help="Add this fraction of what the last sparse step left out;"
+        " experimental: in our measurements it did not pay",
+        rule="in [0, 1)",
+    )
+    rates: Mapping[str, float] = option(
+        {},
+        help="Give layers their own drop rate, by name pattern, such as 'layer4.*=0.9'",
+        unset="all follow the schedule",
+        example={"layer4.*": 0.9},
+    )
+    gate: bool = option(True, help="Leave a layer dense if its sparse backward is not faster")
+    specialize: bool | Literal["auto"] = option(
+        "auto",
+        help="Compile once for each drop rate, with constant keep counts",
+        unset="yes for one or two drop rates above 0",
+        metavar="{yes,no,auto}",
+    )
+    ranks: Literal["own", "shared"] = option(
+        "own", help="Let each process choose its own channels, or all share one choice"
+    )
+    telemetry: bool = option(False, help="Record how much of each gradient is kept")
 
     @property
     def selection(self) -> Selection:
@@ -154,26 +175,8 @@ class SparsityConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.channel_multiple != "auto":
-            _check_positive_int("channel_multiple", self.channel_multiple, ' or "auto"')
-        _check_positive_int("min_channels", self.min_channels)
-        if self.filter_fn is not None and not callable(self.filter_fn):
-            raise TypeError(
-                "filter_fn must be a callable (module, fqn) -> bool or None,"
-                f" got {self.filter_fn!r}"
-            )
-        if isinstance(self.targets, str) or not isinstance(self.targets, tuple):
-            raise TypeError(f'targets must be a tuple such as ("conv",), got {self.targets!r}')
-        if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise ValueError(f"targets must be of {TARGETS}, at least one, got {self.targets!r}")
-        _check_name_or_function("select", self.select, tuple(SELECTORS))
-        _check_name_or_function("score", self.score, tuple(SCORES))
-        if self.gradients not in tuple(GRADIENTS):
-            raise ValueError(f"gradients must be one of {tuple(GRADIENTS)}, got {self.gradients!r}")
-        _check_positive_int("block", self.block)
-        if self.ranks not in RANKS:
-            raise ValueError(f"ranks must be one of {RANKS}, got {self.ranks!r}")
-        _check_share("memory", self.memory)
+        for known in options_of(SparsityConfig).values():
+            known.check(getattr(self, known.name))
         if self.memory and self.selection.select is sampled:
             raise ValueError(
                 'memory must be 0 with select="sampled", which is unbiased already: what it leaves'
@@ -181,18 +184,10 @@ class SparsityConfig:
             )
         _check_rates(self.rates)
         self._check_axis()
-        if not isinstance(self.gate, bool):
-            raise TypeError(f"gate must be True or False, got {self.gate!r}")
-        if not isinstance(self.specialize, bool) and self.specialize != "auto":
-            raise ValueError(f'specialize must be True, False or "auto", got {self.specialize!r}')
-        if not isinstance(self.telemetry, bool):
-            raise TypeError(f"telemetry must be True or False, got {self.telemetry!r}")
         # A copy, so that it stays as it was checked.
         object.__setattr__(self, "rates", dict(self.rates))
 
     def _check_axis(self) -> None:
-        if self.axis not in AXES:
-            raise ValueError(f"axis must be one of {AXES}, got {self.axis!r}")
         if self.axis == "channel":
             return
         for name, right, is_right in (
@@ -214,32 +209,11 @@ class SparsityConfig:
             )
 
 
-def _check_name_or_function(name: str, value: object, known: tuple[str, ...]) -> None:
-    if isinstance(value, str):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known} or a function, got {value!r}")
-    elif not callable(value):
-        raise TypeError(f"{name} must be one of {known} or a function, got {value!r}")
-
-
-def _check_rates(rates: object) -> None:
-    if not isinstance(rates, Mapping):
-        raise TypeError(f'rates must be a dict such as {{"layer4.*": 0.9}}, got {rates!r}')
+def _check_rates(rates: Mapping[str, float]) -> None:
     for pattern, rate in rates.items():
         if not isinstance(pattern, str):
             raise TypeError(f"rates must have name patterns as keys, got {pattern!r}")
-        _check_share(f"rates[{pattern!r}]", rate)
-
-
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-
-
-def _check_positive_int(name: str, value: object, alternative: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int{alternative}, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"rates[{pattern!r}] must be a number, got {rate!r}")
+        if not 0 <= rate < 1:
+            raise ValueError(f"rates[{pattern!r}] must be in [0, 1), got {rate!r}")

@@ -4,11 +4,12 @@ import dataclasses
 import pickle
 
 import pytest
-from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.policy import GRADIENTS, Selection
 from ssprop_passes.selection.scores import SCORES, l2, l2_weight
 from ssprop_passes.selection.selectors import sampled, topk
 
 from ssprop_fx import SparsityConfig
+from ssprop_fx.options import options_of
 
 
 def test_defaults():
@@ -68,6 +69,10 @@ def test_takes_what_is_valid():
             'memory must be 0 with select="sampled"',
         ),
         ({"memory": 0.5, "select": sampled}, ValueError, 'memory must be 0 with select="sampled"'),
+        ({"gate": 1}, TypeError, "gate must be True or False, got 1"),
+        ({"specialize": "yes"}, TypeError, 'specialize must be True, False or "auto", got'),
+        ({"ranks": "all"}, ValueError, "ranks must be one of ('own', 'shared'), got 'all'"),
+        ({"axis": "row"}, ValueError, "axis must be one of ('channel', 'sample'), got 'row'"),
         ({"rates": {"*": "0"}}, TypeError, "rates['*'] must be a number, got '0'"),
         ({"rates": {"*": True}}, TypeError, "rates['*'] must be a number, got True"),
         ({"rates": {"*": 1.0}}, ValueError, "rates['*'] must be in [0, 1), got 1.0"),
@@ -100,6 +105,11 @@ def test_rates_are_a_copy_and_the_config_can_be_hashed_copied_and_pickled():
     for copy in (pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
         assert copy == config
         assert hash(copy) == hash(config)
+
+
+def test_names_are_those_that_the_pass_knows():
+    assert options_of(SparsityConfig)["gradients"].choices == tuple(GRADIENTS)
+    assert options_of(SparsityConfig)["score"].choices == tuple(SCORES)
 
 
 def test_takes_keywords_only():

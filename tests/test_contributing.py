@@ -27,33 +27,30 @@ from ssprop_fx.training.config import TrainConfig
 assert "sawtooth" in ssprop_fx.__all__
 expected = ssprop_fx.sawtooth(0.0, 0.8, period=6)
 assert parse_schedule("sawtooth:low=0,high=0.8,period=2ep", steps_per_epoch=3) == expected
-assert TrainConfig(**vars(flags(["--schedule", "sawtooth:low=0,high=0.8,period=2ep"])))
+TrainConfig.from_settings({"schedule": "sawtooth:low=0,high=0.8,period=2ep"})
 assert variables(SSPROP_SCHEDULE="sawtooth:low=0,high=0.8,period=6").schedule == expected
 """,
     "Add a config option": """
-from dataclasses import fields
-from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import read_arguments
 assert flags(["--max-channels", "64"]).max_channels == 64
 assert variables(SSPROP_MAX_CHANNELS="64").config.max_channels == 64
 pathlib.Path("run.yaml").write_text("max_channels: 64")
-known = {field.name for field in fields(TrainConfig)}
-assert flags(read_arguments("run.yaml", known)).max_channels == 64
+assert flags(read_arguments("run.yaml")).max_channels == 64
 """,
 }
 
 PROGRAM = """
 import argparse, pathlib, ssprop_fx
 from ssprop_fx import SparsityConfig
-from ssprop_fx.cli.train_flags import add_flags
+from ssprop_fx.cli.train import add_parser
 from ssprop_fx.named_backend.options import read_settings
 
 assert pathlib.Path(ssprop_fx.__file__).is_relative_to(pathlib.Path.cwd())
 
 def flags(arguments):
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    add_flags(parser)
-    return parser.parse_args(arguments)
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return parser.parse_args(["train", *arguments])
 
 def variables(**environ):
     return read_settings(None, None, {"SSPROP_SCHEDULE": "none", **environ})
@@ -97,11 +94,7 @@ def run(folder: Path, *command: str) -> None:
     [
         ("Add a score", ["-k", "claims or mean_root", "tests/passes/selection/test_selection.py"]),
         ("Add a schedule", ["tests/scheduling/test_sawtooth.py"]),
-        pytest.param(
-            "Add a config option",
-            ["tests/test_max_channels.py"],
-            marks=pytest.mark.xfail(strict=True, reason="options are not in one place yet"),
-        ),
+        ("Add a config option", ["tests/test_max_channels.py"]),
     ],
     ids=["score", "schedule", "option"],
 )

@@ -112,7 +112,7 @@ def create_config(setting: Setting, seed: int, places: Places) -> TrainConfig:
         kwargs = flags.get("model_kwargs") or {}
         flags["model_kwargs"] = {**kwargs, "pretrained_cfg_overlay": overlay}
         flags["pretrained"] = True
-    return TrainConfig(**flags)
+    return TrainConfig.from_settings(flags)
 
 
 def accuracy(model: torch.nn.Module, batches: list[Batch], device: torch.device) -> float:

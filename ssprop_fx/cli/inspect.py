@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from ssprop_passes.errors import CaptureError
-from ssprop_passes.selection.policy import GRADIENTS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ssprop_fx.analysis.inspection import Inspection, inspect_sites
-from ssprop_fx.config import TARGETS, SparsityConfig
-from ssprop_fx.training.errors import CommandError, needs_train_extra, unknown_name
+from ssprop_fx.cli.flags import add_flags
+from ssprop_fx.config import SparsityConfig
+from ssprop_fx.options import options_of
+from ssprop_fx.training.errors import CommandError, flag_error, needs_train_extra, unknown_name
 
 __all__ = ["add_parser", "run"]
 
@@ -49,6 +50,8 @@ _EPILOG = """\
 Exit status: 0, 1 for a model that cannot be traced without its values, 2 for a wrong argument.
 """
 
+_OPTIONS = {name: option for name, option in options_of(SparsityConfig).items() if option.inspect}
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the parser of `inspect`.
@@ -65,52 +68,45 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="model of timm, such as resnet50")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, see below")
+    parser.add_argument(
+        "model", metavar="MODEL", help="Inspect this model of timm, such as resnet50"
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object; see below")
     parser.add_argument(
         "--drop-rates",
         type=float,
         nargs="+",
         default=[0.5, 0.8],
         metavar="D",
-        help="fractions in [0, 1) (default: 0.5 0.8)",
+        help="Show these drop rates, fractions in [0, 1) (default: 0.5 0.8)",
     )
     parser.add_argument(
-        "--img-size", type=int, metavar="N", help="height and width (default: the model's)"
+        "--img-size",
+        type=int,
+        metavar="N",
+        help="Use images of this height and width in pixels (default: the model's)",
     )
     # Not 1: batch norm in train mode refuses a batch of one where the image is a single point.
     parser.add_argument(
-        "--batch-size", type=int, default=2, metavar="N", help="images (default: 2)"
-    )
-    parser.add_argument("--in-chans", type=int, metavar="N", help="channels of the images")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="classes")
-    parser.add_argument(
-        "--min-channels",
+        "--batch-size",
         type=int,
-        default=SparsityConfig.min_channels,
+        default=2,
         metavar="N",
-        help=f"smaller layers stay dense (default: {SparsityConfig.min_channels})",
+        help="Use this many images in a batch (default: 2)",
     )
     parser.add_argument(
-        "--channel-multiple",
-        type=_multiple,
-        default="auto",
+        "--in-chans",
+        type=int,
         metavar="N",
-        help="round keep counts to multiples of N (default: auto, the 16 of a CPU; GPUs have 8)",
+        help="Use images with this many channels (default: the model's)",
     )
     parser.add_argument(
-        "--targets",
-        nargs="+",
-        choices=TARGETS,
-        default=list(TARGETS),
-        help=f"kinds of layer that take part (default: {' '.join(TARGETS)})",
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="Give the model this many classes (default: the model's)",
     )
-    parser.add_argument(
-        "--gradients",
-        choices=list(GRADIENTS),
-        default=SparsityConfig.gradients,
-        help=f"gradients that are made sparse (default: {SparsityConfig.gradients})",
-    )
+    add_flags(parser, _OPTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,14 +132,9 @@ def run(args: argparse.Namespace) -> int:
         if not 0 <= rate < 1:
             raise CommandError(f"--drop-rates must be in [0, 1), got {rate:g}")
     try:
-        config = SparsityConfig(
-            channel_multiple=args.channel_multiple,
-            min_channels=args.min_channels,
-            targets=tuple(args.targets),
-            gradients=args.gradients,
-        )
-    except ValueError as error:
-        raise CommandError(f"--{str(error).replace('_', '-', 1)}") from error
+        config = SparsityConfig(**{n: v for n, v in vars(args).items() if n in _OPTIONS})
+    except (TypeError, ValueError) as error:
+        raise flag_error(error) from error
 
     model, input_size = _create_model(args)
     images = torch.empty(args.batch_size, *input_size, device="meta")
@@ -254,9 +245,3 @@ def _as_dict(inspection: Inspection, drop_rates: list[float]) -> dict[str, Any]:
             for site in inspection.sites
         ],
     }
-
-
-def _multiple(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {text!r}")
-    return text if text == "auto" else int(text)

@@ -2,14 +2,17 @@
 
 import argparse
 import functools
-from dataclasses import fields
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from ssprop_fx.cli.train_flags import add_flags
+from ssprop_fx.cli.flags import add_flags
+from ssprop_fx.options import options_of
 from ssprop_fx.scheduling.parse import EXAMPLES
+from ssprop_fx.training.augmentation import Augmentation
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import needs_train_extra
+from ssprop_fx.training.settings import GROUPS
 
 __all__ = ["add_parser", "run"]
 
@@ -21,19 +24,22 @@ A run keeps last.pt, best.pt, config.yaml, summary.csv, steps.csv, sites.txt and
 folder; `ssprop-fx report` compares runs."""
 
 _EPILOG = f"""\
-Schedules are written name:key=value,key=value; 10ep stands for the steps of 10 epochs:
+Schedules are written name:key=value,key=value; 10ep means the steps of 10 epochs:
   {"; ".join(EXAMPLES.values())}
 
-Ctrl-C ends the run after the step in progress. --resume continues there, with the same batches
-and the same random numbers, and needs no other flag; after a crash it continues from the last
-checkpoint, which --checkpoint-every makes more often than once an epoch. Steps that are smaller
-than the others, at the end of an epoch, are left out: another size would compile the model again.
+Keys of --aug-kwargs, with timm's names; docs/configuration.md explains them:
+{textwrap.indent(textwrap.fill(", ".join(options_of(Augmentation)), 96), "  ")}
+
+Ctrl-C ends the run after the current step. --resume continues there, with the same batches and the
+same random numbers, and needs no other flag. After a crash it continues from the last checkpoint;
+--checkpoint-every writes more of them. A last step of an epoch that is smaller than the others is
+left out, because another batch size would compile the model again.
 
 Several processes, each with --batch-size images:
   torchrun --nproc_per_node 2 -m ssprop_fx.cli train ...
 
-Step times leave out loading, and the first two steps of each phase (dense, sparse), which compile.
-On a CPU the process keeps the memory that it frees: paging it in anew costs time in each step.
+Step times do not count loading, nor the first two steps of each phase (dense, sparse), which
+compile. On a CPU the process keeps the memory that it frees, which makes steps faster.
 """
 
 # Flags that are no setting of a run.
@@ -57,7 +63,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         # resumed run takes the rest from its checkpoint.
         argument_default=argparse.SUPPRESS,
     )
-    add_flags(parser)
+    for settings in GROUPS:
+        group = parser.add_argument_group(settings.title)
+        add_flags(group, options_of(settings))
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Read settings from this YAML file, such as a run's config.yaml; flags win over it",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="Continue this run, a folder or checkpoint (default: that of --experiment, or the"
+        " newest in --output)",
+    )
     parser.set_defaults(run=functools.partial(run, parser=parser))
 
 
@@ -81,12 +102,11 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     given = vars(args)
     if "config" in given:
-        known = {field.name for field in fields(TrainConfig)}
-        from_file = parser.parse_args(read_arguments(given["config"], known))
+        from_file = parser.parse_args(read_arguments(given["config"]))
         given = {**vars(from_file), **given}
     settings = {name: value for name, value in given.items() if name not in _COMMAND}
     if "resume" not in given:
-        return train(TrainConfig(**settings))
+        return train(TrainConfig.from_settings(settings))
     output = settings.get("output", TrainConfig.output)
     path = find_checkpoint(given["resume"], output, settings.get("experiment"))
     checkpoint = load_checkpoint(path)

@@ -49,8 +49,7 @@ class Memory:
         layers: names of the layers that may have one.
 
     Examples:
-        >>> from ssprop_passes.graph.modes import outside_modes
-    from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+        >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
         >>> config = SparsityConfig(memory=0.9)
         >>> scheduler = SparsityScheduler(constant(0.5))
         >>> layers = torch.nn.Sequential(torch.nn.Linear(8, 64))

@@ -1,27 +1,24 @@
 """Settings of the no-edit backend, from `torch.compile(options=...)` and the environment."""
 
+import contextlib
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ssprop_fx.compiler.backend import BACKENDS
-from ssprop_fx.compiler.inductor import inductor_options
+from ssprop_fx.compiler.inductor import inductor_options, is_inductor_option
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.options import options_of
 from ssprop_fx.scheduling.base import Schedule
 from ssprop_fx.scheduling.parse import parse_schedule
 
 __all__ = ["Settings", "read_settings"]
 
 _PREFIX = "SSPROP_"
-# Without what is for `ssprop_compile` alone: here keep counts are read at run time.
-_CONFIG = {f.name: f.default for f in fields(SparsityConfig) if f.name != "specialize"}
-# What a text can say; a filter function, for one, it cannot.
-_AS_TEXT = {
-    name for name, default in _CONFIG.items() if isinstance(default, (bool, int, str, tuple))
-}
+_OPTIONS = options_of(SparsityConfig)
+# Shows the log; no setting of a model.
+_LOG = "SSPROP_LOG"
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,23 @@ def read_settings(
         (constant(rate=0.0), 64)
     """
     options = dict(options or {})
-    as_text = {"schedule", "start_step", "backend", *_AS_TEXT}
+    names = {"schedule", "start_step", "backend", *_OPTIONS}
     given: dict[str, tuple[str, Any]] = {}
     for variable in environ:
-        if variable.startswith(_PREFIX):
+        if variable.startswith(_PREFIX) and variable != _LOG:
             name = variable.removeprefix(_PREFIX).lower()
-            if name not in as_text:
-                hint = _suggest(variable, [f"{_PREFIX}{other.upper()}" for other in as_text])
+            if name in _OPTIONS and not _OPTIONS[name].has_text:
+                hint = f": {name} is a function, so give it in torch.compile(options=...)"
+                raise ValueError(f"{variable} in the environment is unknown{hint}")
+            if name not in names:
+                known = [f"{_PREFIX}{other.upper()}" for other in names]
+                hint = _suggest(variable, known)
                 raise ValueError(f"{variable} in the environment is unknown{hint}")
             given[name] = (variable, environ[variable].strip())
-    names = {*as_text, *_CONFIG}
     for name in names & options.keys():
         given[name] = (f"options[{name!r}]", options.pop(name))
     for name in options:
-        if name.replace("-", "_") not in torch._inductor.config.get_config_copy():
+        if not is_inductor_option(name):
             hint = _suggest(name, names)
             raise ValueError(f"options[{name!r}] is neither ssprop's nor Inductor's{hint}")
 
@@ -131,12 +131,14 @@ def _kind(value: object) -> str:
 def _config_value(name: str, value: object) -> object:
     """Return the value of one field of SparsityConfig, from a text where it is one."""
     if isinstance(value, str):
-        if isinstance(_CONFIG[name], tuple):
-            value = tuple(item.strip() for item in value.split(","))
-        elif isinstance(_CONFIG[name], bool):
-            value = {"0": False, "false": False, "1": True, "true": True}.get(value.lower(), value)
-        elif value.isdecimal():
-            value = int(value)
+        # What is no value stays a text, and SparsityConfig says what would be right.
+        with contextlib.suppress(ValueError):
+            value = _OPTIONS[name].from_text(value)
+    if name == "specialize" and value is True:
+        raise ValueError(
+            'specialize must be "auto" or False with this backend, which reads keep counts at run'
+            " time; ssprop_compile can compile them in"
+        )
     SparsityConfig(**{name: value})  # type: ignore[arg-type]
     return value
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from ssprop_fx.options import Option, options_of
+from ssprop_fx.training.augmentation import Augmentation
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import CommandError
 from ssprop_fx.training.files import replace_file
@@ -18,7 +20,7 @@ CONFIG = "config.yaml"
 _LEFT_OUT = {"output", "experiment"}
 
 
-def read_arguments(path: str, known: set[str]) -> list[str]:
+def read_arguments(path: str) -> list[str]:
     """Return the arguments of the command line that a file stands for.
 
     In that form they are checked and converted as those of the command line are; YAML alone would
@@ -27,8 +29,7 @@ def read_arguments(path: str, known: set[str]) -> list[str]:
     Args:
         path: a YAML file that maps names of flags, with `_` or `-`, to values. True and false turn
             a switch on and off, a list holds several values, a mapping those of a flag that takes
-            KEY=VALUE, and null leaves the default.
-        known: names that there are, with `_`.
+            KEY=VALUE, and null leaves the default. Keys of `--aug-kwargs` may be among the names.
 
     Raises:
         CommandError: the file cannot be read, is no such mapping, or has an unknown name.
@@ -43,15 +44,21 @@ def read_arguments(path: str, known: set[str]) -> list[str]:
         return []
     if not isinstance(content, dict):
         raise CommandError(f"--config {path}: right would be lines such as `batch_size: 64`")
-    arguments = []
+    options = {name: option for name, option in options_of(TrainConfig).items() if option.has_text}
+    rare = options_of(Augmentation)
+    settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in options and name not in rare:
+            close = difflib.get_close_matches(name, [*options, *rare], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise CommandError(f"--config {path}: unknown key {key!r}{hint}")
-        arguments += _argument("--" + name.replace("_", "-"), value)
-    return arguments
+        settings[name] = value
+    pairs = {name: settings.pop(name) for name in rare if name in settings}
+    given = settings.get("aug_kwargs") or {}
+    if pairs and isinstance(given, dict):
+        settings["aug_kwargs"] = {**given, **pairs}
+    return [text for name, value in settings.items() for text in _argument(options[name], value)]
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
@@ -73,11 +80,14 @@ def write_config(path: Path, config: TrainConfig) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
-def _argument(flag: str, value: Any) -> list[str]:
+def _argument(option: Option, value: Any) -> list[str]:
+    flag = option.flag
     if value is None:
         return []
     if isinstance(value, bool):
-        return [flag if value else "--no-" + flag.removeprefix("--")]
+        if option.is_switch or option.base is not bool:
+            return [flag if value else "--no-" + flag.removeprefix("--")]
+        return [f"{flag}={option.to_text(value)}"]
     if isinstance(value, dict):
         return [flag, *(f"{key}={item!r}" for key, item in value.items())]
     if isinstance(value, list):

@@ -2,9 +2,10 @@
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 
-__all__ = ["CommandError", "needs_train_extra", "unknown_name"]
+__all__ = ["CommandError", "flag_error", "needs_train_extra", "unknown_name"]
 
 
 class CommandError(Exception):
@@ -18,6 +19,13 @@ class CommandError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.exit_code = exit_code
+
+
+def flag_error(error: Exception) -> CommandError:
+    """Return the error of a flag, given that of the argument which the message begins with."""
+    name = re.match(r"\w*", str(error))
+    length = name.end() if name else 0
+    return CommandError(f"--{str(error)[:length].replace('_', '-')}{str(error)[length:]}")
 
 
 def unknown_name(flag: str, name: str, known: Sequence[str]) -> CommandError:

@@ -232,7 +232,7 @@ class Trainer:
 
     def _kept_mass(self) -> float:
         """Return the mean kept mass of the step just done, as far as it is known."""
-        if not (self._config.telemetry or self._config.has_controller):
+        if not (self._config.sparsity.telemetry or self._config.has_controller):
             return math.nan
         if self._state.scheduler.drop_rate == 0:
             return 1.0

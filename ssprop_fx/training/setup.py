@@ -17,12 +17,13 @@ from ssprop_fx.analysis.depth_rates import by_depth
 from ssprop_fx.analysis.inspection import inspect_sites
 from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.runtime.constant_counts import MAX_LEVELS
 from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass
 from ssprop_fx.scheduling.parse import parse_schedule
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data.datasets import Datasets
-from ssprop_fx.training.errors import CommandError, unknown_name
+from ssprop_fx.training.errors import CommandError, flag_error, unknown_name
 from ssprop_fx.training.state import TrainState
 
 __all__ = [
@@ -123,7 +124,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
     """Make optimizer and schedulers for `model`, at the beginning of a run.
 
     Raises:
-        CommandError: the optimizer does not take a setting, or a controller does not.
+        CommandError: the optimizer, a controller or `--specialize` does not take a setting.
     """
     try:
         optimizer = create_optimizer_v2(
@@ -160,6 +161,12 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=config.sparsity_warmup_epochs,
     )
+    levels = None if config.has_controller else schedule.levels
+    if config.sparsity.specialize is True and (levels is None or len(levels) > MAX_LEVELS):
+        raise CommandError(
+            f"--specialize must be auto or no here: yes needs a schedule with at most {MAX_LEVELS}"
+            " drop rates, and no --kept-mass or --added-error"
+        )
     device = next(model.parameters()).device
     needs_scaler = config.amp and config.amp_dtype == "float16"
     return TrainState(
@@ -188,32 +195,19 @@ def _create_controller(config: TrainConfig) -> Controller | None:
 
 
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
-    """Return which layers take part, as the flags say, but for their drop rates."""
-    return SparsityConfig(
-        channel_multiple="auto" if config.channel_multiple is None else config.channel_multiple,
-        min_channels=config.min_channels,
-        targets=config.targets,
-        select=config.select,
-        axis=config.axis,  # type: ignore[arg-type]
-        score=config.score,
-        gradients=config.gradients,  # type: ignore[arg-type]
-        block=config.block,
-        gate=config.gate,
-        memory=config.memory,
-        ranks=config.ranks,  # type: ignore[arg-type]
-        # A controller goes by it.
-        telemetry=config.telemetry or config.has_controller,
-    )
+    """Return which layers take part and how channels are chosen; a controller needs telemetry."""
+    needed = config.sparsity.telemetry or config.has_controller
+    return replace(config.sparsity, telemetry=needed)
 
 
 def with_rates(
     sparsity: SparsityConfig, config: TrainConfig, model: nn.Module, image_size: int
 ) -> SparsityConfig:
-    """Return the same with the drop rates by layer of `--rates` and `--depth-slope`.
+    """Return the same with the drop rates of `--depth-slope`, for layers without one in `rates`.
 
     Args:
         sparsity: which layers take part.
-        config: settings of the run; layers that `--rates` names follow no slope.
+        config: settings of the run.
         model: the model.
         image_size: height and width of the images in pixels.
 
@@ -221,13 +215,11 @@ def with_rates(
         CommandError: a rate does not fit the model, the slope not the schedule, or the model cannot
             be inspected.
     """
-    given = config.rates or {}
+    given = sparsity.rates
     try:
-        sparsity = replace(sparsity, rates=given)
         find_slots(model, sparsity)
     except (TypeError, ValueError) as error:
-        # It begins with the name of the argument, which is that of the flag.
-        raise CommandError(f"--{error}") from error
+        raise flag_error(error) from error
     if not config.depth_slope:
         return sparsity
     # The length of an epoch moves no rate.

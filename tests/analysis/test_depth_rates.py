@@ -69,7 +69,9 @@ def test_mistakes_are_named(rate: float, slope: float, message: str) -> None:
 
 def test_the_trainers_flags_compose() -> None:
     config = TrainConfig(
-        schedule="bar:rate=0.6,period=2ep", depth_slope=0.3, rates={"twice": 0.5}, min_channels=8
+        schedule="bar:rate=0.6,period=2ep",
+        depth_slope=0.3,
+        sparsity=SparsityConfig(rates={"twice": 0.5}, min_channels=8),
     )
     sparsity = with_rates(sparsity_config(config), config, Net(), 8)
     assert list(sparsity.rates) == ["twice", "stem", "narrow", "last"]
@@ -78,6 +80,6 @@ def test_the_trainers_flags_compose() -> None:
     config = TrainConfig(schedule="constant:rate=0.9", depth_slope=0.3)
     with pytest.raises(CommandError, match=r"^--depth-slope 0.3: slope must be within 0.1 of 0"):
         with_rates(sparsity_config(config), config, Net(), 8)
-    config = TrainConfig(rates={"nothing": 0.5})
+    config = TrainConfig(sparsity=SparsityConfig(rates={"nothing": 0.5}))
     with pytest.raises(CommandError, match=r"^--rates has the pattern 'nothing', which matches no"):
         with_rates(sparsity_config(config), config, Net(), 8)

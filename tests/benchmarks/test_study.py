@@ -59,7 +59,7 @@ def test_names_in_a_grid_are_unique_and_every_flag_is_right(grid):
     keys = [setting.key for setting in settings(grid)]
     assert len(set(keys)) == len(keys)
     for setting in settings(grid):
-        sparsity_config(TrainConfig(**setting.flags))
+        sparsity_config(TrainConfig.from_settings(setting.flags))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

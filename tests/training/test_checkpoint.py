@@ -146,5 +146,15 @@ def test_a_resumed_run_keeps_what_decides_its_result():
     assert (config.lr, config.workers) == (0.2, 4)
     with pytest.raises(CommandError, match=r"--lr cannot change on --resume: .* 0\.2, got 0\.3"):
         TrainConfig.resumed(saved, {"lr": 0.3})
+    with pytest.raises(CommandError, match="--min-channels cannot change on --resume"):
+        TrainConfig.resumed(saved, {"min_channels": 8})
+    assert TrainConfig.resumed(saved, {"min_channels": 32, "rates": {}}) == TrainConfig(
+        lr=0.2, workers=2
+    )
+    # Runs from before --aug-kwargs have its keys next to the others.
+    before = {"rates": None, "channel_multiple": None, "vflip": 0.5, "remode": "pixel"}
+    before = {name: v for name, v in saved.items() if name != "aug_kwargs"} | before
+    resumed = TrainConfig.resumed(before, {"aug_kwargs": {"vflip": 0.5}})
+    assert resumed == TrainConfig(lr=0.2, workers=2, aug_kwargs={"vflip": 0.5})
     with pytest.raises(CommandError, match="another version: it has future"):
         TrainConfig.resumed({**saved, "future": 1}, {})

@@ -6,12 +6,20 @@ from dataclasses import fields
 import pytest
 from training_runs import TINY, assert_same_run
 
+from ssprop_fx import SparsityConfig
 from ssprop_fx.cli.app import main, train
+from ssprop_fx.options import options_of
 from ssprop_fx.training import run as run_module
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import read_arguments, write_config
 
-NAMES = {field.name for field in fields(TrainConfig)}
+NAMES = {name for name, option in options_of(TrainConfig).items() if option.has_text}
+
+
+def train_parser():
+    subparsers = argparse.ArgumentParser().add_subparsers()
+    train.add_parser(subparsers)
+    return subparsers.choices["train"]
 
 
 @pytest.fixture
@@ -28,12 +36,22 @@ def parse(monkeypatch):
 
 
 def test_every_setting_has_a_flag_and_every_flag_a_setting():
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    train.add_flags(parser)
-    flags = {action.dest for action in parser._actions}
-    assert flags - {"config", "resume"} == NAMES
+    parser = train_parser()
+    assert {action.dest for action in parser._actions} - {"config", "resume", "help"} == NAMES
     # Nothing on the command line leaves TrainConfig its defaults.
-    assert vars(parser.parse_args([])) == {}
+    assert set(vars(parser.parse_args([]))) == {"run"}
+    settings = {field.name for field in fields(TrainConfig)} - {"sparsity"}
+    sparsity = {field.name for field in fields(SparsityConfig)} - {"filter_fn"}
+    assert not settings & sparsity
+    assert settings | sparsity == NAMES
+
+
+def test_the_help_is_short_and_each_line_a_sentence():
+    actions = train_parser()._actions
+    assert len(actions) <= 80
+    for action in actions[1:]:
+        assert action.help[0].isupper(), action.help
+        assert not action.help.endswith("."), action.help
 
 
 def test_a_file_gives_settings_and_the_command_line_wins(parse, tmp_path):
@@ -59,8 +77,8 @@ def test_a_file_gives_settings_and_the_command_line_wins(parse, tmp_path):
         amp=True,
         plot=False,
         experiment="-Größe",
-        cutmix_minmax=(0.2, 0.8),
-        targets=("conv", "depthwise"),
+        aug_kwargs={"cutmix_minmax": (0.2, 0.8)},
+        sparsity=SparsityConfig(targets=("conv", "depthwise")),
         opt_kwargs={"betas": [0.8, 0.9], "eps": 1e-6, "name": "adam"},
     )
     assert parse("--config", path, "--lr", "0.5") == expected
@@ -74,7 +92,16 @@ def test_pairs_on_the_command_line_are_python_literals_or_texts(parse):
 
 def test_what_a_run_keeps_of_its_settings_gives_the_same_settings(parse, tmp_path):
     config = TrainConfig(
-        lr=1e-4, aug=False, mean=(0.5,), model_kwargs={"drop_rate": 0.1}, experiment="x"
+        lr=1e-4,
+        aug=False,
+        mean=(0.5,),
+        model_kwargs={"drop_rate": 0.1},
+        experiment="x",
+        aug_kwargs={"scale": (0.5, 1.0), "hflip": 0.0},
+        sparsity=SparsityConfig(
+            **{"channel_multiple": 4, "specialize": False, "rates": {"layer4.*": 0.9}},
+            **{"gate": False, "memory": 0.5, "targets": ("conv",)},
+        ),
     )
     write_config(tmp_path / "config.yaml", config)
     assert parse("--config", tmp_path / "config.yaml", "--experiment", "x") == config
@@ -94,6 +121,9 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         ("batchsize: 3", "unknown key 'batchsize'; did you mean batch_size?"),
         ("zzz: 3", "unknown key 'zzz'"),
         ("resume: a", "unknown key 'resume'"),
+        ("filter_fn: a", "unknown key 'filter_fn'"),
+        ("aug_kwargs: 3", "right would be KEY=VALUE, got '3'"),
+        ("specialize: 3", "--specialize: must be auto, yes or no, got '3'"),
         ("3: 4", "unknown key 3"),
         ("lr: fast", "argument --lr: invalid float value: 'fast'"),
         ("lr: -1", "--lr must be above 0, got -1.0"),
@@ -121,4 +151,4 @@ def test_a_file_that_is_missing_is_named(capsys):
 
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "c.yaml").write_text("")
-    assert read_arguments(str(tmp_path / "c.yaml"), NAMES) == []
+    assert read_arguments(str(tmp_path / "c.yaml")) == []

@@ -2,6 +2,7 @@
 
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,12 +190,12 @@ def test_an_epoch_has_whole_steps_alone():
 
 
 def test_mixup_depends_on_seed_and_step_alone():
-    config = TrainConfig(mixup=0.5, cutmix=1.0, smoothing=0.1, mixup_off_epoch=3)
+    config = TrainConfig(mixup=0.5, cutmix=1.0, smoothing=0.1, aug_kwargs={"mixup_off_epoch": 3})
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 
     def mix(epoch, *key, seed=42):
         torch.manual_seed(0)
-        mixup = create_mixup(TrainConfig(**{**config.to_dict(), "seed": seed}), num_classes=4)
+        mixup = create_mixup(replace(config, seed=seed), num_classes=4)
         return mixup(images.clone(), labels, epoch, *key)
 
     assert all(map(torch.equal, mix(0, 7, 0), mix(1, 7, 0)))

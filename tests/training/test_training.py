@@ -77,7 +77,8 @@ def test_targets_say_which_layers_take_part(tmp_path):
         for name, text in sites.items()
     }
     assert (lines["conv"], len(lines["conv-linear"]) > 3) == ([], True)
-    assert sparsity_config(TrainConfig(targets=("depthwise",))).targets == ("depthwise",)
+    config = TrainConfig.from_settings({"targets": ("depthwise",)})
+    assert sparsity_config(config).targets == ("depthwise",)
 
 
 @pytest.mark.slow
@@ -91,9 +92,9 @@ def test_how_channels_are_chosen_reaches_the_model(tmp_path):
 
 
 def test_how_channels_are_chosen_reaches_the_configuration():
-    flags = TrainConfig(select="sampled", score="l2", gradients="input", block=2, gate=False)
-    assert sparsity_config(TrainConfig(axis="sample")).axis == "sample"
-    made = sparsity_config(flags)
+    flags = {"select": "sampled", "score": "l2", "gradients": "input", "block": 2, "gate": False}
+    assert sparsity_config(TrainConfig.from_settings({"axis": "sample"})).axis == "sample"
+    made = sparsity_config(TrainConfig.from_settings(flags))
     chosen = (made.select, made.score, made.gradients, made.block, made.gate)
     assert chosen == ("sampled", "l2", "input", 2, False)
 
@@ -130,7 +131,23 @@ def test_learning_rate_schedules_are_those_of_timm():
             ["--mixup", "0.2", "-b", "127"],
             "--batch-size must be even with mixup or cutmix, got 127",
         ),
-        (["--cutmix-minmax", "0.8", "0.2"], "--cutmix-minmax must be two numbers in [0, 1]"),
+        (
+            ["--aug-kwargs", "cutmix_minmax=[0.8, 0.2]"],
+            "--aug-kwargs: cutmix_minmax must be two numbers in [0, 1]",
+        ),
+        (
+            ["--aug-kwargs", "vflp=0.5"],
+            "--aug-kwargs vflp: unknown; did you mean vflip? Known are train_crop_mode, train_",
+        ),
+        (["--aug-kwargs", "recount=0"], "--aug-kwargs: recount must be above 0, got 0"),
+        (["--aug-kwargs", "remode=noise"], "remode must be one of ('const', 'rand', 'pixel')"),
+        (["--specialize", "maybe"], "--specialize: must be auto, yes or no, got 'maybe'"),
+        (
+            ["--specialize", "yes", "--schedule", "linear:start=0,end=0.8,steps=2ep"],
+            "--specialize must be auto or no here",
+        ),
+        (["--rates", "layer_1=2"], "--rates['layer_1'] must be in [0, 1), got 2"),
+        (["--kept-mass", "0.9", "--axis", "sample"], "--axis must be channel with --kept-mass"),
         (["--model-ema-decay", "1"], "--model-ema-decay must be in [0, 1), got 1.0"),
         (["--checkpoint-every", "0"], "--checkpoint-every must be above 0, got 0"),
         (["--targets", "conv", "pool"], "invalid choice: 'pool'"),

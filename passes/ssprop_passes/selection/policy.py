@@ -17,10 +17,7 @@ from ssprop_passes.selection.ranks import Ranks
 from ssprop_passes.selection.scores import Score, l2, power_over_ranks
 from ssprop_passes.selection.selectors import Selector, topk
 
-__all__ = ["AXES", "GRADIENTS", "Selection"]
-
-# What is chosen: output channels of each layer, or samples of the batch.
-AXES = ("channel", "sample")
+__all__ = ["GRADIENTS", "Selection"]
 
 # Which of the gradients of input, weight and bias are made of the kept channels alone.
 GRADIENTS = {

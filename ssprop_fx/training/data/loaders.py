@@ -74,13 +74,14 @@ def create_loaders(
         "device": processes.device,
     }
     on_cuda = processes.device.type == "cuda"
+    augmentation = config.augmentation
     given = {
-        name: getattr(config, name)
+        name: getattr(augmentation, name)
         for name in ("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")
-        if getattr(config, name) is not None
+        if getattr(augmentation, name) is not None
     }
-    if config.train_interpolation is not None:
-        given["interpolation"] = config.train_interpolation
+    if augmentation.train_interpolation is not None:
+        given["interpolation"] = augmentation.train_interpolation
     train = create_loader(
         SeededDataset(datasets.train, config.seed),
         batch_size=config.batch_size,
@@ -88,8 +89,8 @@ def create_loaders(
         no_aug=not config.aug,
         auto_augment=config.aa,
         re_prob=config.reprob if config.aug else 0.0,
-        re_mode=config.remode,
-        re_count=config.recount,
+        re_mode=augmentation.remode,
+        re_count=augmentation.recount,
         # The prefetcher would erase with random numbers that no sample's seed decides.
         use_prefetcher=on_cuda and config.reprob == 0,
         **{**datasets.augmentation, **given},
@@ -137,19 +138,20 @@ def create_mixup(config: TrainConfig, num_classes: int) -> Callable[..., Batch] 
     """
     if not config.has_mixup:
         return None
+    augmentation = config.augmentation
     mixup = Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
-        cutmix_minmax=config.cutmix_minmax,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        mode=config.mixup_mode,
+        cutmix_minmax=augmentation.cutmix_minmax,
+        prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob,
+        mode=augmentation.mixup_mode,
         label_smoothing=config.smoothing,
         num_classes=num_classes,
     )
 
     def mix(images: torch.Tensor, labels: torch.Tensor, epoch: int, *key: int) -> Batch:
-        mixup.mixup_enabled = not 0 < config.mixup_off_epoch <= epoch
+        mixup.mixup_enabled = not 0 < augmentation.mixup_off_epoch <= epoch
         with seeded(derive_seed(config.seed, "mixup", *key)):
             mixed: Batch = mixup(images, labels)
         return mixed
