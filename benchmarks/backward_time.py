@@ -1,22 +1,22 @@
-"""T_backward: the time of a dense step of which sparse back-propagation can save a part.
+"""T_backward: the part of a dense step's time that sparse back-propagation can reduce.
 
 It is the time inside
 
-- `aten::convolution_backward`, of all convolutions;
+- `aten::convolution_backward`, for all convolutions;
 - the two backward products of each linear layer that takes part.
 
 Convolutions have their own operator. The products are `aten::mm` or `aten::addmm`, like any other
-matrix product, and on a CPU they run in the forward's thread. The profiler records two things that
-tell them apart: they run below an autograd node, and their operands have the sizes of a layer's
-call, y [T, C] = x [T, C_in] w^T:
+matrix product, and on a CPU they run in the forward's thread. Two things in the profile identify
+them: they run below an autograd node, and their operands have the sizes of a layer's call,
+y [T, C] = x [T, C_in] w^T:
 
     dx = mm(dy, w)        [T, C] x [C, C_in]
     dw = mm(t(dy), x)     [C, T] x [T, C_in], or its transpose
 
-Neither is enough alone. Where one layer widens and the next narrows, a forward product of one has
+Neither is enough alone. When one layer widens and the next narrows, a forward product of one has
 the sizes of a backward product of the other; and attention has backward products too. If more
-products of some sizes ran than the layers have, the layers get their share of the time. What
-Inductor fused into a product (the sum of two gradients, as `addmm`) counts with it. `missing`
+products of some sizes ran than the layers have, the layers get their share of the time. Operations
+that Inductor fused into a product (the sum of two gradients, as `addmm`) count with it. `missing`
 counts the products that are not in the profile because Inductor replaced them by other code.
 """
 
@@ -37,8 +37,8 @@ from benchmarks.timing import synchronize
 
 __all__ = ["BackwardTime", "ProfiledStep", "attribute", "linear_products"]
 
-# Sizes of a matrix product, [m, k] x [k, n]: k, then m and n in order of size, because a product
-# and its transpose are the same work.
+# Sizes of a matrix product, [m, k] x [k, n]: k, then the smaller and the larger of m and n, because
+# a product and its transpose are the same work.
 Product = tuple[int, int, int]
 
 # Operator -> position of the left operand among its inputs.
@@ -53,9 +53,9 @@ class BackwardTime:
     """Time of one dense step.
 
     Attributes:
-        conv_ms: inside backward convolutions, milliseconds.
-        linear_ms: inside the backward products of linear layers.
-        missing: products of linear layers that the profile does not show.
+        conv_ms: milliseconds inside backward convolutions.
+        linear_ms: milliseconds inside the backward products of linear layers.
+        missing: number of products of linear layers that the profile does not show.
     """
 
     conv_ms: float
@@ -69,16 +69,16 @@ class BackwardTime:
 
     def __str__(self) -> str:
         text = (
-            f"{self.total_ms:.1f} ms of the dense step can be saved from: {self.conv_ms:.1f} of"
-            f" backward convolutions, {self.linear_ms:.1f} of linear layers' backward products"
+            f"sparsity can reduce {self.total_ms:.1f} ms of the dense step: {self.conv_ms:.1f} in"
+            f" backward convolutions, {self.linear_ms:.1f} in linear layers' backward products"
         )
         if self.missing:
-            text += f"; {self.missing} such products are not in the profile, so it is too little"
+            text += f"; {self.missing} such products are not in the profile, so this is too low"
         return text
 
 
 class _LinearCalls(TorchFunctionMode):
-    """Notes the backward products of the calls that take one of the given weights."""
+    """Records the backward products of the calls that use one of the given weights."""
 
     def __init__(self, weights: Collection[int]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def linear_products(
 
     Args:
         model: the model.
-        names: the layers to look at; those that are not linear are passed over.
+        names: the layers to look at; layers that are not linear are skipped.
         forward: runs the model's forward, not compiled, with gradients enabled.
 
     Returns:
@@ -128,16 +128,16 @@ def linear_products(
 
 
 class ProfiledStep:
-    """A dense step under the profiler, to be run in turn with the steps that are timed.
+    """A dense step under the profiler, which takes turns with the timed steps.
 
-    On a machine whose speed drifts, a step that is profiled and one that was timed minutes ago do
-    not compare; nor do steps that find another memory, as after a step of the same variant. So it
-    is shares of the profiled step that are measured, once a round.
+    A profiled step cannot be compared with a step timed minutes ago, because the machine's speed
+    drifts. Steps that find another state of memory, as after a step of the same variant, do not
+    compare either. So this measures shares of the profiled step, once per round.
 
     Args:
-        step: runs it; compiled before.
-        products: of the linear layers that take part, from `linear_products`.
-        device: where it runs; on a GPU the time of the kernels counts.
+        step: runs the step, already compiled.
+        products: products of the linear layers that take part, from `linear_products`.
+        device: device of the step; on a GPU the time of the kernels counts.
     """
 
     def __init__(self, step: Callable[[], object], products: Counter[Product], device: str) -> None:
@@ -162,7 +162,7 @@ class ProfiledStep:
         self.shares.append(share)
 
     def of(self, step_ms: float) -> BackwardTime:
-        """Return the median shares, of what a step takes without the profiler, in milliseconds."""
+        """Return the median shares in milliseconds of a step that takes `step_ms` unprofiled."""
         return BackwardTime(
             statistics.median(share.conv_ms for share in self.shares) * step_ms,
             statistics.median(share.linear_ms for share in self.shares) * step_ms,
@@ -176,12 +176,12 @@ def attribute(
     """Add up the events of a step.
 
     Args:
-        events: the profiler's, of one dense step, with the shapes of inputs.
-        products: of the linear layers that take part.
-        field: of an event, its time in microseconds.
+        events: the profiler's events of one dense step, with input shapes.
+        products: products of the linear layers that take part.
+        field: attribute of an event that holds its time in microseconds.
 
     Returns:
-        Time of one step.
+        Time of the step.
     """
     conv_us = 0.0
     times: defaultdict[Product, list[float]] = defaultdict(list)

@@ -4,7 +4,7 @@ Parts: the forward; the backward's convolutions, matrix products and top-k; and 
 is Inductor's own kernels and the code that calls them; in a sparse step these kernels also compute
 scores, gathers and scatters.
 
-A profiler slows down steps that allocate large buffers. So this benchmark uses none: it replaces
+A profiler slows down steps that allocate large buffers, so this benchmark uses none. It replaces
 the operators in Inductor's code by timed ones.
 """
 
@@ -57,13 +57,13 @@ class BreakdownRow:
 
     Attributes:
         model: name, resolution, batch, precision, layout.
-        variant: `dense` or that of the sparse configuration.
+        variant: `dense` or the name of the sparse configuration.
         drop_rate: fraction of channels left out.
         step_ms: forward and backward.
         forward_ms: the forward.
         conv_ms: the backward's convolutions.
         product_ms: the backward's matrix products.
-        topk_ms: its choice of channels.
+        topk_ms: the backward's choice of channels.
         rest_ms: the rest of the backward.
     """
 
@@ -110,9 +110,9 @@ def measure(
 
     Args:
         workload: the model and its input.
-        config: of the sparse variant.
-        drop_rate: of the sparse variant.
-        rounds: timed steps of each.
+        config: configuration of the sparse variant.
+        drop_rate: drop rate of the sparse variant.
+        rounds: timed steps of each variant.
 
     Returns:
         Two rows, dense first.
@@ -155,7 +155,7 @@ def _timed_step(variant: Variant) -> Counter[str]:
 
 @contextmanager
 def _backward_timed(counted: Counter[str], start: float) -> Iterator[None]:
-    """Time what compiled code calls from the moment that `backward` is called."""
+    """Time the forward, and the operators that compiled code calls after `backward` starts."""
 
     def timed(function: Callable[..., Any], field: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -191,5 +191,5 @@ def _backward_timed(counted: Counter[str], start: float) -> Iterator[None]:
 
 
 def _modules() -> list[Any]:
-    """Return the modules of code that Inductor wrote."""
+    """Return the modules that Inductor generated."""
     return [module for module in PyCodeCache.modules if hasattr(module, "extern_kernels")]

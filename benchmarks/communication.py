@@ -1,7 +1,7 @@
-"""What one rank of a sparse data-parallel step sends, counted, and what packing it takes.
+"""Counts the bytes that a rank sends in a sparse data-parallel step, and times the packing.
 
 One process trains a few steps under DistributedDataParallel and averages each bucket of gradients
-twice: as a plain step does, and by `kept_rows_hook`. Nothing leaves the process.
+twice: like a plain step, and with `kept_rows_hook`. Nothing leaves the process.
 """
 
 import tempfile
@@ -21,22 +21,22 @@ from ssprop_fx.integrations.ddp import KeptRows, kept_rows_hook
 
 __all__ = ["Communication", "measure"]
 
-# The first step is slow, and DistributedDataParallel changes its buckets after it.
+# The first step is slow, and DistributedDataParallel changes its buckets afterwards.
 _WARMUP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Communication:
-    """What a rank hands to all-reduces in one sparse step.
+    """What a rank passes to all-reduces in one sparse step.
 
     Attributes:
-        gradient_bytes: of all gradients.
-        buckets: all-reduces that these take.
-        kept_bytes: of the kept rows, and of the gradients that have no rows to drop.
-        row_bytes: to agree on which rows are kept.
-        score_bytes: to agree on the scores, where all ranks share one selection.
-        layers: all-reduces that the scores take.
-        packing_ms: processor time, all threads together, to gather and scatter kept rows.
+        gradient_bytes: bytes of all gradients.
+        buckets: number of all-reduces for the gradients.
+        kept_bytes: bytes of the kept rows and of the gradients that have no rows to drop.
+        row_bytes: bytes to agree on the kept rows.
+        score_bytes: bytes to agree on the scores, if all ranks share one selection.
+        layers: number of all-reduces for the scores.
+        packing_ms: processor time of all threads to gather and scatter kept rows.
     """
 
     gradient_bytes: int
@@ -58,8 +58,8 @@ def measure(
 
     Args:
         model_name: timm model.
-        drop_rate: of the step.
-        min_channels: of layers that take part.
+        drop_rate: drop rate of the step.
+        min_channels: smallest number of channels of a layer that takes part.
         rounds: timed steps.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +76,10 @@ def _measure(model_name: str, drop_rate: float, min_channels: int, rounds: int) 
     model = timm.create_model(model_name).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Some begin at zero, and so do the gradients of what lies before them.
+            # Some parameters start at zero, which makes the gradients of earlier layers zero.
             parameter += 0.02 * torch.randn_like(parameter)
     config = SparsityConfig(ranks="shared", gate=False, min_channels=min_channels)
-    # AOT eager: what is timed is none of the compiler's.
+    # AOT eager: the timed code is not compiled.
     compiled = ssprop_compile(
         model, SparsityScheduler(constant(drop_rate)), config=config, backend="aot_eager"
     )
@@ -102,7 +102,7 @@ def _measure(model_name: str, drop_rate: float, min_channels: int, rounds: int) 
         row_bytes=row_bytes,
         score_bytes=sum(channels) * torch.float32.itemsize,
         layers=len(channels),
-        # The shortest of each bucket: whatever else runs on the machine only ever adds.
+        # The shortest time of each bucket, because other load on the machine can only add time.
         packing_ms=sum(min(b.packing_ms for b in same) for same in zip(*steps, strict=True)),
     )
 
@@ -135,7 +135,7 @@ class _Hook:
         self.steps[-1].append(
             _Bucket(
                 gradient_bytes=buffer.nbytes,
-                # One byte a row; vectors have none to drop.
+                # One byte per row; vectors have no rows to drop.
                 row_bytes=sum(g.shape[0] for g in bucket.gradients() if g.ndim > 1),
                 sent_bytes=kept_rows.sent_bytes,
                 packing_ms=kept_ms - plain_ms,

@@ -1,12 +1,12 @@
 """`python -m benchmarks compile`: compile time of a model's dense and sparse variant.
 
     cold     first step with an empty compile cache
-    warm     first step of a second process with the cache that the first one left
-    import   importing ssprop_fx once torch is imported
+    warm     first step of a second process with the cache of the first one
+    import   importing ssprop_fx after torch
 
 Each first step runs in a new process. The variants take turns; every second round reverses their
-order. Compile time is the time of the first step less that of the second. The ratio is the cold
-time over that of dense: the median of the rounds, and its 95 % confidence interval.
+order. Compile time is the time of the first step minus the time of the second. The ratio is the
+cold time over the cold time of dense: the median of the rounds, and its 95 % confidence interval.
 """
 
 import argparse
@@ -44,10 +44,10 @@ class CompileRow:
     Attributes:
         model: name, resolution, batch, precision, layout.
         variant: `dense` or `sparse`.
-        cold_s, warm_s: with an empty compile cache, and with the one that this left.
-        ratio: cold time over that of dense, in the same round.
+        cold_s, warm_s: with an empty compile cache, and with the cache of the cold compile.
+        ratio: cold time over the cold time of dense in the same round.
         ratio_low, ratio_high: its 95 % confidence interval.
-        import_s: of importing ssprop_fx once torch is imported.
+        import_s: time to import ssprop_fx after torch.
     """
 
     model: str
@@ -131,11 +131,11 @@ def measure(workload: Workload, rounds: int) -> list[CompileRow]:
 
 
 def _first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
-    """Return what a process of its own prints."""
+    """Run a first step in a new process and return its times in seconds."""
     command = [sys.executable, "-m", "benchmarks.first_step"]
     command += [json.dumps(asdict(workload)), variant]
     environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    # If the user keeps Triton's cache elsewhere, the first compile would not be cold.
+    # With the user's own Triton cache, the first compile would not be cold.
     environ.pop("TRITON_CACHE_DIR", None)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:

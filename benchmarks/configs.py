@@ -22,13 +22,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE[,FIELD=VALUE]",
-        help="one more sparse row: the SparsityConfig with these fields changed, such as"
-        " channel_multiple=8; may be given several times",
+        help="add a sparse row: the SparsityConfig with these fields changed, such as"
+        " channel_multiple=8; repeat for more rows",
     )
 
 
 def configs_of(args: argparse.Namespace) -> dict[str, SparsityConfig]:
-    """Return the configurations to compare by the name of their rows, the plain one first.
+    """Return the configurations to compare, by name of their rows, the plain one first.
 
     Raises:
         ValueError: a `--variant` has the wrong form.

@@ -1,9 +1,9 @@
 """A peer: dense torch.compile with the kernels of a sparse step.
 
-On a CPU a sparse step has three kernels that make it faster without sparsity: sums in two steps
-(`ssprop_passes.transforms.two_step_sums`), our gradient of convolution weights
+On a CPU a sparse step has three kernels that make it faster even without sparsity: sums in two
+steps (`ssprop_passes.transforms.two_step_sums`), our gradient of convolution weights
 (`ssprop_passes.kernels.conv_grad_weight`), and 1x1 convolutions of all positions at once
-(`ssprop_passes.kernels.conv1x1`). This dense step uses all three, which shows what they gain alone.
+(`ssprop_passes.kernels.conv1x1`). This dense step uses all three, to show their gain alone.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ __all__ = ["DenseKernelsPass", "dense_kernels"]
 
 
 class DenseKernelsPass(GraphPass):
-    """Computes the gradients of all channels by the operator of the reduced convolution."""
+    """Computes the gradients of all channels with the operator of the reduced convolution."""
 
     def identity(self) -> str:
-        """Return the same for all: the rewrite depends on the graph alone."""
+        """Return a constant, because the rewrite depends only on the graph."""
         return "dense kernels"
 
     def transform(self, graph: fx.Graph) -> PassSummary:
-        """Rewrite each backward of a convolution."""
+        """Rewrite each convolution backward."""
         replacer, summary = Replacer(dict), PassSummary()
         for node in list(graph.nodes):
             match = match_conv_backward(node)
@@ -44,12 +44,12 @@ class DenseKernelsPass(GraphPass):
 
 
 def dense_kernels() -> PassList:
-    """Return the passes that give a dense step what sparse steps have, too."""
+    """Return the passes that give a dense step the kernels of sparse steps."""
     return PassList([TwoStepSumsPass(), DenseKernelsPass()])
 
 
 def _whole(match: ConvMatch) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Return a function of grad_output, input and weight that computes what the match does."""
+    """Return a function of grad_output, input and weight that computes the match's gradients."""
     geometry, mask = match.geometry, match.output_mask
     orders = [None if dense is None else dims_order(dense) for dense in match.dense_gradients]
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks export FOLDER`: CSV files and pictures of saved results.
+"""`python -m benchmarks export FOLDER`: CSV files and plots of saved results.
 
-Each JSON file gets a CSV file of its rows, and a picture where there is one of its benchmark:
-`step`, `scaling` and `layer`. Pictures need matplotlib.
+Each JSON file gets a CSV file of its rows. Files of `step`, `scaling` and `layer` also get a plot,
+which needs matplotlib.
 """
 
 import argparse
@@ -25,12 +25,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
         "export",
-        help="CSV files and pictures of saved results",
+        help="CSV files and plots of saved results",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="folder of JSON files")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the same)")
+    parser.add_argument("--output", type=Path, help="folder for the files (default: FOLDER)")
     parser.set_defaults(run=run)
 
 

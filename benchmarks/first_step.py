@@ -1,8 +1,8 @@
 """The process that `python -m benchmarks compile` starts: compiles one variant.
 
-`python -m benchmarks.first_step WORKLOAD VARIANT` prints one line of JSON: by how many seconds the
-first step of a variant (`dense` or `sparse`) is longer than the second, and how many seconds it
-takes to import ssprop_fx after torch.
+`python -m benchmarks.first_step WORKLOAD VARIANT` prints one line of JSON with two times in
+seconds: the first step of the variant (`dense` or `sparse`) minus the second, and the import of
+ssprop_fx after torch.
 """
 
 import json
@@ -19,7 +19,7 @@ def main(workload: str, variant: str) -> None:
         workload: the fields of a Workload, as JSON.
         variant: one of `VARIANTS`.
     """
-    # Imported here and in this order, because the second import is measured.
+    # Import here and in this order, because the second import is timed.
     import torch
 
     start = time.perf_counter()

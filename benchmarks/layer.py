@@ -1,8 +1,8 @@
 """`python -m benchmarks layer`: the backward of single layers, whole and by part.
 
     dense     backward of the layer under torch.compile
-    sparse    backward of the layer under ssprop_compile, every part of it included
-    reduced   the reduced convolution or the two reduced products alone
+    sparse    backward of the layer under ssprop_compile, with all its parts
+    reduced   only the reduced convolution or the two reduced products
     score     l2 norm of each channel of grad_output
     select    the k largest
     gather    the selected channels of grad_output and rows of the weight
@@ -43,10 +43,10 @@ class LayerRow:
     """The backward of one layer at one drop rate; medians, in milliseconds.
 
     Attributes:
-        layer, shape: its name; channels, kernel and size of the input.
+        layer, shape: its name; its channels, kernel and input size.
         calls: how often the model calls layers of this shape.
         drop_rate: fraction of channels left out.
-        channels, kept: output channels, C, and how many of them are kept, k.
+        channels, kept: output channels, C, and number of them that are kept, k.
         dense_ms, sparse_ms: the whole backward.
         reduced_ms, score_ms, select_ms, gather_ms, scatter_ms: its parts.
         gain: dense over sparse.
@@ -83,10 +83,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="those with this in their name or shape",
+        help="only layers with this text in their name or shape",
     )
-    parser.add_argument("--model", help="layers of this timm model in place of the typical ones")
-    parser.add_argument("--img-size", type=int, default=224, help="of the model")
+    parser.add_argument("--model", help="layers of this timm model instead of the typical ones")
+    parser.add_argument("--img-size", type=int, default=224, help="input size of the model")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--amp", action="store_true", help="bfloat16 tensors")
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table.
 
     Raises:
-        ValueError: no layer is called what was asked for.
+        ValueError: no layer matches `--layers`.
     """
     found = collect_layers(args.model, args.img_size) if args.model else TYPICAL
     layers = [
@@ -139,13 +139,13 @@ def measure(
 
     Args:
         layer: the layer.
-        setting: how it is run.
-        config: of the sparse variant; the layer must take part.
-        drop_rates: each above 0.
+        setting: how to run it.
+        config: configuration of the sparse variant; the layer must take part.
+        drop_rates: drop rates above 0.
         rounds: timed runs of each part.
 
     Returns:
-        A row a drop rate.
+        One row per drop rate.
     """
     module, input = setting.build(layer)
     slot = find_slots(module, config).slots[0]

@@ -1,4 +1,4 @@
-"""The backward of a single layer: whole under both compilers, and its parts one by one."""
+"""The backward of a single layer: whole under both compilers, and part by part."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ PARTS = ("reduced", "score", "select", "gather", "scatter")
 
 @dataclass(frozen=True)
 class Setting:
-    """How a layer is run.
+    """How to run a layer.
 
     Attributes:
-        batch_size: samples.
-        dtype: of its tensors.
-        contiguous: contiguous memory layout in place of channels_last.
-        device: where it runs.
-        backend: of `torch.compile`.
+        batch_size: number of samples.
+        dtype: dtype of its tensors.
+        contiguous: use contiguous memory layout instead of channels_last.
+        device: device to run on.
+        backend: backend of `torch.compile`.
     """
 
     batch_size: int
@@ -40,7 +40,7 @@ class Setting:
     backend: str = "inductor"
 
     def build(self, layer: Layer) -> tuple[nn.Module, Tensor]:
-        """Return the layer, and an input [N, *input_shape] that wants a gradient."""
+        """Return the layer, and an input [N, *input_shape] that requires a gradient."""
         torch.manual_seed(0)
         input = torch.randn(self.batch_size, *layer.input_shape)
         module = layer.build()
@@ -56,7 +56,7 @@ class WholeBackward:
     """The backward of a compiled layer; the forward runs in `prepare`.
 
     Attributes:
-        compiled: the layer, compiled.
+        compiled: the compiled layer.
         input: [N, *input_shape].
         grad_output: [N, *output_shape].
     """
@@ -66,7 +66,7 @@ class WholeBackward:
     grad_output: Tensor
 
     def prepare(self) -> None:
-        """Run the forward, and drop the gradients of the last run."""
+        """Clear the gradients of the last run, and run the forward."""
         self.compiled.zero_grad()
         self.input.grad = None
         self.output = self.compiled(self.input)
@@ -79,17 +79,17 @@ class WholeBackward:
 def make_parts(
     module: nn.Module, input: Tensor, grad_output: Tensor, k: int, backend: str
 ) -> dict[str, Callable[[], object]]:
-    """Return functions that run one part each of a layer's sparse backward.
+    """Return functions that each run one part of a layer's sparse backward.
 
     Args:
         module: the layer, a convolution or `nn.Linear`.
         input: [N, C_in, *space] or [..., C_in].
         grad_output: [N, C, *out_space] or [..., C].
         k: keep count of each group.
-        backend: of `torch.compile`.
+        backend: backend of `torch.compile`.
 
     Returns:
-        Name, of `PARTS`, -> function.
+        Name in `PARTS` -> function.
     """
     input, weight, mask, groups = input.detach(), module.weight.detach(), (True, True, False), 1
     backward: Callable[[], object]
@@ -103,7 +103,7 @@ def make_parts(
         )
         groups = geometry.selection_groups(weight)
         backward = partial(sparse_conv_backward, grad_output, input, weight, k, geometry, mask)
-    # What the reduced operation takes depends on the kind of layer: taken from a run.
+    # The operands of the reduced operation depend on the kind of layer, so record them in a run.
     with _ReducedCalls() as recorder:
         backward()
     selection = Selection()
@@ -127,7 +127,7 @@ def make_parts(
 
 
 class _ReducedCalls(TorchDispatchMode):
-    """Keeps the calls of the reduced operation, with their operands."""
+    """Records the calls of the reduced operation, with their operands."""
 
     operators = (reduced_conv_backward, torch.ops.aten.mm.default)
 

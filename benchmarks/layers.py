@@ -1,4 +1,4 @@
-"""Single layers to measure: typical ones, or those of a timm model."""
+"""Single layers to measure: typical ones, or the layers of a timm model."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ class Layer:
     """A convolution or linear layer and the shape of its input.
 
     Attributes:
-        name: for its row.
+        name: name in its row.
         input_shape: without the batch, [C_in, *space] or [..., C_in].
         channels: output channels, C.
-        kernel: one entry a spatial dimension; empty for a linear layer.
+        kernel: one entry per spatial dimension; empty for a linear layer.
         stride, padding, dilation: likewise.
-        groups: of a convolution.
-        calls: how often the model that it was taken from calls a layer of this shape.
+        groups: groups of a convolution.
+        calls: how often its model calls a layer of this shape.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        """Such as `64-256 3x3/2 at 56x56`, groups and dilation named where there are any."""
+        """A text such as `64-256 3x3/2 at 56x56`; names dilation and groups above 1."""
         if not self.kernel:
             rows = "x".join(map(str, self.input_shape[:-1]))
             return f"{self.input_shape[-1]}-{self.channels}" + (f" at {rows}" if rows else "")
@@ -86,7 +86,7 @@ TYPICAL = (
 
 
 def collect_layers(model: str, img_size: int) -> list[Layer]:
-    """Return the layers of a timm model, each shape once; nothing is computed.
+    """Return the layers of a timm model, each shape once, without computing anything.
 
     Convolutions whose padding depends on the input count as if they had none. Transposed
     convolutions, and linear layers that the model does not call as modules, are left out.
@@ -96,7 +96,7 @@ def collect_layers(model: str, img_size: int) -> list[Layer]:
         img_size: height and width of its input, in pixels.
 
     Returns:
-        The layers, in the order of their first call, named after it.
+        The layers in the order of their first call, each named after the module of that call.
 
     Example:
         >>> stem, *_, classifier = collect_layers("test_resnet", 32)

@@ -1,9 +1,9 @@
-"""`python -m benchmarks long`: whether a long run stays as small as it began.
+"""`python -m benchmarks long`: does memory or the number of graphs grow in a long run?
 
-Trains a small model on scikit-learn's digits with SGD: dense and sparse epochs in turn, a short
-last batch in each, an evaluation after each. Prints memory and captured graphs after each epoch.
-After the first two cycles of the schedule, in which everything compiles and pools of memory fill,
-neither should grow.
+Trains a small model on scikit-learn's digits with SGD. Dense and sparse epochs alternate, each with
+a short last batch and an evaluation. Prints memory and captured graphs after each epoch. During the
+first two cycles of the schedule everything compiles and memory pools fill; after that, neither
+should grow.
 """
 
 import argparse
@@ -25,7 +25,7 @@ __all__ = ["EpochRow", "add_parser", "growth", "measure"]
 
 FORMATS = {"epoch": "", "steps": "", "drop_rate": ".2f", "rss_mib": ".1f", "graphs": ""}
 WARMUP = 4
-# Of the memory after the warm-up. A leak of one activation in each step is far more.
+# Fraction of the memory after the warm-up. A leak of one activation per step is far more.
 TOLERANCE = 0.01
 _IMAGE = 32
 
@@ -35,10 +35,10 @@ class EpochRow:
     """One epoch.
 
     Attributes:
-        epoch: from 0.
-        steps: training steps so far, this epoch included.
-        drop_rate: of the epoch.
-        rss_mib: resident memory of the process at its end, MiB.
+        epoch: number of the epoch, from 0.
+        steps: training steps so far, including this epoch.
+        drop_rate: drop rate at the start of the epoch.
+        rss_mib: resident memory of the process at the epoch's end, MiB.
         graphs: graphs that Dynamo has captured in the process so far.
     """
 
@@ -66,11 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the benchmark, print its table and what grew.
+    """Run the benchmark, and print its table and what grew.
 
     Raises:
-        SystemExit: `--check` found that memory or graphs grew.
-        ValueError: the run is too short to tell.
+        SystemExit: `--check` is set, and memory or graphs grew.
+        ValueError: no epoch follows the warm-up.
     """
     rows = measure(args.model, args.steps, args.batch_size, args.backend)
     print(table(rows, FORMATS))
@@ -81,16 +81,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def growth(rows: Sequence[EpochRow]) -> list[str]:
-    """Return what grew after the warm-up, a sentence each.
+    """Return one sentence for each thing that grew after the warm-up.
 
     Args:
-        rows: of a run, in order.
+        rows: rows of a run, in order.
 
     Raises:
         ValueError: no epoch follows the warm-up.
     """
     if len(rows) <= WARMUP:
-        raise ValueError(f"--steps must last more than {WARMUP} epochs, got {len(rows)}")
+        raise ValueError(f"--steps must give more than {WARMUP} epochs, got {len(rows)}")
     before, last = rows[WARMUP - 1], rows[-1]
     grown = []
     if last.rss_mib > (1 + TOLERANCE) * before.rss_mib:
@@ -101,12 +101,12 @@ def growth(rows: Sequence[EpochRow]) -> list[str]:
 
 
 def measure(model_name: str, steps: int, batch_size: int, backend: str) -> list[EpochRow]:
-    """Train for whole epochs until so many steps are done.
+    """Train for whole epochs until at least `steps` steps are done.
 
     Args:
         model_name: timm model.
-        steps: training steps, at least.
-        batch_size: images in a batch; the last of each epoch is shorter.
+        steps: minimum number of training steps.
+        batch_size: images in a batch; the last batch of each epoch is shorter.
         backend: `"inductor"` or `"aot_eager"`.
     """
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def measure(model_name: str, steps: int, batch_size: int, backend: str) -> list[
     per_epoch = -(-len(images) // batch_size)
     scheduler = SparsityScheduler(bar(0.8, period=2 * per_epoch))
     model = timm.create_model(model_name, num_classes=10).train()
-    # Every layer, whatever it gains: the question is what accumulates.
+    # Make every layer sparse, even if it gains no time: the question is what accumulates.
     config = SparsityConfig(min_channels=16, gate=False)
     compiled = ssprop_compile(model, scheduler, config=config, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -143,7 +143,7 @@ def measure(model_name: str, steps: int, batch_size: int, backend: str) -> list[
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """Return images, [N, 3, 32, 32], channels last, and labels, [N]."""
+    """Return images [N, 3, 32, 32] in channels_last, and labels [N]."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""The machine and the allocator that a result was measured with."""
+"""The machine and the allocator of a measurement."""
 
 import functools
 import os
@@ -15,14 +15,13 @@ __all__ = ["allocator", "describe", "environment"]
 
 @functools.cache
 def allocator() -> str:
-    """Let freed memory stay in the process from now on, and say which allocator that leaves.
+    """Keep freed memory in the process from now on, and describe the allocator.
 
-    Every row of every benchmark runs like this: with glibc's defaults a step on a CPU pays a page
-    fault for every 4 KiB of every large buffer, dense and sparse alike.
+    Every row of every benchmark runs like this. With glibc's defaults a step on a CPU, dense or
+    sparse, pays a page fault for every 4 KiB of every large buffer.
 
     Returns:
-        A description: what `LD_PRELOAD` put in glibc's place, if anything, and whether glibc's
-        malloc was told to keep freed memory.
+        A description: whether glibc's malloc keeps freed memory, and `LD_PRELOAD` if it is set.
     """
     kept = "glibc keeps freed memory" if keep_freed_memory() else "default"
     preloaded = os.environ.get("LD_PRELOAD")
@@ -30,14 +29,14 @@ def allocator() -> str:
 
 
 def environment(device: str) -> dict[str, str | int]:
-    """Return the machine, the versions and the allocator that a result was measured with.
+    """Return the machine, the versions and the allocator of a measurement.
 
     Args:
-        device: type of the device that was measured, `"cpu"` or `"cuda"`.
+        device: type of the measured device, `"cpu"` or `"cuda"`.
 
     Returns:
-        Device, CPU threads, torch version, commit (`BENCHMARK_COMMIT` of the environment, for a
-        copy of the sources without their history, else git's), allocator.
+        Device, CPU threads, torch version, commit and allocator. The commit is git's, unless the
+        environment variable `BENCHMARK_COMMIT` is set (for a copy of the sources without history).
     """
     is_cuda = torch.device(device).type == "cuda"
     return {
@@ -55,7 +54,7 @@ def describe(device: str) -> str:
 
 
 def _cpu_name() -> str:
-    """Return the processor's name and its vector instructions, which its name does not tell."""
+    """Return the processor's name and its vector instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
@@ -66,7 +65,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     commit = _git("describe", "--always")
-    # Changed results change no measurement.
+    # Ignore changed results: they do not affect a measurement.
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
     return f"{commit}-dirty" if commit and changed else commit or "unknown"
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks table FOLDER`: saved results of `step` as one Markdown table.
 
-One row for each model and sparse variant, one column for each peer that was measured. All speed-ups
-are over dense torch.compile.
+One row for each model and sparse variant, one column for each measured peer. All speed-ups are over
+dense torch.compile.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "table", help="saved results as a Markdown table", description=__doc__
     )
     parser.add_argument("folder", type=Path, help="folder of step-*.json files")
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="the rows to show")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of the rows")
     parser.set_defaults(run=run)
 
 
@@ -36,7 +36,7 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
 
     Args:
         files: the rows of each file, records of StepRow.
-        drop_rate: of the rows to show.
+        drop_rate: drop rate of the rows to show.
     """
     shown = [[row for row in rows if _is_shown(row, drop_rate)] for rows in files]
     peers = [
@@ -64,5 +64,5 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
 
 
 def _is_shown(row: dict[str, Any], drop_rate: float) -> bool:
-    """Return whether a row has the drop rate, or is dense, which has none."""
+    """Return whether a row has the drop rate or is dense."""
     return row["drop_rate"] == drop_rate or row["variant"] in (DENSE, *DENSE_PEERS)

@@ -10,18 +10,19 @@ __all__ = ["peak_mib"]
 
 
 def peak_mib(step: Callable[[], object], device: str) -> float:
-    """Return the most memory that tensors held during a step above what they held before it.
+    """Return the peak memory of tensors during a step, minus their memory before it.
 
     On a GPU torch's caching allocator counts it. On a CPU it is the largest running sum of the
-    allocations and releases that the profiler records. Neither counts what libraries allocate, such
-    as oneDNN's scratchpads, nor the model and its input, which are there before and after.
+    allocations and releases that the profiler records. Neither counts memory that libraries
+    allocate, such as oneDNN's scratchpads, or the model and its input, which exist before the step.
 
     Args:
-        step: runs forward and backward; compiled before, with no gradients left from the last step.
-        device: where it runs.
+        step: runs forward and backward, already compiled, with no gradients left from the last
+            step.
+        device: device of the step.
 
     Returns:
-        MiB, gradients included.
+        MiB, including gradients.
 
     Example:
         >>> def step():

@@ -1,15 +1,15 @@
-"""A peer: ssProp by module swap, as its published code works (arXiv 2408.12561).
+"""A peer: ssProp by module swap, like its published code (arXiv 2408.12561).
 
-Each ungrouped `nn.Conv2d` of a copy of the model is replaced by a module whose autograd.Function
-computes, in the backward,
+A module replaces each ungrouped `nn.Conv2d` in a copy of the model. In the backward, the module's
+autograd.Function computes
 
     idx = topk(mean(abs(grad_output), (0, 2, 3)), k)
     grad_input, rows, grad_bias = convolution_backward(grad_output[:, idx], input, weight[idx])
     grad_weight = zeros; grad_weight[idx] = rows
 
-with k a Python int. This is our code, without the faults of the published one: the weight's
+with k a Python int. This is our code, without two faults of the published code: the weight's
 gradient respects dilation, and autocast applies. Grouped convolutions, which the published code
-gets wrong, stay as they are.
+gets wrong, stay unchanged.
 """
 
 import copy
@@ -74,10 +74,10 @@ class TopKConvFunction(torch.autograd.Function):
 
 
 class TopKConv2d(nn.Conv2d):
-    """Stands for an `nn.Conv2d`, with its parameters.
+    """Replaces an `nn.Conv2d` and uses its parameters.
 
     Args:
-        conv: the convolution; `is_swappable`.
+        conv: a convolution for which `is_swappable` is true.
         k: keep count, in [1, C].
     """
 
@@ -100,7 +100,7 @@ class TopKConv2d(nn.Conv2d):
         tensors = [input, self.weight, self.bias]
         device_type = input.device.type
         if torch.is_autocast_enabled(device_type):
-            # Here and not in the function, whose saved tensors must be the ones that it used.
+            # Cast here, not in the function, which must save the tensors that it used.
             dtype = torch.get_autocast_dtype(device_type)
             tensors = [None if t is None else t.to(dtype) for t in tensors]
         geometry = self.stride, self.padding, self.dilation
@@ -108,7 +108,7 @@ class TopKConv2d(nn.Conv2d):
 
 
 def is_swappable(module: nn.Module) -> bool:
-    """Say whether a module is a plain, ungrouped `nn.Conv2d`."""
+    """Return whether a module is a plain, ungrouped `nn.Conv2d`."""
     return (
         type(module) is nn.Conv2d
         and module.groups == 1
@@ -118,7 +118,7 @@ def is_swappable(module: nn.Module) -> bool:
 
 
 def swap_convs(model: nn.Module, drop_rate: float) -> nn.Module:
-    """Return a copy of a model with its convolutions swapped; the model stays as it is.
+    """Return a copy of a model with its convolutions swapped; the model stays unchanged.
 
     Args:
         model: the model.
@@ -126,7 +126,7 @@ def swap_convs(model: nn.Module, drop_rate: float) -> nn.Module:
             `max(int((1 - drop_rate) * C), 1)`.
 
     Returns:
-        The copy, with weights of its own that equal the model's.
+        The copy, with copies of the model's weights.
 
     Raises:
         ValueError: the model has no convolution to swap.

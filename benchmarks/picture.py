@@ -1,4 +1,4 @@
-"""Pictures of results: one PNG file each. Drawn with matplotlib, which is optional."""
+"""Plots of results as PNG files, with matplotlib, which is optional."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ Record = Mapping[str, Any]
 
 
 def sparse_rows(rows: Sequence[Record]) -> list[Record]:
-    """Return the rows that stand for this package's sparse steps."""
+    """Return the rows of this package's sparse steps."""
     others = (DENSE, *PEERS)
     return [row for row in rows if row["variant"] not in others and row["drop_rate"] > 0]
 
 
 def draw_steps(rows: Sequence[Record], path: Path) -> None:
-    """Draw the speed-up of every row over dense torch.compile, grouped by model.
+    """Plot the speed-up of every row over dense torch.compile, grouped by model.
 
     Args:
         rows: records of StepRow, of one or more models.
-        path: the PNG file; one that exists is replaced.
+        path: the PNG file; an existing file is replaced.
     """
     models = dict.fromkeys(row["model"] for row in rows)
     drawn = [row for row in rows if row["variant"] != DENSE]
@@ -66,11 +66,11 @@ def draw_steps(rows: Sequence[Record], path: Path) -> None:
 
 
 def draw_scaling(rows: Sequence[Record], path: Path) -> None:
-    """Draw speed-up over drop rate, a line for each batch size, resolution and variant.
+    """Plot speed-up over drop rate, a line for each batch size, resolution and variant.
 
     Args:
         rows: records of StepRow.
-        path: the PNG file; one that exists is replaced.
+        path: the PNG file; an existing file is replaced.
     """
     made = _figure(5)
     if made is None:
@@ -94,11 +94,11 @@ def draw_scaling(rows: Sequence[Record], path: Path) -> None:
 
 
 def draw_layers(rows: Sequence[Record], path: Path) -> None:
-    """Draw the parts of each layer's sparse backward as shares of the dense one.
+    """Plot the parts of each layer's sparse backward as shares of the dense backward.
 
     Args:
         rows: records of LayerRow.
-        path: the PNG file; one that exists is replaced.
+        path: the PNG file; an existing file is replaced.
     """
     made = _figure(1.2 + 0.3 * len(rows))
     if made is None:
@@ -123,14 +123,14 @@ def draw_layers(rows: Sequence[Record], path: Path) -> None:
 
 
 def _figure(height: float) -> tuple[Any, Any] | None:
-    """Return a figure with one pair of axes; None, and say so, without matplotlib."""
+    """Return a figure with one pair of axes; without matplotlib, print a note and return None."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: it needs matplotlib, which pip install '.[train]' installs")
+        print("no plot: matplotlib is missing: pip install '.[train]'")
         return None
-    # A figure of its own and not pyplot's: no global state, no display needed.
+    # Not pyplot: a separate figure has no global state and needs no display.
     figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()

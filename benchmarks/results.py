@@ -1,4 +1,4 @@
-"""Rows of results: printed as a table, kept as JSON with the machine they come from."""
+"""Rows of results: print them as a table, save them as JSON with their machine."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ __all__ = ["read", "save", "table"]
 
 
 def table(rows: Sequence[Any], formats: Mapping[str, str]) -> str:
-    """Return rows as text, one line each below a line of the columns' names.
+    """Return rows as text: a line of column names, then one line per row.
 
     Args:
         rows: dataclass instances.
-        formats: field -> format specification, one entry a column.
+        formats: field -> format specification, one entry per column.
 
     Example:
         >>> from dataclasses import dataclass
@@ -32,7 +32,7 @@ def table(rows: Sequence[Any], formats: Mapping[str, str]) -> str:
         [format(getattr(row, field), spec) for field, spec in formats.items()] for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    # Text to the left, numbers to the right.
+    # Align text left and numbers right.
     is_text = [not rows or isinstance(getattr(rows[0], field), str) for field in formats]
     return "\n".join(
         "  ".join(
@@ -50,8 +50,8 @@ def save(
 
     Args:
         rows: dataclass instances.
-        environment: what `benchmarks.machine.environment` returned.
-        folder: made if it is missing.
+        environment: the result of `benchmarks.machine.environment`.
+        folder: folder of the file, created if missing.
         name: name of the file, without extension.
     """
     path = Path(folder)
@@ -61,6 +61,6 @@ def save(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file that `save` wrote, as records."""
+    """Return the rows of a file of `save`, as records."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
     return rows

@@ -1,17 +1,18 @@
 """`python -m benchmarks scale`: a model of step time over bandwidth, for data-parallel training.
 
     all-reduce = 2 (n - 1) (messages * latency + bytes / (n * bandwidth))
-    step       = forward + backward + packing + what the backward waits for
+    step       = forward + backward + packing + communication that the backward waits for
                  + max(0, other communication - overlap * backward)
 
 The number of ranks n, bandwidth, latency and overlap are parameters. The inputs are measured in one
 process: times of the dense and the sparse step (`python -m benchmarks breakdown`), bytes and
 messages that a step sends, and the time to pack kept rows (`benchmarks.communication`). By default
-they are read from a file; `--steps` measures them anew. Three kinds of step:
+they come from a file; `--steps` measures bytes, messages and packing again and takes the step times
+from a result of `breakdown`. There are three kinds of step:
 
-    dense   whole gradients are sent
-    sparse  a sparse step, each rank selects for itself: whole gradients are sent
-    kept    a sparse step, all ranks select alike: scores, then kept rows are sent
+    dense   each rank sends whole gradients
+    sparse  a sparse step; each rank selects on its own and sends whole gradients
+    kept    a sparse step; all ranks share one selection and send scores, then kept rows
 """
 
 import argparse
@@ -35,11 +36,11 @@ _INPUTS = Path(__file__).parent / "results/cpu-2-cores/scale-resnet50.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(Communication):
-    """What the model is fed: what a step sends, and how long it computes.
+    """Inputs of the model: what a step sends, and how long it computes.
 
     Attributes:
         model: name, resolution, batch, precision, layout.
-        drop_rate: of the sparse step.
+        drop_rate: drop rate of the sparse step.
         dense_forward_ms, dense_backward_ms: milliseconds of the dense step.
         sparse_forward_ms, sparse_backward_ms: milliseconds of the sparse step.
     """
@@ -54,12 +55,12 @@ class Inputs(Communication):
 
 @dataclass(frozen=True)
 class Network:
-    """What connects the ranks.
+    """The network between the ranks.
 
     Attributes:
-        ranks: number of ranks, each with a link of its own.
-        gbits: bandwidth of a link in each direction, gigabits per second.
-        latency_us: of a message between two ranks, microseconds.
+        ranks: number of ranks, each with its own link.
+        gbits: bandwidth of a link in each direction, in gigabits per second.
+        latency_us: latency of a message between two ranks, in microseconds.
     """
 
     ranks: int
@@ -67,14 +68,14 @@ class Network:
     latency_us: float
 
     def all_reduce_ms(self, size: int, messages: int) -> float:
-        """Return the milliseconds of all-reduces, one after another, as rings.
+        """Return the milliseconds of sequential ring all-reduces.
 
         In a ring each rank sends 2 (n - 1) / n of the bytes, in 2 (n - 1) messages one after
         another (Patarasuk and Yuan, Bandwidth Optimal All-reduce Algorithms for Clusters of
         Workstations, 2009).
 
         Args:
-            size: bytes, of all of them.
+            size: total bytes of all all-reduces.
             messages: number of all-reduces.
 
         Example:
@@ -95,16 +96,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--inputs", type=Path, default=_INPUTS, help="JSON file of inputs")
-    parser.add_argument("--steps", type=Path, help="JSON file of `breakdown`: measure the inputs")
+    parser.add_argument("--steps", type=Path, help="JSON file of `breakdown`: measure the rest")
     parser.add_argument("--output", help="folder for a JSON file of measured inputs")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--gbits", type=float, nargs="+", default=list(GBITS))
-    parser.add_argument("--latency-us", type=float, default=LATENCY_US, help="of a message")
+    parser.add_argument("--latency-us", type=float, default=LATENCY_US, help="latency of a message")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print inputs and speed-ups as docs/scale.md has them."""
+    """Print the inputs and speed-ups, as in docs/scale.md."""
     if args.steps:
         inputs = _measure(args.steps)
         if args.output:
@@ -116,12 +117,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def step_times(inputs: Inputs, network: Network, overlap: float) -> tuple[float, float, float]:
-    """Return the milliseconds of a dense step, of a sparse one, and of one that sends kept rows.
+    """Return the milliseconds of a dense step, a sparse step, and one that sends kept rows.
 
     Args:
-        inputs: what is measured.
-        network: what connects the ranks.
-        overlap: share of the backward that hides gradients sent meanwhile, from 0 to 1.
+        inputs: the measured inputs.
+        network: the network between the ranks.
+        overlap: share of the backward that can hide communication of gradients, from 0 to 1.
     """
 
     def step(forward: float, backward: float, sent: float, not_hidden: float = 0.0) -> float:

@@ -1,7 +1,7 @@
 """`python -m benchmarks scaling`: speed-up over drop rate, at several batch sizes and resolutions.
 
-It measures the rows of `step` at every drop rate: at the first resolution for each batch size, and
-at the first batch size for each resolution.
+It measures the rows of `step` at every drop rate: each batch size at the first resolution, and each
+resolution at the first batch size.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_workload_arguments(parser)
     add_config_arguments(parser)
     parser.add_argument("--drop-rates", type=float, nargs="+", default=list(DROP_RATES))
-    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="further ones")
-    parser.add_argument("--img-sizes", type=int, nargs="*", default=[], help="further ones")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="more batch sizes")
+    parser.add_argument("--img-sizes", type=int, nargs="*", default=[], help="more resolutions")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each row")
     parser.add_argument("--output", help="folder for a JSON file of the rows")
     parser.set_defaults(run=run)

@@ -8,9 +8,9 @@ eager and compiled. All run in one process and take turns.
     bound       T_dense / (T_dense - d * T_backward): the speed-up if dropping the share d of the
                 channels saved exactly that share of the backward's time
     efficiency  (T_dense - T_sparse) / (d * T_backward): 1.0 reaches the bound
-    speedup     T_dense / T in each round, whose runs are neighbours in time: the median of the
+    speedup     T_dense / T in each round, where both runs are close in time: the median of the
                 rounds, and its 95 % confidence interval by the bootstrap
-    over_plain  T / T of the first configuration, likewise: what a --variant costs
+    over_plain  T / T of the first configuration, likewise: the cost of a --variant
 
 The profiler measures T_backward: the time of the dense step inside `aten::convolution_backward` and
 inside the backward products of the linear layers that take part.
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="time the processor and not the clock: for a CPU that others use too; best with"
+        help="measure processor time instead of wall time: for a shared CPU; best with"
         " OMP_NUM_THREADS=1",
     )
     parser.add_argument("--output", help="folder for a JSON file of the rows")
@@ -83,8 +83,8 @@ def measure(
 
     Args:
         workload: the model and its input.
-        configs: of the sparse variants, by name, the plain one first.
-        drop_rates: of the sparse variants; 0, the dense phase, is measured anyway.
+        configs: configurations of the sparse variants, by name, the plain one first.
+        drop_rates: drop rates of the sparse variants; 0, the dense phase, is always measured.
         rounds: timed steps of each row.
         with_peers: add the peers.
         clock: returns seconds.
@@ -100,7 +100,7 @@ def measure(
         raise ValueError(f"--drop-rates must have one above 0, got {list(drop_rates)}")
     model, images = workload.build()
     torch._dynamo.reset()
-    # Every variant compiles the same code anew, and none may fall back to eager silently.
+    # Every variant recompiles the same code, and none may silently fall back to eager.
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     with limits:
         variants = make_variants(workload, model, images, configs, rates, with_peers)

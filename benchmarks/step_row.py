@@ -1,4 +1,4 @@
-"""A row of `step` and `scaling`, and the arithmetic of bound and efficiency."""
+"""The row of `step` and `scaling`, and the formulas of bound and efficiency."""
 
 from dataclasses import dataclass
 from math import nan
@@ -9,7 +9,7 @@ from benchmarks.workload import Workload
 
 __all__ = ["FORMATS", "FORMATS_OF_VARIANTS", "StepRow", "bound", "efficiency"]
 
-# Columns of the printed table; the model is in its heading.
+# Columns of the printed table; its heading names the model.
 FORMATS = {
     "variant": "",
     "drop_rate": ".2f",
@@ -24,12 +24,12 @@ FORMATS = {
     "saved_flops": ".0%",
     "peak_mib": ".0f",
 }
-# And, where there are several configurations.
+# The columns with several configurations.
 FORMATS_OF_VARIANTS = FORMATS | {"over_plain": ".3f", "over_low": ".3f", "over_high": ".3f"}
 
 
 def bound(dense_ms: float, backward_ms: float, drop_rate: float) -> float:
-    """Return the speed-up if the backward took exactly the share of its time that is kept.
+    """Return the speed-up if the backward took exactly its time times (1 - drop_rate).
 
     Example:
         >>> bound(dense_ms=100.0, backward_ms=50.0, drop_rate=0.8)
@@ -39,10 +39,10 @@ def bound(dense_ms: float, backward_ms: float, drop_rate: float) -> float:
 
 
 def efficiency(dense_ms: float, sparse_ms: float, backward_ms: float, drop_rate: float) -> float:
-    """Return the time saved over the share of the backward's time that was dropped.
+    """Return the saved time over the dropped share of the backward's time.
 
     Returns:
-        1.0 where the bound is reached; NaN where nothing was dropped.
+        1.0 if the step reaches the bound; NaN if nothing was dropped.
 
     Example:
         >>> efficiency(dense_ms=100.0, sparse_ms=60.0, backward_ms=50.0, drop_rate=0.8)
@@ -64,18 +64,18 @@ class StepRow:
         variant: such as `dense`, `ssprop` or the name of a peer.
         drop_rate: fraction of channels left out.
         median_ms, low_ms, high_ms: step time and its quartiles.
-        speedup: dense time over this one, the median of the ratios of the rounds.
+        speedup: dense time over this time, the median of the ratios of the rounds.
         speedup_low, speedup_high: its 95 % confidence interval.
-        backward_ms: time of the dense step of which a part can be saved: all backward convolutions
-            and the backward products of the linear layers that take part.
-        linear_backward_ms: the latter's part of it.
+        backward_ms: the part of the dense step's time that sparsity can reduce: all backward
+            convolutions and the backward products of the linear layers that take part.
+        linear_backward_ms: the part of `backward_ms` in linear layers.
         bound: the speed-up at efficiency 1.
-        efficiency: saved time, by `speedup`, over the dropped share of `backward_ms`; NaN at drop
+        efficiency: time saved, from `speedup`, over the dropped share of `backward_ms`; NaN at drop
             rate 0.
-        saved_flops: share of the backward's floating-point operations that is not computed.
-        peak_mib: most memory that the step held above what was held before it.
-        over_plain: this time over that of the first sparse configuration at the same drop rate, the
-            median of the ratios of the rounds; NaN where there is none.
+        saved_flops: share of the backward's floating-point operations that the step leaves out.
+        peak_mib: peak memory of the step, minus the memory before it.
+        over_plain: this time over the time of the first sparse configuration at the same drop rate,
+            the median of the ratios of the rounds; NaN if there is none.
         over_low, over_high: its 95 % confidence interval.
     """
 
@@ -112,7 +112,7 @@ class StepRow:
         peak_mib: float,
         plain: Timing | None = None,
     ) -> "StepRow":
-        """Make a row from a timing and those of the dense and the plainly sparse step."""
+        """Make a row from its timing and the timings of the dense and the plain sparse step."""
         speedup = dense.over(timing)
         over = Ratio(nan, nan, nan) if plain is None else timing.over(plain)
         return StepRow(
@@ -130,7 +130,7 @@ class StepRow:
             backward_ms=backward.total_ms,
             linear_backward_ms=backward.linear_ms,
             bound=bound(dense.median, backward.total_ms, drop_rate),
-            # From the ratios of the rounds, like the speed-up: if the machine's speed drifts, the
+            # From the ratios of the rounds, like the speed-up: when the machine's speed drifts, the
             # two medians may come from different times.
             efficiency=efficiency(
                 dense.median, dense.median / speedup.median, backward.total_ms, drop_rate

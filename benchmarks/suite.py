@@ -1,7 +1,7 @@
 """`python -m benchmarks suite`: every benchmark for a device, one after another.
 
-Each run has its own process. If one fails, the others still run; the suite names the failures at
-the end and exits with status 1.
+Each run has its own process. If one fails, the others still run; at the end the suite lists the
+failures and exits with status 1.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["add_parser", "commands", "run_all"]
 
-# Model, resolution, batch size, whether in bfloat16.
+# Model, resolution, batch size, whether to use bfloat16.
 CPU = (
     ("resnet50", 224, 16, False),
     ("resnet50", 224, 16, True),
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--models", nargs="+", help="only these models")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.set_defaults(run=run)
 
 
@@ -70,8 +70,8 @@ def commands(device: str, folder: str) -> Iterator[list[str]]:
     """Yield the arguments of every run, the most important first.
 
     Args:
-        device: to run on.
-        folder: for the results.
+        device: device to run on.
+        folder: folder for the results.
     """
     where = ["--device", device, "--output", folder]
     models = CUDA if torch.device(device).type == "cuda" else CPU
@@ -94,13 +94,13 @@ def commands(device: str, folder: str) -> Iterator[list[str]]:
 
 
 def run_all(runs: Sequence[Sequence[str]]) -> int:
-    """Run commands in order, even after one fails.
+    """Run all commands in order, even after one fails.
 
     Args:
         runs: the commands.
 
     Returns:
-        Exit status: 1 if one failed, else 0.
+        Exit status: 1 if any failed, else 0.
     """
     failed = []
     for index, command in enumerate(runs):

@@ -10,16 +10,16 @@ import torch
 
 __all__ = ["Ratio", "Timing", "alternate", "synchronize"]
 
-# Of the bootstrap: samples drawn of the rounds.
+# Bootstrap samples of the rounds.
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of the times of two variants.
+    """Ratio of the times of two variants.
 
     Attributes:
-        median: of the ratios of the rounds.
+        median: median of the ratios of the rounds.
         low, high: its 95 % confidence interval, by the percentile bootstrap over rounds (Efron and
             Tibshirani, An Introduction to the Bootstrap, chapter 13).
     """
@@ -34,9 +34,9 @@ class Timing:
     """Times of one variant, in milliseconds.
 
     Attributes:
-        median: of all runs.
+        median: median of all runs.
         low, high: first and third quartile.
-        runs: all of them, one a round.
+        runs: all runs, one per round.
     """
 
     median: float
@@ -46,18 +46,18 @@ class Timing:
 
     @classmethod
     def of(cls, runs: Sequence[float]) -> "Timing":
-        """Return the timing of some runs, at least one."""
+        """Return the timing of one or more runs."""
         low, _, high = statistics.quantiles(runs, n=4) if len(runs) > 1 else [runs[0]] * 3
         return cls(statistics.median(runs), low, high, tuple(runs))
 
     def over(self, other: "Timing") -> Ratio:
-        """Return the ratio of these times to those of another variant in the same rounds.
+        """Return the ratio of these times to the times of another variant in the same rounds.
 
-        If something slows the machine down for a while, it slows both runs of a round, and their
+        When something slows the machine down for a while, it slows both runs of a round, and their
         ratio stays.
 
         Args:
-            other: timed in turn with this one.
+            other: timing of a variant that took turns with this one.
 
         Example:
             >>> Timing.of([1.1, 2.2, 3.3]).over(Timing.of([1.0, 2.0, 3.0])).median
@@ -73,7 +73,7 @@ class Timing:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where one is in use."""
+    """Wait for the GPU, if one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -85,27 +85,27 @@ def alternate(
     prepare: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, so that a drift of the machine meets all of them.
+    """Time each variant once per round, so that a drift of the machine's speed affects all of them.
 
-    The order changes from round to round, because a step leaves memory and caches to the next one.
-    In as many rounds as there are variants, each has every place once and, if their number is even,
-    follows every other once (Williams, Experimental designs balanced for the estimation of residual
+    The order changes from round to round, because a step leaves memory and caches to the next step.
+    With n variants, in n rounds each variant takes every place once. If n is even, it also follows
+    every other variant once (Williams, Experimental designs balanced for the estimation of residual
     effects of treatments, 1949).
 
     Args:
         variants: name -> function that runs one step.
         rounds: timed runs of each variant.
-        warmup: untimed runs of each variant at the beginning, compilation included.
-        prepare: name -> function to run before each run of that variant, untimed.
-        clock: returns seconds. `time.process_time` counts what all threads of the process compute,
-            and not how long they wait for others.
+        warmup: untimed runs of each variant at the beginning, including compilation.
+        prepare: name -> function to run, untimed, before each run of that variant.
+        clock: returns seconds. `time.process_time` counts the processor time of all threads, not
+            the time that they wait.
 
     Returns:
         Name -> timing.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
-    # First, last, second, last but one, and so on: neighbours at all distances from one another.
+    # First, last, second, second to last, and so on, so that neighbours have all distances.
     places = [i // 2 if i % 2 == 0 else -1 - i // 2 for i in range(len(names))]
     for run in range(warmup + rounds):
         for name in (names[(place + run) % len(names)] for place in places):

@@ -23,7 +23,7 @@ __all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants"]
 
 DENSE = "dense"
 # Rows to compare with: dense eager, the module swap, and dense torch.compile with the kernels of a
-# sparse step, which shows how much of the gain is theirs.
+# sparse step, which shows how much these kernels gain.
 DENSE_PEERS = ("eager", "dense own kernels")
 PEERS = (*DENSE_PEERS, "module swap eager", "module swap compiled")
 
@@ -33,11 +33,11 @@ class Variant:
     """One way to run a step.
 
     Attributes:
-        name: of its row.
+        name: name of its row.
         drop_rate: fraction of channels left out.
         model: the module whose parameters get the gradients.
         run: runs forward and backward.
-        saved_flops: returns the share of the backward's operations left out; call after `run`.
+        saved_flops: returns the share of the backward's operations left out; call it after `run`.
     """
 
     name: str
@@ -68,12 +68,12 @@ def make_variants(
     """Return the variants, dense torch.compile first.
 
     Args:
-        workload: what `model` and `images` were built by.
-        model: the model; the peers that change it get copies.
+        workload: the workload that built `model` and `images`.
+        model: the model; peers that change it get copies.
         images: a batch.
-        configs: of the sparse variants, by name. The first one also gets a row at drop rate 0, its
-            dense phase, and its count of operations is the peers' measure.
-        drop_rates: of the sparse variants, each above 0.
+        configs: configurations of the sparse variants, by name. The first one also gets a row at
+            drop rate 0, its dense phase, and its report gives the peers' operation counts.
+        drop_rates: drop rates of the sparse variants, each above 0.
         with_peers: add the peers.
     """
     dense = torch.compile(model, backend=workload.backend)
@@ -108,7 +108,7 @@ def _sparse(
         def saved_flops() -> float:
             scheduler.load_state_dict({"last_step": index})
             made = report(compiled)
-            # At drop rates that do not pay a step is dense.
+            # A step is dense at drop rates that save no time.
             return made.saved_flops / made.backward_flops if compiled.ssprop.is_due() else 0.0
 
         return Variant(name, rate, model, run, saved_flops)

@@ -1,4 +1,4 @@
-"""What is measured: a model, its input, and its training step."""
+"""The measured workload: a model, its input, and its training step."""
 
 import argparse
 from collections.abc import Callable
@@ -21,10 +21,10 @@ class Workload:
         model: name of the timm model.
         batch_size: images in a batch.
         img_size: their height and width, in pixels.
-        amp: bfloat16 autocast in place of float32.
-        contiguous: contiguous memory layout in place of channels_last.
-        device: such as `"cpu"`.
-        backend: of `torch.compile`, `"inductor"` or `"aot_eager"`.
+        amp: use bfloat16 autocast instead of float32.
+        contiguous: use contiguous memory layout instead of channels_last.
+        device: device, such as `"cpu"`.
+        backend: backend of `torch.compile`, `"inductor"` or `"aot_eager"`.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """Such as `resnet18 64 b64 fp32 channels_last`."""
+        """A title such as `resnet18 64 b64 fp32 channels_last`."""
         return (
             f"{self.model} {self.img_size} b{self.batch_size}"
             f" {'bf16 autocast' if self.amp else 'fp32'}"
@@ -50,14 +50,14 @@ class Workload:
         return self.title.replace(" ", "-").replace("/", "_")
 
     def at(self, batch_size: int, img_size: int) -> "Workload":
-        """Return the same at another batch size and resolution."""
+        """Return the workload at another batch size and resolution."""
         return replace(self, batch_size=batch_size, img_size=img_size)
 
     def build(self) -> tuple[nn.Module, Tensor]:
-        """Return the model in train mode, weights from seed 0, and a batch [N, 3, H, W]."""
+        """Return the model in train mode, with weights from seed 0, and a batch [N, 3, H, W]."""
         torch.manual_seed(0)
         layout = torch.contiguous_format if self.contiguous else torch.channels_last
-        # Transformers are made for one resolution and must be told; convolutional models take any.
+        # Transformers need the resolution; convolutional models accept any.
         try:
             model = timm.create_model(self.model, img_size=self.img_size)
         except TypeError:
@@ -67,7 +67,7 @@ class Workload:
         return model, images.to(memory_format=layout)
 
     def step(self, module: Callable[[Tensor], Tensor], images: Tensor) -> None:
-        """Run forward and backward of a loss that reaches every output."""
+        """Run forward and backward with a loss that depends on every output."""
         device_type = torch.device(self.device).type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.amp):
             output = module(images)
@@ -81,7 +81,7 @@ def add_workload_arguments(
 
     Args:
         parser: the parser.
-        model: default model; None leaves the argument to the caller.
+        model: default model; None adds no `--model`.
         size: default batch size and resolution.
     """
     if model:
@@ -95,7 +95,7 @@ def add_workload_arguments(
 
 
 def workload_of(args: argparse.Namespace, model: str | None = None) -> Workload:
-    """Return what the command line asks for, of `model` if given."""
+    """Return the workload of the command line, with `model` instead of `--model` if given."""
     return Workload(
         model=model or args.model,
         batch_size=args.batch_size,

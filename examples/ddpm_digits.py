@@ -1,4 +1,4 @@
-"""A diffusion model (DDPM, with diffusers' UNet2DModel) of digits, dense and sparse."""
+"""A diffusion model of digits (DDPM, with diffusers' UNet2DModel), dense and sparse."""
 
 import argparse
 import time
@@ -13,14 +13,14 @@ from ssprop_fx import SparsityScheduler, bar, constant, ssprop_compile
 
 
 def load_data() -> tuple[Tensor, Tensor]:
-    """Return training and test images, [N, 1, 8, 8] in [-1, 1]: four fifths and one."""
+    """Return training images (4/5) and test images (1/5), [N, 1, 8, 8] in [-1, 1]."""
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     return images[: len(images) * 4 // 5], images[len(images) * 4 // 5 :]
 
 
 def denoising_loss(model: nn.Module, noising: DDPMScheduler, images: Tensor) -> Tensor:
-    """Return the mean squared error of the noise that the model finds in noised images."""
+    """Return the mean squared error of the model's estimate of the noise."""
     noise = torch.randn_like(images)
     times = torch.randint(noising.config.num_train_timesteps, (len(images),))
     noised = noising.add_noise(images, noise, times)
@@ -28,7 +28,7 @@ def denoising_loss(model: nn.Module, noising: DDPMScheduler, images: Tensor) -> 
 
 
 def train(scheduler: SparsityScheduler, args: argparse.Namespace) -> tuple[float, float]:
-    """Return the loss on the test images after training, and the seconds of training."""
+    """Train; return the loss on the test images and the seconds of training."""
     torch.manual_seed(0)
     torch.compiler.reset()
     images, test_images = load_data()
@@ -61,15 +61,15 @@ def train(scheduler: SparsityScheduler, args: argparse.Namespace) -> tuple[float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train dense and sparse, and print the loss of each."""
+    """Train dense and sparse, and print both losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=None, help="train on so many; all by default")
+    parser.add_argument("--images", type=int, default=None, help="training images (default: all)")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--width", type=int, default=64, help="channels of the first block")
     parser.add_argument("--timesteps", type=int, default=200)
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="of sparse epochs")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse epochs")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     steps = len(load_data()[0][: args.images]) // args.batch_size

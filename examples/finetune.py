@@ -13,7 +13,7 @@ from ssprop_fx.scheduling.base import Schedule
 
 
 def load_data(first_class: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training and test images of five classes, [N, 1, 8, 8], and their classes from 0."""
+    """Return images [N, 1, 8, 8] and classes, from 0, of five digits, for training and for test."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     classes = torch.tensor(digits.target) - first_class
@@ -46,13 +46,13 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on the first five digits, fine-tune to the others, and print accuracies."""
+    """Train on the first five digits, fine-tune on the others, and print accuracies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10, help="on the first five digits")
-    parser.add_argument("--tune-epochs", type=int, default=4, help="on the other five")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs on digits 0 to 4")
+    parser.add_argument("--tune-epochs", type=int, default=4, help="epochs on digits 5 to 9")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW")
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="of every other step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse steps")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     torch.manual_seed(0)

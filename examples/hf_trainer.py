@@ -1,4 +1,4 @@
-"""Hugging Face: a small vision transformer on digits, with sparse epochs by a callback."""
+"""Hugging Face: a small vision transformer on digits, with sparse epochs from a callback."""
 
 import argparse
 import tempfile
@@ -13,14 +13,14 @@ from ssprop_fx.integrations.huggingface import SsPropCallback
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, save, load and print the accuracy of what was loaded."""
+    """Train, save, load, and print the accuracy of the loaded model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="of sparse epochs")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse epochs")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     scheduler = SparsityScheduler(bar(args.drop_rate, period=2 * (split // args.batch_size)))
     model = ViTForImageClassification(config)
-    # In place: Trainer sees the model itself, and saves it under its own names.
+    # In place, so that Trainer sees the model itself and saves its weights under their own names.
     ssprop_compile(model, scheduler, backend=args.backend, in_place=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -1,9 +1,9 @@
-"""Several processes that share their selection, and send only the rows of gradients they kept.
+"""Processes that share their selection send only the kept rows of their gradients.
 
     torchrun --nproc_per_node 2 examples/kept_rows.py --model resnet18 --drop-rate 0.8
 
-Prints what a sparse step hands to collectives, against the plain all-reduce of DDP, and whether
-the averaged gradients are those of the plain one. AOT eager: it counts bytes, and is not for speed.
+Prints the bytes that a sparse step sends, compared with DDP's plain all-reduce, and whether the
+averaged gradients are equal. It uses AOT eager, because it counts bytes and does not measure time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def gradients_of_a_step(args: argparse.Namespace, kept_rows: KeptRows | None) ->
     model = timm.create_model(args.model).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Some begin at zero, and so do the gradients of what lies before them.
+            # Some parameters start at zero, which makes the gradients of earlier layers zero.
             parameter += 0.02 * torch.randn_like(parameter)
     config = SparsityConfig(ranks="shared", gate=False)
     scheduler = SparsityScheduler(constant(args.drop_rate))
@@ -31,7 +31,7 @@ def gradients_of_a_step(args: argparse.Namespace, kept_rows: KeptRows | None) ->
     ddp = DistributedDataParallel(compiled)
     if kept_rows is not None:
         ddp.register_comm_hook(kept_rows, kept_rows_hook)
-    # From here on, each rank has samples of its own.
+    # From here on, each rank has its own samples.
     torch.manual_seed(1 + distributed.get_rank())
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
     labels = torch.randint(1000, (args.batch_size,))
@@ -40,7 +40,7 @@ def gradients_of_a_step(args: argparse.Namespace, kept_rows: KeptRows | None) ->
 
 
 def main() -> None:
-    """Run one step with the hook and one without."""
+    """Run one step without the hook and one with it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--drop-rate", type=float, default=0.8)

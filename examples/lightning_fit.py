@@ -1,4 +1,4 @@
-"""Lightning: a small convolutional network on digits, with sparse epochs by a callback."""
+"""Lightning: a small convolutional network on digits, with sparse epochs from a callback."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ssprop_fx.integrations.lightning import SsPropCallback
 
 
 class Classifier(lightning.LightningModule):
-    """A network compiled in place, so that the names in its checkpoints stay as they are."""
+    """A network compiled in place, so that the names in its checkpoints do not change."""
 
     def __init__(self, scheduler: SparsityScheduler, args: argparse.Namespace) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="of sparse epochs")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse epochs")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     lightning.seed_everything(0, verbose=False)

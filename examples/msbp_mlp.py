@@ -1,7 +1,7 @@
 """Memorized sparse back-propagation (Zhang et al., arXiv 1905.10194) of an MLP.
 
-On the pixels of scikit-learn's digits, or with --data-dir on features of a folder of images such as
-CIFAR-10 (train/<class>/*.jpg and test/<class>/*.jpg).
+It trains on the pixels of scikit-learn's digits, or with --data-dir on features of a folder of
+images such as CIFAR-10 (train/<class>/*.jpg and test/<class>/*.jpg).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compil
 
 
 class Data(NamedTuple):
-    """Inputs, [N, features], and classes, [N], of training and of test."""
+    """Inputs [N, features] and classes [N], for training and for test."""
 
     inputs: Tensor
     classes: Tensor
@@ -31,7 +31,7 @@ class Data(NamedTuple):
 
 
 def load_digits_pixels(seed: int) -> Data:
-    """Return the 64 pixels of each digit: four fifths of the images for training, one for test."""
+    """Return the 64 pixels of each digit: 4/5 of the images for training, 1/5 for test."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     classes = torch.tensor(digits.target)
@@ -42,7 +42,7 @@ def load_digits_pixels(seed: int) -> Data:
 
 
 def load_images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Return `count` images of 32 x 32, [count, 3, 32, 32], and classes from a folder a class."""
+    """Return images [count, 3, 32, 32] and their classes; each class has a folder."""
     transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
     dataset = ImageFolder(folder, transform)
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
@@ -51,10 +51,11 @@ def load_images(folder: Path, count: int) -> tuple[Tensor, Tensor]:
 
 
 def load_patch_features(folder: Path, count: int, filters: int = 128) -> Data:
-    """Return features of `count` images of folder/train, and of a fifth as many of folder/test.
+    """Return features of `count` images in folder/train and `count // 5` images in folder/test.
 
-    The features of Coates, Lee and Ng (AISTATS 2011) with random patches for filters: responses to
-    whitened 6 x 6 patches of the training images, both signs, averaged over a grid of 3 x 3.
+    The features are those of Coates, Lee and Ng (AISTATS 2011) with random patches as filters:
+    responses to whitened 6 x 6 patches of the training images, both signs, averaged over a grid of
+    3 x 3.
     """
     generator = torch.Generator().manual_seed(0)
     images, classes = load_images(folder / "train", count)
@@ -84,7 +85,7 @@ def load_patch_features(folder: Path, count: int, filters: int = 128) -> Data:
 def train(
     data: Data, seed: int, drop_rate: float, memory: float, args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Return the test accuracy in percent after training, and the seconds of an epoch."""
+    """Train; return the test accuracy in percent and the seconds of an epoch."""
     torch.compiler.reset()
     torch.manual_seed(seed)
     widths = [data.inputs.shape[1], *[args.hidden] * args.layers]
@@ -108,7 +109,7 @@ def train(
     epochs = []
     for _ in range(args.epochs):
         start = time.perf_counter()
-        # Without a short last batch, which would be compiled for anew.
+        # Leave out a short last batch, which would cause a recompilation.
         whole = len(data.inputs) // args.batch_size * args.batch_size
         for batch in torch.randperm(len(data.inputs))[:whole].split(args.batch_size):
             loss = nn.functional.cross_entropy(model(data.inputs[batch]), data.classes[batch])
@@ -119,23 +120,23 @@ def train(
     model.eval()
     with torch.no_grad():
         right = (model(data.test_inputs).argmax(1) == data.test_classes).float().mean()
-    # Not the first epoch, which compiles.
+    # Leave out the first epoch, which compiles.
     return 100 * right.item(), statistics.median(epochs[1:] or epochs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train each method with each seed and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="a folder of images in place of the digits")
-    parser.add_argument("--images", type=int, default=10000, help="of --data-dir, for training")
+    parser.add_argument("--data-dir", type=Path, help="folder of images to use instead of digits")
+    parser.add_argument("--images", type=int, default=10000, help="training images of --data-dir")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=500, help="units of a hidden layer")
     parser.add_argument("--layers", type=int, default=2, help="hidden layers")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--drop-rate", type=float, default=0.96)
-    parser.add_argument("--memory", type=float, nargs="+", default=[0.5, 0.9], help="of MSBP, eta")
+    parser.add_argument("--memory", type=float, nargs="+", default=[0.5, 0.9], help="eta of MSBP")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     images = load_patch_features(args.data_dir, args.images) if args.data_dir else None

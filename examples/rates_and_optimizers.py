@@ -1,10 +1,10 @@
-"""Drop rates by depth, a controller and freeze_dropped against one rate, on digits.
+"""Drop rates by depth, a controller and freeze_dropped, compared with one rate, on digits.
 
-Trains a small network to one drop rate for all layers, then with what dropped channels do to the
-optimizer undone (`freeze_dropped`), with rates that fall or rise from input to output (`by_depth`)
-and with rates that a controller adapts (`KeptMass`), all at the FLOPs of the one rate, with SGD and
-with AdamW. A row a method: test accuracy over seeds, its standard deviation, test loss, and the
-share of the backward's FLOPs that was computed.
+Trains a small network with one drop rate for all layers, with the weights of dropped channels
+frozen (`freeze_dropped`), with rates that fall or rise from input to output (`by_depth`), and with
+rates that a controller adapts (`KeptMass`). All use the FLOPs of the one rate, with SGD and with
+AdamW. Each row shows a method's test accuracy over seeds, its standard deviation, test loss, and
+the computed share of the backward's FLOPs.
 """
 
 import argparse
@@ -40,10 +40,10 @@ class Method:
     """A way to train.
 
     Attributes:
-        drop_rate: of the schedule, a constant one.
-        slope: of `by_depth`.
-        mass: the target of a `KeptMass` controller whose budget is what `drop_rate` takes.
-        freezes: whether what is dropped is frozen.
+        drop_rate: constant drop rate of the schedule.
+        slope: slope of `by_depth`.
+        mass: target of a `KeptMass` controller whose budget is the cost at `drop_rate`.
+        freezes: whether to use `freeze_dropped`.
     """
 
     drop_rate: float = 0.0
@@ -53,7 +53,7 @@ class Method:
 
 
 def load_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training and test images, [N, 1, 8, 8], and their classes: half of them each."""
+    """Return images [N, 1, 8, 8] and classes, half for training and half for test."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     classes = torch.tensor(digits.target)
@@ -82,7 +82,7 @@ def train(
     """Train once.
 
     Returns:
-        Test accuracy in percent; test loss; share of the backward's FLOPs that was computed.
+        Test accuracy in percent; test loss; computed share of the backward's FLOPs.
     """
     torch.compiler.reset()
     images, classes, test_images, test_classes = load_data(seed)
@@ -105,7 +105,7 @@ def train(
         freeze_dropped(optimizer, compiled)
     computed = []
     for _ in range(args.epochs):
-        # Without a short last batch, which would be compiled for anew.
+        # Leave out a short last batch, which would cause a recompilation.
         whole = len(images) // args.batch_size * args.batch_size
         for batch in torch.randperm(len(images))[:whole].split(args.batch_size):
             loss = nn.functional.cross_entropy(compiled(images[batch]), classes[batch])
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--drop-rate", type=float, default=0.7)
-    parser.add_argument("--slope", type=float, default=0.25, help="of by_depth")
+    parser.add_argument("--slope", type=float, default=0.25, help="slope of by_depth")
     parser.add_argument("--mass", type=float, default=0.95, help="target of the controller")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--backend", default="aot_eager", choices=["inductor", "aot_eager"])

@@ -1,4 +1,4 @@
-"""A training loop of one's own, of timm's pieces: a small ResNet on digits, dense and sparse."""
+"""A custom training loop with timm's parts: a small ResNet on digits, dense and sparse."""
 
 import argparse
 import time
@@ -15,7 +15,7 @@ from ssprop_fx import SparsityScheduler, bar, constant, report, ssprop_compile
 
 
 def load_data(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training and test images, [N, 1, size, size], and their classes: 4/5 and 1/5."""
+    """Return images [N, 1, size, size] and classes, 4/5 for training and 1/5 for test."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     images = nn.functional.interpolate(images, size).to(memory_format=torch.channels_last)
@@ -27,7 +27,7 @@ def load_data(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(scheduler: SparsityScheduler, args: argparse.Namespace) -> tuple[float, float]:
-    """Return the test accuracy in percent after training, and the seconds that it took."""
+    """Train; return the test accuracy in percent and the seconds of training."""
     images, classes, test_images, test_classes = load_data(args.size)
     images, classes = images[: args.images], classes[: args.images]
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def train(scheduler: SparsityScheduler, args: argparse.Namespace) -> tuple[float
     start = time.perf_counter()
     for epoch in range(args.epochs):
         model.train()
-        # Without a short last batch, which would be compiled for anew.
+        # Leave out a short last batch, which would cause a recompilation.
         whole = len(images) // args.batch_size * args.batch_size
         for batch in torch.randperm(len(images))[:whole].split(args.batch_size):
             loss = criterion(model(images[batch]), classes[batch])
@@ -60,15 +60,15 @@ def train(scheduler: SparsityScheduler, args: argparse.Namespace) -> tuple[float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train dense and sparse, and print the accuracy of each."""
+    """Train dense and sparse, and print both accuracies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--size", type=int, default=32, help="of the images, in pixels")
-    parser.add_argument("--images", type=int, default=None, help="train on so many; all by default")
+    parser.add_argument("--size", type=int, default=32, help="size of the images, in pixels")
+    parser.add_argument("--images", type=int, default=None, help="training images (default: all)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="of sparse epochs")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse epochs")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     steps = len(load_data(1)[0][: args.images]) // args.batch_size

@@ -1,1 +1,1 @@
-"""What accuracy does sparse back-propagation reach for its cost? `python -m benchmarks.study`."""
+"""The accuracy that sparse back-propagation reaches for its cost: `python -m benchmarks.study`."""

@@ -14,12 +14,12 @@ _START_SEED = 1
 
 
 def main() -> None:
-    """Run what the command line names."""
+    """Run the command of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--grid", choices=list(GRIDS), default="small")
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run what has no result yet")
+    run = commands.add_parser("run", help="run every setting without a result")
     run.add_argument("--data", type=Path, metavar="ZIP", help="CIFAR-10, as data.py reads it")
     run.add_argument("--work", type=Path, default=Path("runs/study"), metavar="DIR")
     run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="TASK/SETTING")
@@ -28,7 +28,7 @@ def main() -> None:
     run.set_defaults(command=run_grid)
     table = commands.add_parser("table", help="print the page docs/study.md")
     table.set_defaults(command=print_page)
-    plot = commands.add_parser("plot", help="draw accuracy over time")
+    plot = commands.add_parser("plot", help="plot accuracy over time")
     plot.add_argument("path", type=Path, metavar="PNG")
     plot.set_defaults(command=plot_grid)
     args = parser.parse_args()
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    """Run what has no result yet: one seed of everything, then the next."""
-    # It imports the compiler, which takes seconds.
+    """Run every setting without a result: all settings with one seed, then with the next."""
+    # Import here: this imports the compiler, which takes seconds.
     from benchmarks.study.runner import Places, run_one
 
     places = Places(_results(args), args.work, args.data)
@@ -58,12 +58,12 @@ def run_grid(args: argparse.Namespace) -> None:
 
 
 def print_page(args: argparse.Namespace) -> None:
-    """Print the page of the results that there are."""
+    """Print the page of the existing results."""
     print(page(GRIDS[args.grid], read_results(_results(args))), end="")
 
 
 def plot_grid(args: argparse.Namespace) -> None:
-    """Draw the results that there are."""
+    """Plot the existing results."""
     # matplotlib is optional.
     from benchmarks.study.plot import draw
 

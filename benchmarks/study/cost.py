@@ -1,9 +1,9 @@
-"""What a run costs, in epochs of dense training of the task's reference model.
+"""The cost of a run, in epochs of dense training of the task's reference model.
 
-Wall time on a shared machine means little. Two costs are counted instead:
+Wall time on a shared machine means little. So the study counts two other costs:
 
-- *arithmetic*: the forward is 1 part; the backward is 2, less `backward_saved` of them;
-- *time*: what that saving is worth in a measured step, `time_per_saving`.
+- *arithmetic*: the forward is 1 part; the backward is 2 parts, minus the fraction `backward_saved`;
+- *time*: the dense time, minus what that saving is worth in a measured step (`time_per_saving`).
 """
 
 import itertools
@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["MEASURED", "Cost", "cost", "dense_accuracy", "time_per_saving"]
 
-# The measured step that stands for time: ResNet-18 at drop rate 0.8.
+# The measured step that time is based on: ResNet-18 at drop rate 0.8.
 MEASURED = (
     Path(__file__).parents[1] / "results/cpu-2-cores/step-resnet18-64-b64-fp32-channels_last.json"
 )
@@ -25,8 +25,8 @@ class Cost:
     """Cost of a run, in epochs of dense training of the reference model.
 
     Attributes:
-        arithmetic: floating-point operations.
-        time: the same in time, were steps sped up as the measured one was.
+        arithmetic: cost in floating-point operations.
+        time: cost in time, if steps speed up like the measured step.
     """
 
     arithmetic: float
@@ -34,7 +34,7 @@ class Cost:
 
 
 def time_per_saving(path: Path = MEASURED) -> float:
-    """Return the part of a dense step's time saved for each part of the backward left out.
+    """Return the saved fraction of a dense step's time over the saved fraction of the backward.
 
     Args:
         path: result of `python -m benchmarks step`, with a row of the variant "ssprop" at drop
@@ -46,14 +46,14 @@ def time_per_saving(path: Path = MEASURED) -> float:
 
 
 def cost(epochs: int, backward_saved: float, relative_flops: float, per_saving: float) -> Cost:
-    """Return what a run costs.
+    """Return the cost of a run.
 
     Args:
         epochs: its epochs.
         backward_saved: mean fraction of the backward's FLOPs left out.
-        relative_flops: FLOPs of its model over those of the reference model; time is taken to
-            be in proportion to them.
-        per_saving: what `time_per_saving` returned.
+        relative_flops: FLOPs of its model over FLOPs of the reference model; time is assumed to be
+            proportional to them.
+        per_saving: the result of `time_per_saving`.
 
     Example:
         >>> cost(10, 0.3, 1.0, 0.5)
@@ -64,7 +64,7 @@ def cost(epochs: int, backward_saved: float, relative_flops: float, per_saving: 
 
 
 def dense_accuracy(curve: Sequence[tuple[float, float]], at: float) -> float | None:
-    """Return what dense training reaches at a cost, on straight lines between its runs.
+    """Return the accuracy of dense training at a cost, interpolated linearly between its runs.
 
     Args:
         curve: (epochs, accuracy) of dense runs.

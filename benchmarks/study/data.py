@@ -12,24 +12,24 @@ CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-# What the trainer validates on after each epoch; the result is that of all test images, once.
+# Images per class for validation after each epoch; the result uses all test images, once.
 _VALIDATION = 10
 
 
 def unpack(archive: Path, folder: Path, classes: Sequence[str], per_class: int) -> Path:
-    """Unpack the first training images of some classes, and all test images of these.
+    """Unpack the first training images and all test images of some classes.
 
     Args:
         archive: zip of `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`.
-        folder: where such parts are kept; one that is there already is used again.
+        folder: folder for unpacked parts; a part that exists is reused.
         classes: names of the classes.
-        per_class: training images of each.
+        per_class: training images of each class.
 
     Returns:
-        A folder with `train`, `test` and `validation`, the last with few images of `test`.
+        A folder with `train`, `test` and `validation`; `validation` holds a few images of `test`.
 
     Raises:
-        ValueError: the archive has fewer images than that.
+        ValueError: the archive has too few images of a class.
     """
     found = folder / f"cifar10-{'-'.join(classes)}-{per_class}"
     if found.exists():
@@ -53,7 +53,7 @@ def unpack(archive: Path, folder: Path, classes: Sequence[str], per_class: int) 
                 target.mkdir(parents=True)
                 for member in members[:count]:
                     (target / Path(member).name).write_bytes(images.read(member))
-        # Whole or not at all, and the context manager finds nothing to remove.
+        # Copy, then rename below, so that the folder is complete or absent.
         shutil.copytree(temporary, f"{found}.partial", dirs_exist_ok=True)
     Path(f"{found}.partial").rename(found)
     return found

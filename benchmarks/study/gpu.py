@@ -1,4 +1,4 @@
-"""The large grid, for a GPU: all of CIFAR-10, up to 100 epochs, and rows of the small grid."""
+"""The large grid, for a GPU: all of CIFAR-10, up to 100 epochs, with rows of the small grid."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ _FLAGS: dict[str, Any] = {
     # The study asks what the layers learn; `python -m benchmarks` measures time.
     "gate": False,
 }
-# 54 channels in place of 64 and so on save as much arithmetic as half of the steps at 0.8 do, 27 %.
+# 54 channels instead of 64, and so on, save as much arithmetic as half of the steps at 0.8: 27 %.
 _NARROW = {"model_kwargs": {"channels": (54, 108, 216, 432)}}
 _DROPOUT = {"model_kwargs": {"drop_rate": 0.1}}
 
@@ -52,7 +52,7 @@ def _task(model: str, epochs: int, fewer: tuple[int, ...]) -> Task:
 
 _START = Task(
     name="start",
-    about="ResNet-18 on six classes, 30 epochs: what fine-tuning begins with.",
+    about="ResNet-18 on six classes, 30 epochs: the start of fine-tuning.",
     flags={**_FLAGS, "model": "resnet18", "epochs": 30},
     classes=CLASSES[:6],
     per_class=5000,
@@ -60,7 +60,8 @@ _START = Task(
 )
 _FINE_TUNING = Task(
     name="resnet18-fine-tuning",
-    about="It goes on with the other four classes, 1000 images each, 10 epochs, augmentation.",
+    about="ResNet-18, trained on six classes, learns the other four, 1000 images each, 10 epochs,"
+    " augmentation.",
     flags={**_FLAGS, "model": "resnet18", "epochs": 10, "warmup_epochs": 0, "lr": 0.02},
     classes=CLASSES[6:],
     per_class=1000,

@@ -1,4 +1,4 @@
-"""The grids by name, and their settings in the order in which they are run."""
+"""The grids by name, and their settings in the order of their runs."""
 
 from benchmarks.study.gpu import GPU
 from benchmarks.study.small import SMALL
@@ -10,7 +10,7 @@ GRIDS: dict[str, tuple[Task, ...]] = {"small": SMALL, "gpu": GPU}
 
 
 def settings(grid: str) -> list[Setting]:
-    """Return the settings of a grid, in the order in which they are run."""
+    """Return the settings of a grid, in the order of their runs."""
     return [
         Setting(task, name, {**task.flags, **flags})
         for task in GRIDS[grid]

@@ -10,7 +10,7 @@ __all__ = ["StudyResNet", "study_resnet"]
 
 
 class StudyResNet(nn.Module):
-    """Three stages of one basic residual block each, at 8x8, 4x4 and 2x2 for images of 32x32.
+    """Three stages with one basic residual block each, at 8x8, 4x4 and 2x2 for images of 32x32.
 
     Args:
         width: channels of the first stage; the others have two and four times as many.
@@ -34,7 +34,7 @@ class StudyResNet(nn.Module):
         self.fc = nn.Linear(4 * width, num_classes)
 
     def get_classifier(self) -> nn.Module:
-        """Return the classifier, which timm and ssprop_fx ask for."""
+        """Return the classifier, which timm and ssprop_fx need."""
         return self.fc
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1, size: int = 3) -> n
     )
 
 
-# The name is timm's: `register_model` reads it.
+# `register_model` needs this name.
 default_cfgs = generate_default_cfgs(
     {
         "study_resnet.untrained": {
@@ -83,6 +83,6 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def study_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a StudyResNet; timm knows it by this name once this module is imported."""
+    """Return a StudyResNet; importing this module makes its name known to timm."""
     model: nn.Module = build_model_with_cfg(StudyResNet, "study_resnet", pretrained, **kwargs)
     return model

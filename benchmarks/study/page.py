@@ -29,8 +29,8 @@ def page(tasks: Sequence[Task], results: Sequence[Result]) -> str:
     """Return the page as Markdown.
 
     Args:
-        tasks: of the grid.
-        results: of their runs.
+        tasks: tasks of the grid.
+        results: results of their runs.
     """
     per_saving = time_per_saving()
     rows = {task.name: summarize(task, results, per_saving) for task in tasks}
@@ -48,11 +48,14 @@ def page(tasks: Sequence[Task], results: Sequence[Result]) -> str:
 
 
 def verdict(gain: float | None, error: float | None) -> str:
-    """Return what a gain means: "better", "worse", or "equal" within two standard errors.
+    """Return "better" or "worse", or "equal" for a gain within two standard errors.
 
     Args:
-        gain: in points; None where there is nothing to compare with.
-        error: its standard error; None where it is not known, and nothing is said.
+        gain: gain in points; None if there is nothing to compare with.
+        error: its standard error; None if unknown.
+
+    Returns:
+        The verdict; "" if the gain or its error is None.
     """
     if gain is None or error is None:
         return ""
@@ -88,7 +91,7 @@ def _verdicts(task: Task, rows: Sequence[Row]) -> str:
         texts = [f"{word}: `{'`, `'.join(names[word])}`" for word in _WORDS if word in names]
         if texts:
             lines.append(f"  - at equal {kind}: {'; '.join(texts)}")
-    return "\n".join(lines) if len(lines) > 1 else f"{lines[0]}: one seed alone, nothing to say"
+    return "\n".join(lines) if len(lines) > 1 else f"{lines[0]}: only dense rows have two seeds"
 
 
 def _missing(tasks: Sequence[Task], rows: Mapping[str, Sequence[Row]]) -> list[str]:

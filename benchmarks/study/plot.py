@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study plot`: accuracy over time, dense training as a line."""
+"""`python -m benchmarks.study plot`: accuracy over time, with dense training as a line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ __all__ = ["draw"]
 
 _DENSE = "#4c566a"
 _COLUMNS = 3
-# The tables have the others; more labels would be unreadable.
+# More labels would be unreadable; the tables show the other settings.
 _SHOWN = {
     "steps-0.8": ("#d08770", "o"),
     "constant-0.3": ("#ebcb8b", "P"),
@@ -30,16 +30,16 @@ _SHOWN = {
 
 
 def draw(tasks: Sequence[Task], results: Sequence[Result], path: Path) -> None:
-    """Draw accuracy over time, one panel a task.
+    """Plot accuracy over time, one panel per task.
 
     Args:
-        tasks: of the grid.
-        results: of their runs.
-        path: the PNG file; one that exists is replaced.
+        tasks: tasks of the grid.
+        results: results of their runs.
+        path: the PNG file; an existing file is replaced.
     """
     per_saving = time_per_saving()
     rows = {task.name: summarize(task, results, per_saving) for task in tasks}
-    # Dense training alone is compared with nothing.
+    # A task with only dense rows has nothing to compare.
     shown = {name: found for name, found in rows.items() if not all(row.is_dense for row in found)}
     columns = min(len(shown), _COLUMNS)
     lines = -(-len(shown) // _COLUMNS)

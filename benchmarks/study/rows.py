@@ -10,12 +10,12 @@ SAMPLES = {"schedule": "constant:rate=0.5", "axis": "sample"}
 
 
 def early(epochs: float) -> dict[str, Any]:
-    """Return the flags of so many sparse epochs, then dense ones."""
+    """Return the flags of `epochs` sparse epochs, then dense ones."""
     return {"schedule": f"constant:rate=0.8 until {epochs:g}ep then none"}
 
 
 def late(epochs: float) -> dict[str, Any]:
-    """Return the flags of so many dense epochs, then sparse ones."""
+    """Return the flags of `epochs` dense epochs, then sparse ones."""
     return {"schedule": f"none until {epochs:g}ep then constant:rate=0.8"}
 
 
@@ -25,8 +25,8 @@ def core_rows(
     """Return the rows that every table has.
 
     Args:
-        epochs: of the whole training.
-        fewer: of dense training that stops earlier.
+        epochs: epochs of the whole training.
+        fewer: epochs of dense trainings that stop earlier.
         narrow: flags of a network that saves as much arithmetic as half of the steps at 0.8.
         dropout: flags of a network with dropout.
     """
@@ -50,7 +50,7 @@ def core_rows(
 def adaptive_rows() -> dict[str, dict[str, Any]]:
     """Return rows whose layers all keep the same mass, at the arithmetic of a single rate.
 
-    The target is out of reach of the budget, which is what a backward at that rate takes.
+    The budget is the cost of a backward at that rate, so the target mass is out of reach.
     """
     return {
         "steps-0.8-adaptive": {**STEPS, "kept_mass": 0.99, "budget": 0.19},

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks.study.model  # noqa: F401 timm knows the model once it is imported
+import benchmarks.study.model  # noqa: F401 the import makes the model known to timm
 from benchmarks.machine import environment
 from benchmarks.study.data import unpack
 from benchmarks.study.store import Result, append_result
@@ -31,12 +31,12 @@ __all__ = ["Places", "run_one"]
 
 @dataclass(frozen=True)
 class Places:
-    """Where a study finds and keeps things.
+    """Files and folders of a study.
 
     Attributes:
         results: JSONL file of the results.
         work: folder of unpacked images and of weights that other runs start from.
-        archive: zip of CIFAR-10; None without one, and digits alone can be run.
+        archive: zip of CIFAR-10; with None, only digits can run.
     """
 
     results: Path
@@ -48,16 +48,16 @@ def run_one(setting: Setting, seed: int, places: Places) -> Result:
     """Train, test, and append the result to the file of results.
 
     Args:
-        setting: what to run.
-        seed: of initial weights, order of the images and augmentation.
-        places: where things are.
+        setting: the setting to run.
+        seed: seed of initial weights, order of the images and augmentation.
+        places: files and folders.
 
     Returns:
-        The result, as its line has it.
+        The result, as written to its line.
 
     Raises:
         CommandError: a flag does not fit.
-        ValueError: the run needs an archive, or weights, that are not there.
+        ValueError: the run needs an archive or weights that do not exist.
         KeyboardInterrupt: a signal ended the training.
     """
     torch._dynamo.reset()
@@ -94,7 +94,7 @@ def create_config(setting: Setting, seed: int, places: Places) -> TrainConfig:
 
     Raises:
         CommandError: a flag does not fit.
-        ValueError: the run needs an archive, or weights, that are not there.
+        ValueError: the run needs an archive or weights that do not exist.
     """
     task = setting.task
     flags: dict[str, Any] = {**setting.flags, "seed": seed, "plot": False, "energy": False}
@@ -107,7 +107,7 @@ def create_config(setting: Setting, seed: int, places: Places) -> TrainConfig:
         path = _weights(places, setting.start)
         if not path.exists():
             raise ValueError(f"{setting.key} starts from {setting.start}: run that first")
-        # timm's way to start from a file; it leaves out a classifier of as many other classes.
+        # timm's way to start from a file; num_classes=0 leaves out the file's classifier.
         overlay = {"file": str(path), "num_classes": 0}
         kwargs = flags.get("model_kwargs") or {}
         flags["model_kwargs"] = {**kwargs, "pretrained_cfg_overlay": overlay}
@@ -148,7 +148,7 @@ def _test_images(config: TrainConfig) -> tuple[list[Batch], int]:
 
 @functools.lru_cache(maxsize=2)
 def _read_test_images(settings: tuple[tuple[str, Any], ...]) -> tuple[list[Batch], int]:
-    # Once for all runs on them: reading takes as long as an epoch of the small grid.
+    # Read once for all runs: reading takes as long as an epoch of the small grid.
     config = TrainConfig(**dict(settings), val_split="test")
     datasets = create_datasets(config)
     data_config = create_data_config(config, datasets)

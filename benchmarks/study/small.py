@@ -1,4 +1,4 @@
-"""The small grid: an hour or two on one core."""
+"""The small grid: one or two hours on one core."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from benchmarks.study.task import Task
 
 __all__ = ["SMALL"]
 
-# All layers take part, even if they gain no time, at the published code's keep counts: the study
-# asks what they learn.
+# All layers take part, even if they gain no time, at the published code's keep counts, because the
+# study asks what they learn.
 _SMALL: dict[str, Any] = {
     "model": "study_resnet",
     "img_size": 32,
@@ -31,14 +31,14 @@ _SMALL: dict[str, Any] = {
     "weight_decay": 5e-4,
     "smoothing": 0.0,
     "schedule": "none",
-    # The default when most of the runs were made.
+    # The default at the time of most runs.
     "score": "mean_abs",
     "gate": False,
     "min_channels": 1,
     "channel_multiple": 1,
 }
 
-# 27 channels in place of 32 save as much arithmetic as half of the steps at 0.8 do, 27 %.
+# 27 channels instead of 32 save as much arithmetic as half of the steps at 0.8: 27 %.
 _NARROW = {"model_kwargs": {"width": 27}}
 _DROPOUT = {"model_kwargs": {"drop_rate": 0.1}}
 
@@ -93,7 +93,7 @@ _LONG = Task(
 )
 _OVERFIT = Task(
     name="no-augmentation",
-    about="The same 800 images and 20 epochs without augmentation: the network learns them by"
+    about="The images and epochs of `long`, without augmentation: the network learns the images by"
     " heart.",
     flags={**_SMALL, "epochs": 20, "aug": False},
     classes=CLASSES,
@@ -102,7 +102,7 @@ _OVERFIT = Task(
 )
 _START = Task(
     name="start",
-    about="Six classes, 400 images each, 10 epochs: what fine-tuning begins with.",
+    about="Six classes, 400 images each, 10 epochs: the start of fine-tuning.",
     flags={**_SMALL, "epochs": 10},
     classes=CLASSES[:6],
     per_class=400,
@@ -126,7 +126,7 @@ def _fine_tuning(name: str, about: str, lr: float, settings: dict[str, dict[str,
 
 _FINE_TUNING = _fine_tuning(
     "fine-tuning",
-    "A network trained on six classes goes on with the other four, 200 images each, 8 epochs,"
+    "A network trained on six classes learns the other four, 200 images each, 8 epochs,"
     " augmentation, learning rate 0.02.",
     0.02,
     {
@@ -143,7 +143,7 @@ _FINE_TUNING = _fine_tuning(
         **adaptive_rows(),
     },
 )
-# Those of them that were equal to dense training or better.
+# Settings that were equal to dense training or better.
 _BEST = {
     name: _FINE_TUNING.settings[name]
     for name in ("samples-0.5-random", "samples-late-0.8", "late-0.8")
@@ -162,13 +162,13 @@ _FINE_TUNING_FASTEST = _fine_tuning(
 )
 _FINE_TUNING_TOO_FAST = _fine_tuning(
     "fine-tuning-too-fast",
-    "Dense training alone at 0.16, to see that it is not better still.",
+    "Only dense training, at 0.16: is an even higher learning rate better?",
     0.16,
     {name: flags for name, flags in _FINE_TUNED.items() if name.startswith("dense")},
 )
 _FROM_SCRATCH = Task(
     name="from-scratch",
-    about="The same four classes and epochs from scratch.",
+    about="The classes and epochs of `fine-tuning`, from scratch.",
     flags={**_SMALL, "epochs": 8},
     classes=CLASSES[6:],
     per_class=200,

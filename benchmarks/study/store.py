@@ -1,4 +1,4 @@
-"""The results of a grid: one JSONL file, one line a run."""
+"""The results of a grid: one JSONL file, one line per run."""
 
 import json
 import os
@@ -13,8 +13,8 @@ Result = dict[str, Any]
 def read_results(path: Path) -> list[Result]:
     """Return the results in a file; none if it does not exist.
 
-    A process that is killed while it writes leaves a part of a line, which is skipped. Where a
-    run is in the file twice, the later line counts.
+    A process that is killed while writing leaves a partial line, which is skipped. If a run is in
+    the file twice, the later line counts.
 
     Args:
         path: the JSONL file of a grid.
@@ -36,17 +36,17 @@ def has_result(path: Path, task: str, setting: str, seed: int) -> bool:
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Add a line to a file. What is there already is left as it is.
+    """Append a line to a file.
 
     Args:
-        path: the JSONL file of a grid; made, with its folder, if it is missing.
-        result: with at least "task", "setting" and "seed".
+        path: the JSONL file of a grid; it and its folder are created if missing.
+        result: a result with at least "task", "setting" and "seed".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            # After a cut line, a new one begins.
+            # Start a new line after a partial one.
             if file.read() != b"\n":
                 file.write(b"\n")
         file.write(json.dumps(result).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""From results to the rows of a table: means over seeds, costs, and dense training at that cost."""
+"""The rows of a table: means over seeds, costs, and gains over dense training of equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class Row:
     """One setting, over its seeds.
 
     Attributes:
-        name: of the setting.
+        name: name of the setting.
         seeds: number of runs.
         accuracy: mean of their accuracies in percent.
-        deviation: their standard deviation; None of one run.
-        cost: in epochs of the task's dense model.
-        gain: accuracy over that of dense training at the same arithmetic, in points; None for
-            dense training itself and outside its curve.
-        gain_in_time: the same over dense training for the same time.
-        error: standard error of both gains; None where no setting has two runs.
+        deviation: their standard deviation; None for a single run.
+        cost: cost in epochs of the task's dense model.
+        gain: accuracy minus the accuracy of dense training at the same arithmetic, in points; None
+            for dense training itself and outside its curve.
+        gain_in_time: the same with dense training for the same time.
+        error: standard error of both gains; None if no setting has two runs.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Row:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a point of the curve that the others are compared with."""
+        """Whether the row is a point of the curve that other rows are compared with."""
         return self.name.startswith("dense")
 
 
 def spread(accuracies: Sequence[Sequence[float]]) -> float | None:
     """Return the standard deviation over seeds, pooled over settings.
 
-    Three seeds are too few to estimate a spread; those of all settings of a task are enough.
+    Three seeds are too few to estimate a spread; the seeds of all settings of a task are enough.
 
     Args:
-        accuracies: those of each setting.
+        accuracies: accuracies of each setting.
 
     Returns:
         Square root of the mean variance, weighted by degrees of freedom; None without any.
@@ -63,11 +63,11 @@ def summarize(task: Task, results: Sequence[Result], per_saving: float) -> list[
 
     Args:
         task: the task.
-        results: of any tasks.
+        results: results of any tasks.
         per_saving: as in `benchmarks.study.cost.cost`.
 
     Returns:
-        A row for each setting that has been run; none while there is no dense run.
+        A row for each setting with a result; no rows if there is no dense run.
     """
     runs = {
         name: [r for r in results if r["task"] == task.name and r["setting"] == name]
@@ -90,7 +90,7 @@ def summarize(task: Task, results: Sequence[Result], per_saving: float) -> list[
     dense = [name for name in runs if name.startswith("dense")]
     curve = [(costs[name].arithmetic, fmean(accuracies[name])) for name in dense]
     deviation = spread(list(accuracies.values()))
-    # Cautious: between two dense settings the curve has a smaller error than at either.
+    # Conservative: between two dense settings the curve has a smaller error than at either.
     dense_seeds = min(len(runs[name]) for name in dense)
     rows = []
     for name, values in accuracies.items():

@@ -12,15 +12,15 @@ class Task:
     """What all settings of one table have in common.
 
     Attributes:
-        name: of the table.
-        about: what it is, for the page.
+        name: name of the table.
+        about: description for the page.
         flags: settings of `TrainConfig`.
-        settings: name -> flags that differ. Those whose name begins with "dense" are the curve
-            that the others are compared with.
+        settings: name -> flags that differ. Names that begin with "dense" form the curve that the
+            others are compared with.
         classes: classes of CIFAR-10; none for scikit-learn's digits.
-        per_class: training images of each.
-        start: setting of the task "start" whose weights its runs begin with.
-        starts: the same of settings that begin with others.
+        per_class: training images of each class.
+        start: setting of the task "start" whose weights its runs start from.
+        starts: setting -> its own `start`, if it differs.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Setting:
 
     Attributes:
         task: the table.
-        name: of the row.
-        flags: settings of `TrainConfig`, the task's and its own.
+        name: name of the row.
+        flags: settings of `TrainConfig`: the task's, then its own.
     """
 
     task: Task
@@ -54,10 +54,10 @@ class Setting:
 
     @property
     def start(self) -> str | None:
-        """Setting of the task "start" whose weights it begins with."""
+        """Setting of the task "start" whose weights it starts from."""
         return self.task.starts.get(self.name, self.task.start)
 
     @property
     def is_start(self) -> bool:
-        """Whether its weights are what other runs begin with."""
+        """Whether other runs start from its weights."""
         return self.task.name == "start"

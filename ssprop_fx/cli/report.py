@@ -9,16 +9,16 @@ from ssprop_fx.training.errors import CommandError, needs_train_extra
 __all__ = ["add_parser", "run"]
 
 _DESCRIPTION = """\
-Compare runs: accuracy over steps, seconds and joules, drop rate, and what was saved.
+Compare runs: accuracy over steps, seconds and joules, drop rate, and savings.
 
-Writes report.png and report.html, one page that needs no other file."""
+Writes report.png and report.html, a page that needs no other file."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the parser of `report`.
 
     Args:
-        subparsers: what `ArgumentParser.add_subparsers` returned.
+        subparsers: the result of `ArgumentParser.add_subparsers`.
     """
     parser = subparsers.add_parser(
         "report",
@@ -32,14 +32,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--baseline",
         metavar="RUN",
         type=Path,
-        help="the run that others are compared with (default: the first dense one)",
+        help="the run to compare the others with (default: the first dense one)",
     )
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
         default=Path(),
-        help="folder of report.png and report.html (default: the current one)",
+        help="folder for report.png and report.html (default: the current one)",
     )
     parser.set_defaults(run=run)
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
 
     Raises:
-        CommandError: a folder is no run's, the report cannot be written, or a package of the
+        CommandError: a folder holds no run, the report cannot be written, or a package of the
             extra `train` is missing.
     """
     with needs_train_extra():

@@ -1,8 +1,8 @@
-"""Keeps freed memory in the process, so that a step does not page it in anew.
+"""Keeps freed memory in the process, so that a step need not page it in again.
 
-A compiled step on a CPU takes its large buffers afresh each time. By default glibc maps each of
-them from the kernel and gives it back when it is freed, so every step pays a page fault for every
-4 KiB; for memory-bound layers that costs as much as the arithmetic.
+Each compiled step on a CPU allocates its large buffers again. By default glibc maps each buffer
+from the kernel and unmaps it when it is freed. Every step then pays a page fault for every 4 KiB;
+in memory-bound layers that costs as much as the arithmetic.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc reuse freed memory from now on, for this process alone.
+    """Make glibc reuse freed memory from now on, in this process only.
 
-    The process holds on to the most memory that it ever used.
+    The process then never returns memory to the system: it stays at its peak.
 
     Returns:
         Whether it took effect: the C library is glibc, or one with the same `mallopt`.
@@ -26,5 +26,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # No buffer of its own mapping, and never give back the top of the heap.
+    # Map no buffer separately, and never give back the top of the heap.
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))

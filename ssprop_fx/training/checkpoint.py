@@ -1,4 +1,4 @@
-"""Checkpoints: plain values and tensors, written whole or not at all."""
+"""Checkpoints: plain values and tensors, written atomically."""
 
 import random
 from collections.abc import Mapping
@@ -35,22 +35,22 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `torch.load(path, weights_only=True)` reads.
 
-    Its `state_dict` has the model's own keys, so that timm's `load_checkpoint` and
-    `--initial-checkpoint` take it as it is; with a moving average they take `state_dict_ema`.
+    Its `state_dict` has the model's own keys, so timm's `load_checkpoint` and
+    `--initial-checkpoint` read it unchanged; with a moving average they read `state_dict_ema`.
 
     Args:
         path: the file.
         state: state of the run.
         config: settings of the run.
-        processes: processes of the run, all of which must call this; the first one writes.
+        processes: processes of the run. All of them must call this; the first one writes.
 
     Raises:
-        OSError: the file cannot be written; one that was there is unchanged.
+        OSError: the file cannot be written; an existing file stays unchanged.
     """
     processes = processes or Processes()
-    # Dropout and the like draw on these; data order and augmentation have their own seeds.
+    # Dropout and similar layers use these; data order and augmentation have their own seeds.
     rng = processes.gather(_random_state(_device(state)))
-    # Each process has one of its own: that of its share of the batches.
+    # Each process has its own memory: it sees its own share of the batches.
     memory = processes.gather(
         {name: tensor.cpu() for name, tensor in state.memory.state_dict().items()}
     )
@@ -76,17 +76,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of `save_checkpoint`, all tensors on the CPU.
+    """Read a checkpoint of `save_checkpoint`, with all tensors on the CPU.
 
     Raises:
-        CommandError: there is no such file, or it is no such checkpoint.
+        CommandError: the file does not exist, or `save_checkpoint` did not write it.
     """
     if not path.is_file():
         raise CommandError(f"--resume {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged file can raise anything, KeyError and struct.error among them.
+        # A damaged file can raise anything, such as KeyError or struct.error.
         raise CommandError(f"--resume {path}: not a checkpoint, or a damaged one") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CommandError(f"--resume {path}: not a checkpoint of ssprop-fx train")
@@ -96,22 +96,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def restore(
     state: TrainState, content: Mapping[str, Any], processes: Processes | None = None
 ) -> None:
-    """Put `state` where the run of a checkpoint stopped.
+    """Set `state` to the point where the checkpoint's run stopped.
 
     Args:
-        state: state of a run made from the checkpoint's settings.
-        content: what `load_checkpoint` returned.
+        state: state of a run with the checkpoint's settings.
+        content: the result of `load_checkpoint`.
         processes: processes of the run.
 
     Raises:
-        CommandError: the run had another number of processes.
+        CommandError: the run had a different number of processes.
     """
     processes = processes or Processes()
     before = len(content["rng"])
     if before != processes.world_size:
         raise CommandError(
-            f"--resume: the run had {before} processes, among which its batches were shared, and"
-            f" has {processes.world_size} now; start as many as before"
+            f"--resume: the run had {before} processes, which shared its batches, and has"
+            f" {processes.world_size} now; start as many as before"
         )
     state.model.load_state_dict(content["state_dict"])
     state.optimizer.load_state_dict(content["optimizer"])
@@ -132,13 +132,13 @@ def find_checkpoint(path: str, output: str, experiment: str | None) -> Path:
     """Return the checkpoint that `--resume` means.
 
     Args:
-        path: a checkpoint, the folder of a run, or empty: the experiment's last checkpoint if one
-            is named, else the newest in `output`.
+        path: a checkpoint or the folder of a run. If empty, use the last checkpoint of
+            `experiment`, or the newest one in `output` if `experiment` is None.
         output: folder of all runs.
-        experiment: name of one.
+        experiment: name of a run, or None.
 
     Raises:
-        CommandError: there is none.
+        CommandError: `output` has no checkpoint.
     """
     if path:
         return Path(path) / LAST if Path(path).is_dir() else Path(path)
@@ -154,7 +154,7 @@ def _save(content: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(content, file)
     except RuntimeError as error:
-        # torch's writer, when it cannot write on: the file's own error is the cause.
+        # torch's writer raises this when a write fails; the cause is the file's own error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise

@@ -1,4 +1,4 @@
-"""Processes: the one process of a run, or the several that torchrun started."""
+"""Processes: the processes of a run, one or as many as torchrun started."""
 
 import os
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ __all__ = ["Processes", "join_processes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """What one process knows of all processes of its run.
+    """One process's view of all processes of its run.
 
-    With several of them, every method is a collective: all processes must call it.
+    With several processes, every method is a collective: all processes must call it.
 
     Attributes:
         rank: number of this process, from 0.
         world_size: number of processes.
-        local_size: number of those on this machine.
+        local_size: number of processes on this machine.
         device: device of this process.
 
     Examples:
@@ -53,7 +53,7 @@ class Processes:
         return [total / self.world_size for total in self.sum(*values)]
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set in one of the processes."""
+        """Return whether `flag` is set in any process."""
         return self.sum(float(flag))[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -67,10 +67,10 @@ class Processes:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun or Slurm started; alone without them.
+    """Join the processes that torchrun or Slurm started; without a launcher, run alone.
 
     Args:
-        device: device of the run; where each process has its own, its index is chosen here.
+        device: device of the run; with a launcher, each process gets its own index.
 
     Yields:
         The processes.

@@ -1,4 +1,4 @@
-"""EnergyMeter: the joules that training took, as far as the machine counts them."""
+"""EnergyMeter: the joules that training used, if the machine counts them."""
 
 import math
 import os
@@ -14,11 +14,11 @@ _WINDOW = "ssprop-fx train"
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Joules; NaN where no counter measured them.
+    """Joules; NaN without a counter.
 
     Attributes:
-        gpu: of the GPUs that the run uses.
-        cpu: of all CPU packages of the machine, with their memory where that is counted.
+        gpu: joules of the GPUs that the run uses.
+        cpu: joules of all CPU packages of the machine, and of their memory if it has a counter.
     """
 
     gpu: float = math.nan
@@ -28,15 +28,15 @@ class Energy:
 class EnergyMeter:
     """Measures energy with zeus (https://ml.energy/zeus) between `begin` and `end`.
 
-    It reads hardware counters and nothing else: what has none is not available. The first process
-    of a run reads those of the machine; a run on several machines is not measured.
+    It reads only hardware counters; a part without a counter gives NaN. The first process of a run
+    reads the counters of the machine; a run on several machines is not measured.
 
     Args:
         processes: processes of the run.
         enabled: False measures nothing.
 
     Attributes:
-        reason: why nothing is measured, "" otherwise.
+        reason: why nothing is measured; "" otherwise.
 
     Examples:
         >>> meter = EnergyMeter(Processes(), enabled=False)
@@ -61,11 +61,11 @@ class EnergyMeter:
             self._monitor.begin_window(_WINDOW)
 
     def end(self) -> Energy:
-        """Return what was used since `begin`."""
+        """Return the joules used since `begin`."""
         if self._monitor is None:
             return Energy()
         measured = self._monitor.end_window(_WINDOW)
-        # Memory is counted by fewer machines than the packages are, and never without them.
+        # Fewer machines count memory than packages, and none counts memory alone.
         return Energy(
             gpu=_total(measured.gpu_energy),
             cpu=_total(measured.cpu_energy) + sum((measured.dram_energy or {}).values()),
@@ -73,7 +73,7 @@ class EnergyMeter:
 
 
 def _create_monitor(processes: Processes) -> tuple[Any, str]:
-    # Read when zeus is imported; otherwise it reports each monitor that it makes.
+    # zeus reads this when it is imported; by default it logs each monitor that it makes.
     os.environ.setdefault("ZEUS_LOG_LEVEL", "WARNING")
     try:
         from zeus.monitor import ZeusMonitor
@@ -85,10 +85,10 @@ def _create_monitor(processes: Processes) -> tuple[Any, str]:
     try:
         monitor = ZeusMonitor(gpu_indices=gpus, approx_instant_energy=False)
     except Exception as error:
-        # NVML, permission and driver errors have no class in common.
+        # NVML, permission and driver errors share no base class.
         return None, f"zeus cannot measure here: {error}"
     if getattr(monitor, "power_monitor", None) is not None:
-        # GPUs older than Volta: zeus would sum up samples of their power.
+        # On GPUs older than Volta, zeus would integrate samples of the power.
         return None, "the GPU has no energy counter"
     if not monitor.gpu_indices and not monitor.cpu_indices:
         return None, "the machine has no energy counter that this process may read"

@@ -1,4 +1,4 @@
-"""CommandError: what the user did wrong, in one line."""
+"""CommandError: a user's mistake, in one line."""
 
 import contextlib
 import difflib
@@ -9,10 +9,10 @@ __all__ = ["CommandError", "flag_error", "needs_train_extra", "unknown_name"]
 
 
 class CommandError(Exception):
-    """A mistake that the user can put right; the message is one line without a traceback.
+    """A mistake that the user can fix; the message is one line without a traceback.
 
     Args:
-        message: what is wrong and what would be right.
+        message: what is wrong and how to fix it.
         exit_code: exit status of the command; 2 is a usage error.
     """
 
@@ -29,21 +29,21 @@ def flag_error(error: Exception) -> CommandError:
 
 
 def unknown_name(flag: str, name: str, known: Sequence[str]) -> CommandError:
-    """Return the error for a name that timm does not know, with those that are close to it.
+    """Return the error for a name that timm does not know, with similar names as a hint.
 
     Args:
-        flag: what the user gave the name to.
+        flag: the flag that the user gave the name to.
         name: the name.
-        known: all names that there are.
+        known: all known names.
     """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(close)}?" if close else "timm knows none like it"
+    hint = f"did you mean {', '.join(close)}?" if close else "timm has no similar name"
     return CommandError(f"{flag} {name}: unknown; {hint}")
 
 
 @contextlib.contextmanager
 def needs_train_extra() -> Iterator[None]:
-    """Import packages of the extra `train` inside, where a command needs them and others do not.
+    """Context in which a command imports packages of the extra `train`.
 
     Raises:
         CommandError: one of them is not installed.

@@ -30,18 +30,18 @@ def evaluate(
         config: settings of the run.
         state: its state.
         batches: the validation images of this process.
-        processes: its processes, all of which must call this.
-        stop: looked at after each batch.
+        processes: its processes; all of them must call this.
+        stop: checked after each batch.
 
     Returns:
         The loss, without smoothing, and the share of correct answers in percent, both over the
-        images of all processes; None if one of them was asked to stop meanwhile.
+        images of all processes; None if a process was asked to stop during evaluation.
     """
-    # The model itself, not its compiled form: nothing is saved in a forward pass, and modes
-    # and batch sizes of their own would cost compilations.
+    # The model itself, not its compiled form: the forward pass has nothing to save, and eval mode
+    # and other batch sizes would cost compilations.
     model: nn.Module = (state.model if state.ema is None else state.ema.module).eval()
     if processes.world_size > 1:
-        # Those of the first process, which are what the checkpoint has.
+        # Use the first process's statistics, because the checkpoint holds those.
         distribute_bn(model, processes.world_size, reduce=False)
     loss, correct, count = 0.0, 0, 0
     hide = None if processes.is_first else True

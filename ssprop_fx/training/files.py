@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: a file is either complete or absent."""
 
 import os
 import tempfile
@@ -12,11 +12,11 @@ _SUFFIX = ".partial"
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that, whatever happens, either the old or the new one is there.
+    """Write a file atomically: after a failure the old file is still there.
 
     Args:
         path: the file.
-        write: writes the content to the open file that it is given.
+        write: writes the content to the open file that it gets.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -27,7 +27,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp lets the owner alone read; a result is for whom the umask says.
+        # mkstemp lets only the owner read; give the file the usual permissions of the umask.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -38,7 +38,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of a process that was killed while it wrote.
+    """Remove the unfinished files of a process that was killed while writing.
 
     Args:
         folder: a folder that no other process writes to.

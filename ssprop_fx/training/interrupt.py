@@ -1,4 +1,4 @@
-"""StopRequest: an interrupt becomes a request to stop after the current step."""
+"""StopRequest: turns an interrupt into a request to stop after the current step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -8,9 +8,9 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Within it, SIGINT and SIGTERM are noted instead of raised; a second one raises.
+    """Context that records the first SIGINT or SIGTERM instead of raising; a second one raises.
 
-    Use it in the main thread, the only one that may handle signals.
+    Use it in the main thread: no other thread may handle signals.
 
     Attributes:
         signal: number of the signal that arrived, or None.

@@ -1,4 +1,4 @@
-"""One training step, one epoch."""
+"""Trainer: training steps and epochs."""
 
 import math
 import time
@@ -29,7 +29,7 @@ from ssprop_fx.training.state import TrainState
 
 __all__ = ["Trainer"]
 
-# The first step of a phase kind compiles its graphs; with CUDA graphs the second one records.
+# The first dense and the first sparse step compile; with CUDA graphs the second ones record.
 _UNTIMED_STEPS = 2
 
 
@@ -39,11 +39,11 @@ class Trainer:
     Args:
         config: settings of the run.
         state: its state.
-        compiled: `state.model` as compiled with `state.scheduler`.
+        compiled: `state.model`, compiled with `state.scheduler`.
         loaders: its batches.
         processes: its processes.
-        records: where its steps are noted; None in all processes but the first.
-        meter: measures its energy.
+        records: records the steps; None in all processes except the first.
+        meter: measures the energy.
         on_report: called once with the model's report, after the first sparse step.
     """
 
@@ -70,7 +70,7 @@ class Trainer:
         self._meter = meter
         self._on_report = on_report
         self._mixup = create_mixup(config, config.num_classes or compiled.num_classes)
-        # Mixed labels are smooth already.
+        # Mixup has already smoothed the labels.
         self._criterion = nn.CrossEntropyLoss(
             label_smoothing=0.0 if self._mixup else config.smoothing
         )
@@ -85,15 +85,15 @@ class Trainer:
     def train_epoch(
         self, stop: StopRequest, last_step: int, save_checkpoint: Callable[[], None]
     ) -> bool:
-        """Train to the end of the epoch in progress, to `last_step`, or until `stop` is asked for.
+        """Train until the epoch ends, `last_step` is reached or a process is asked to stop.
 
         Args:
-            stop: looked at after each step.
+            stop: checked after each step.
             last_step: number of steps after which the run ends.
             save_checkpoint: called after every `config.checkpoint_every`-th step.
 
         Returns:
-            Whether one of the processes was asked to stop.
+            Whether a process was asked to stop.
 
         Raises:
             CommandError: the loss is not finite.
@@ -135,7 +135,7 @@ class Trainer:
         return stopped
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
-        """Return the loss of a step, in this process, and the milliseconds that it took."""
+        """Run a step; return its loss in this process and the milliseconds that it took."""
         config = self._config
         seconds, losses = 0.0, []
         for part in range(config.grad_accum_steps):
@@ -186,7 +186,7 @@ class Trainer:
             state.optimizer.zero_grad()
 
     def _finish_step(self, loss: float, ms: float) -> StepRow:
-        """Note the step that was just done, and go on to the next."""
+        """Record the finished step and advance to the next."""
         state = self._state
         if not math.isfinite(loss):
             raise CommandError(
@@ -217,7 +217,7 @@ class Trainer:
         return row
 
     def _backward_saved(self) -> float:
-        """Return the fraction of the dense backward's FLOPs that the step just done left out."""
+        """Return the fraction of the dense backward's FLOPs that the finished step left out."""
         scheduler = self._state.scheduler
         if scheduler.drop_rate == 0:
             return 0.0
@@ -231,7 +231,7 @@ class Trainer:
         return self._saved_fractions[keep_counts]
 
     def _kept_mass(self) -> float:
-        """Return the mean kept mass of the step just done, as far as it is known."""
+        """Return the mean kept mass of the finished step, NaN if unknown."""
         if not (self._config.sparsity.telemetry or self._config.has_controller):
             return math.nan
         if self._state.scheduler.drop_rate == 0:
@@ -245,13 +245,13 @@ class Trainer:
         self._state.cpu_joules += used.cpu
 
     def _without_reduction(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Leave gradients of all but the last accumulated batch in the process."""
+        """Reduce gradients over the processes only with the last accumulated batch."""
         if is_last or not isinstance(self._network, DistributedDataParallel):
             return nullcontext()
         return self._network.no_sync()
 
     def _progress(self, last_step: int) -> Any:
-        # The bar shows on a terminal alone; elsewhere each epoch prints a line.
+        # The bar shows only on a terminal; elsewhere each epoch prints a line.
         return tqdm(
             total=last_step,
             initial=self._state.step,

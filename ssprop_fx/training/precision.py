@@ -1,4 +1,4 @@
-"""How batches meet the device: layout, autocast and waiting for it."""
+"""Layout, autocast and synchronisation of the device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +29,6 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

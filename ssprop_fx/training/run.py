@@ -1,4 +1,4 @@
-"""A whole training run: set up, train, keep, report."""
+"""A whole training run: set up, train, save, report."""
 
 import math
 import shlex
@@ -47,12 +47,12 @@ __all__ = ["train"]
 def train(
     config: TrainConfig, *, folder: Path | None = None, checkpoint: Mapping[str, Any] | None = None
 ) -> int:
-    """Train a model and keep weights, records and a picture of the run in a folder.
+    """Train a model and save weights, records and a plot of the run in a folder.
 
     Args:
         config: settings of the run.
         folder: folder of the run; None makes one in `config.output`.
-        checkpoint: what `load_checkpoint` returned, to continue that run.
+        checkpoint: result of `load_checkpoint`, to resume that run; None starts a new run.
 
     Returns:
         Exit status: 0, or 128 + signal number if a signal ended the run.
@@ -71,14 +71,14 @@ def train(
         except OSError as error:
             where = error.filename or run.folder
             raise CommandError(
-                f"{where}: {error.strerror or error}; earlier checkpoints are as they were;"
+                f"{where}: {error.strerror or error}; earlier checkpoints are unchanged;"
                 f" {run.how_to_resume()}",
                 exit_code=1,
             ) from error
 
 
 class _Run:
-    """One run, of which every process has its own; the first one alone prints and writes."""
+    """One process's part of a run; only the first process prints and writes."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class _Run:
         device = processes.device
         if device.type == "cpu":
             keep_freed_memory()
-        # All processes begin with the same weights, and then have random numbers of their own.
+        # All processes start with the same weights, then each uses its own random numbers.
         random_seed(config.seed)
         datasets = create_datasets(config)
         data_config = create_data_config(config, datasets)
@@ -120,7 +120,7 @@ class _Run:
         self.folder = folder or _name_folder(config, processes)
 
     def run(self) -> int:
-        """Train, from where the state is to the end."""
+        """Train from the current state to the end."""
         config, state, loaders = self._config, self._state, self._loaders
         if self._processes.is_first:
             self._records = self._open_folder()
@@ -129,7 +129,7 @@ class _Run:
             f" {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
             f"run folder: {self.folder}"
         )
-        # From the first step on there is something to resume, and a full disk shows at once.
+        # So that a run can resume from its first step on, and a full disk fails at once.
         if self._is_new:
             self._save(LAST)
         trainer = Trainer(
@@ -148,8 +148,8 @@ class _Run:
             except Exception as error:
                 if stop.signal is None:
                     raise
-                # Ctrl-C reaches a C++ compiler at work as well, and the step fails with it. Such
-                # a step is half done: the last checkpoint stays as it is.
+                # Ctrl-C also kills a running C++ compiler, and the step fails with it. The step
+                # is half done, so the last checkpoint stays.
                 raise CommandError(
                     f"interrupted in step {state.step}, which was compiling;"
                     f" {self.how_to_resume()}",
@@ -165,7 +165,7 @@ class _Run:
         return stop.exit_code
 
     def how_to_resume(self) -> str:
-        """Return what to type to continue the run."""
+        """Return the command that resumes the run."""
         path = self.folder / LAST
         if path.exists():
             return f"continue with: ssprop-fx train --resume {shlex.quote(str(path))}"
@@ -184,7 +184,7 @@ class _Run:
                 self._save(LAST)
                 return
             is_best = self._finish_epoch(*result, last_step)
-            # The best one first: who finds the last one updated finds both.
+            # The best one first: once the last one is updated, both are.
             if is_best:
                 self._save(BEST)
             self._save(LAST)
@@ -192,7 +192,7 @@ class _Run:
                 return
 
     def _finish_epoch(self, eval_loss: float, eval_top1: float, last_step: int) -> bool:
-        """Note what came of an epoch; return whether it is the best one so far."""
+        """Record an epoch's results; return whether it is the best so far."""
         state = self._state
         if self._records is not None:
             row = self._records.add_epoch(
@@ -201,7 +201,7 @@ class _Run:
                 eval_top1=eval_top1,
                 batch_size=self._loaders.images_per_step,
                 seconds=state.seconds,
-                # Counters move now and then: none of them moved in an epoch that short.
+                # Counters update rarely; 0 means the epoch was too short to measure.
                 gpu_joules=state.gpu_joules or math.nan,
                 cpu_joules=state.cpu_joules or math.nan,
             )
@@ -231,7 +231,7 @@ class _Run:
         return Records(folder, step=state.step, epoch=state.epoch, tensorboard=config.tensorboard)
 
     def _save(self, name: str) -> None:
-        # The rows come first: a run that continues from the checkpoint finds those before it.
+        # Rows first: a run that resumes from the checkpoint needs all rows before it.
         if self._records is not None:
             self._records.flush()
         save_checkpoint(self.folder / name, self._state, self._config, self._processes)

@@ -1,4 +1,4 @@
-"""TrainState: everything that changes during a run and that a checkpoint holds."""
+"""TrainState: everything that changes during a run and goes into a checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,21 +17,21 @@ class TrainState:
     """The changing parts of a run.
 
     Attributes:
-        model: the model itself, not its compiled form.
+        model: the model, not its compiled form.
         optimizer: the optimizer.
         lr_scheduler: timm's scheduler, stepped by update; None for a constant learning rate.
         scheduler: the sparsity scheduler.
         scaler: timm's gradient scaler, for float16 only.
         ema: timm's moving average of the weights, or None.
-        memory: what this process's sparse backwards remember: nothing without `--memory` and
+        memory: what this process's sparse backwards remember; empty without `--memory` and
             `--score-decay`.
-        epoch: the epoch that is in progress, from 0.
+        epoch: the epoch in progress, from 0.
         step: steps done since the run began.
-        seconds: seconds spent on training in this epoch.
-        gpu_joules: joules that the GPUs used meanwhile; NaN where that is not measured.
-        cpu_joules: the same of the CPU packages and their memory.
-        best_top1: highest validation accuracy so far in percent, -1 before the first.
-        best_epoch: the epoch that reached it, -1 before the first.
+        seconds: seconds of training in this epoch.
+        gpu_joules: joules that the GPUs used in that time; NaN if not measured.
+        cpu_joules: the same for the CPU packages and their memory.
+        best_top1: highest validation accuracy so far in percent; -1 before the first validation.
+        best_epoch: the epoch that reached it; -1 before the first validation.
     """
 
     model: nn.Module

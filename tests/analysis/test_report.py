@@ -130,7 +130,7 @@ def test_runs_of_the_same_name_have_their_parents_before_it(tmp_path):
 
 def test_what_is_no_run_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert f"{tmp_path / 'nowhere'}: no run: it has no summary.csv" in capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'}: not a run: it has no summary.csv" in capsys.readouterr().err
     Records(tmp_path).close()
     assert main(["report", str(tmp_path)]) == 2
     assert "has not finished an epoch" in capsys.readouterr().err

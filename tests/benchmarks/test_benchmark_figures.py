@@ -1,4 +1,4 @@
-"""What the figures of the benchmarks mean: arithmetic, attribution of time, memory, timing."""
+"""The benchmarks' figures: formulas, attribution of time, memory, timing."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from benchmarks.workload import Workload
 def test_bound_and_efficiency() -> None:
     assert bound(100, 60, 0.5) == 100 / 70
     assert bound(100, 60, 0) == 1
-    # At the bound, half way to it, past it, and slower than dense.
+    # At the bound, half way to it, beyond it, and slower than dense.
     times = (70, 85, 55, 115)
     assert [efficiency(100, ms, 60, 0.5) for ms in times] == [1, 0.5, 1.5, -0.5]
     assert math.isnan(efficiency(100, 100, 60, 0))
@@ -38,7 +38,7 @@ def test_bound_and_efficiency() -> None:
     )
     assert (row.speedup, row.bound, row.efficiency) == (100 / 85, 100 / 70, 0.5)
     assert (row.over_plain, row.over_low, row.over_high) == (85 / 80,) * 3
-    # Where the machine's speed drifts the ratios of the rounds count, as for the speed-up.
+    # When the machine's speed drifts, the ratios of the rounds count, as for the speed-up.
     drifting = [Timing.of(times) for times in ([50, 110, 40, 90], [100, 200, 80, 60])]
     row = StepRow.of(workload, "ssprop", 0.5, *drifting, backward, 0.4, 1.0)
     assert row.speedup == (2 + 200 / 110) / 2
@@ -56,7 +56,7 @@ def event(name: str, us: float, *shapes: list[int], scope: int = 1) -> SimpleNam
     )
 
 
-# Of y [5, 2] = x [5, 3] w^T.
+# Backward products of y [5, 2] = x [5, 3] w^T.
 DX, DW = ([5, 2], [2, 3]), ([2, 5], [5, 3])
 PRODUCTS = Counter({(2, 3, 5): 1, (5, 2, 3): 1})
 
@@ -65,12 +65,12 @@ PRODUCTS = Counter({(2, 3, 5): 1, (5, 2, 3): 1})
     ("events", "expected"),
     [
         ([("aten::mm", 10, *DX), ("aten::mm", 30, *DW)], (0, 0.040, 0)),
-        # The weight's gradient as its transpose, a sum fused into the input's.
+        # The weight's gradient transposed, and a sum fused into the input's gradient.
         ([("aten::addmm", 10, [3], *DX), ("aten::mm", 30, [3, 5], [5, 2])], (0, 0.040, 0)),
-        # Another product, and one that is not a matrix product, do not count.
+        # A product of other sizes and a batched product do not count.
         ([("aten::mm", 10, *DX), ("aten::mm", 5, [4, 4], [4, 4])], (0, 0.010, 1)),
         ([("aten::bmm", 10, [1, 5, 2], [1, 2, 3])], (0, 0, 2)),
-        # Of two products of the same sizes, one is the layer's.
+        # Two products have the same sizes, and one of them is the layer's.
         ([("aten::mm", 10, *DX), ("aten::mm", 20, *DX), ("aten::mm", 1, *DW)], (0, 0.016, 0)),
         # Convolutions count whatever their sizes.
         ([("aten::convolution_backward", 7, [1])] * 3, (0.021, 0, 2)),
@@ -87,7 +87,7 @@ def test_forward_products_do_not_count() -> None:
 
 
 class Mixer(nn.Module):
-    """Linear layers whose forward products have the sizes of each other's backward ones."""
+    """Linear layers whose forward products have the sizes of each other's backward products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).flatten(2).transpose(1, 2)
         x = x + self.narrow(torch.tanh(self.wide(x)))
-        # Attention: products of activations, in the backward too.
+        # Attention: products of activations, in the backward as well.
         x = torch.softmax(x @ x.transpose(1, 2), -1) @ x
         return self.head(x.mean(1))
 
@@ -118,7 +118,7 @@ def test_the_backward_products_of_layers_are_found(names: tuple[str, ...]) -> No
     step()
     with profile(record_shapes=True) as profiler:
         step()
-    # Every event counts as one microsecond: the time is the number of products.
+    # Every event counts as one microsecond, so the time is the number of products.
     time = attribute(profiler.events(), products, field="count")
     assert (time.conv_ms * 1e3, time.linear_ms * 1e3, time.missing) == pytest.approx((1, count, 0))
     profiled = ProfiledStep(step, products, "cpu")
@@ -127,7 +127,7 @@ def test_the_backward_products_of_layers_are_found(names: tuple[str, ...]) -> No
     time = profiled.of(step_ms=50.0)
     assert time.conv_ms > 0
     assert (time.linear_ms > 0) == (count > 0)
-    # They are shares of the step.
+    # The times are shares of the step.
     assert time.total_ms < 50
     assert "not in the profile" not in str(time)
 
@@ -145,7 +145,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
     step()
     layer.weight.grad = x.grad = None
-    # The output, its gradient where a kernel wants it whole, and the two gradients.
+    # The output, its gradient if a kernel needs it in memory, and the two gradients.
     assert 3 <= peak_mib(step, "cpu") <= 4.1
 
 

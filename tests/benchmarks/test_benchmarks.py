@@ -1,4 +1,4 @@
-"""The benchmarks' commands: they run and write rows of the right shape."""
+"""The benchmarks' commands run and write rows with the right fields."""
 
 import csv
 import doctest
@@ -127,7 +127,7 @@ def test_an_unknown_layer_is_an_error() -> None:
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rounds, of which the machine takes twice as long for the second."""
+    """In the second of three rounds the machine is half as fast."""
     seen: list[tuple[str, str]] = []
 
     def first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
@@ -147,7 +147,7 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sparse", 12.0, 1.0, 1.25),
     ]
     assert (rows[1]["ratio_low"], rows[1]["ratio_high"]) == (1.25, 1.5)
-    # Each cold and then warm, with a cache of its own; the second round the other way round.
+    # Each variant runs cold and then warm with its own cache; the second round reverses the order.
     order = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
     assert [variant for variant, _ in seen[::2]] == order
     assert seen[::2] == seen[1::2]
@@ -299,7 +299,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 @pytest.mark.slow
 def test_breakdown(tmp_path: Path) -> None:
-    """Under Inductor: the operators are replaced in the code that it wrote."""
+    """Runs under Inductor, because `breakdown` replaces the operators in Inductor's code."""
     args = parse(["breakdown", *MODEL, *TINY[2:], "--output", str(tmp_path)])
     args.run(args)
     dense, sparse = rows_of(tmp_path, BreakdownRow)

@@ -1,4 +1,4 @@
-"""The long run: what counts as growth, the command."""
+"""The long run: what counts as growth, and the command."""
 
 import pytest
 from bench_runs import parse
@@ -8,7 +8,7 @@ from benchmarks.long_run import WARMUP, EpochRow, growth, measure
 
 
 def rows(memory: float = 0.0, graphs: int = 0) -> list[EpochRow]:
-    """40 epochs that grow by so much in each after the warm-up, and by more before."""
+    """40 epochs: memory grows by `memory` MiB per epoch after the warm-up, and more before it."""
     return [
         EpochRow(
             epoch=epoch,
@@ -23,7 +23,7 @@ def rows(memory: float = 0.0, graphs: int = 0) -> list[EpochRow]:
 
 def test_what_grows_is_named() -> None:
     assert growth(rows()) == []
-    # 36 epochs of 0.3 MiB are less than 1 % of 1300 MiB, and of 0.4 MiB more.
+    # 36 epochs of 0.3 MiB are less than 1 % of 1300 MiB; 36 epochs of 0.4 MiB are more.
     assert growth(rows(memory=0.3)) == []
     assert growth(rows(memory=0.4)) == ["memory grew from 1300.0 to 1314.4 MiB"]
     assert growth(rows(graphs=1)) == ["graphs grew from 8 to 9"]

@@ -1,4 +1,4 @@
-"""The module swap that the benchmarks compare with: its gradients against the oracle's."""
+"""The benchmarks' module swap: its gradients against the oracle's."""
 
 import copy
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ssprop_fx.compiler.inductor import compile_aot_eager
 
 
 class Net(nn.Module):
-    """Every case of the swap, and what it must leave alone."""
+    """Every case of the swap, and layers that it must not change."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model of data-parallel steps: closed forms, what is counted, the command."""
+"""The model of data-parallel steps: closed forms, counted bytes, the command."""
 
 import json
 from dataclasses import asdict, replace
@@ -49,7 +49,7 @@ def test_latency_counts_twice_for_each_other_rank_and_message() -> None:
 @pytest.mark.parametrize(
     ("overlap", "expected"),
     [
-        # Between two ranks whole gradients take 100 ms and kept ones 25.
+        # Between two ranks, whole gradients take 100 ms and kept rows 25 ms.
         (0, (300 + 100, 200 + 100, 200 + 25 + 10)),
         (0.25, (300 + 50, 200 + 75, 200 + 10)),
         (1, (300, 200, 210)),
@@ -63,7 +63,7 @@ def test_the_backward_waits_for_scores_and_rows() -> None:
     inputs = replace(INPUTS, score_bytes=3_000_000, row_bytes=2_000_000)
     *_, kept = step_times(inputs, Network(2, GIGABYTE_S, 0), 1)
     assert kept == pytest.approx(210 + 5)
-    # 50 layers and 4 buckets wait for two messages of 1 ms each; the kept rows are hidden.
+    # 50 layers and 4 buckets each wait for two messages of 1 ms; the kept rows are hidden.
     *_, kept = step_times(inputs, Network(2, GIGABYTE_S, 1000), 1)
     assert kept == pytest.approx(210 + 5 + 2 * 54)
 
@@ -84,7 +84,7 @@ def test_what_is_counted_of_a_step() -> None:
     assert found.row_bytes == sum(len(table) for table in tables)
     assert found.buckets > 0
     assert 0 < found.kept_bytes < 0.5 * found.gradient_bytes
-    # The classifier is left out.
+    # The classifier does not take part.
     assert found.layers == len(tables) - 1
     assert found.score_bytes == 4 * (found.row_bytes - model.num_classes)
 

@@ -1,4 +1,4 @@
-"""The study: its grids, the arithmetic of its costs, its page, and one small run."""
+"""The study: its grids, its costs, its page, and one small run."""
 
 import json
 import math
@@ -47,7 +47,7 @@ RESULTS = [
     result("dense", 2, 72.0),
     result("dense-4ep", 1, 60.0, epochs=4),
     result("dense-4ep", 2, 62.0, epochs=4),
-    # 8 epochs of which 2/3 * 0.375 is saved: as much as 6 dense epochs, which reach 66.
+    # 8 epochs that save 2/3 * 0.375 cost as much as 6 dense epochs, which reach 66.
     result("half", 1, 69.0, saved=0.375),
     result("half", 2, 71.0, saved=0.375),
     result("narrow", 1, 50.0, flops=25),
@@ -92,7 +92,7 @@ def test_time_is_that_of_a_measured_step(tmp_path):
     path = tmp_path / "step.json"
     path.write_text(json.dumps({"rows": rows}))
     assert time_per_saving(path) == pytest.approx(0.5)
-    # The backward has two thirds of the arithmetic, of the time maybe more, and never all.
+    # The backward takes two thirds of the arithmetic, maybe more of the time, but never all.
     assert 0 < time_per_saving() < 1
 
 
@@ -270,6 +270,6 @@ def test_a_run_is_kept_and_its_saving_counted(tmp_path, monkeypatch):
     study(monkeypatch, tmp_path, "run", "--work", str(tmp_path / "work"), "--seeds", "1")
     dense, sparse = summarize(tiny, read_results(tmp_path / "small.jsonl"), 0.5)
     assert dense.cost == Cost(1.0, 1.0)
-    # Half of the channels of all but the classifier.
+    # Half of the channels of every layer except the classifier.
     assert sparse.cost.arithmetic == pytest.approx(1 - 0.5 * 2 / 3, abs=0.01)
     assert dense.accuracy > 20

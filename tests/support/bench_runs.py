@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share."""
+"""Helpers of the benchmarks' tests."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def parse(command: list[str]) -> argparse.Namespace:
 
 
 def rows_of(folder: Path, row: type) -> list[dict]:
-    """Return the rows of the one JSON file that a command wrote, of the right shape."""
+    """Return the rows of a command's only JSON file, after a check of their fields."""
     (path,) = folder.glob("*.json")
     content = json.loads(path.read_text())
     assert content["environment"].keys() == {"device", "threads", "torch", "commit", "allocator"}

@@ -1,7 +1,7 @@
-"""Every timm module against the oracle: what is covered, with what error.
+"""Every timm module against the oracle: coverage and error.
 
-`python tests/support/sweep.py docs/coverage.md` checks them all, each in a process of its own, and
-writes the table; `python tests/support/sweep.py --model NAME` checks one and prints its row as
+`python tests/support/sweep.py docs/coverage.md` checks all of them, each in its own process, and
+writes the table. `python tests/support/sweep.py --model NAME` checks one and prints its row as
 JSON.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
 from ssprop_fx.config import TARGETS
 
-# timm module -> models: the smallest, and another where a family differs inside.
+# timm module -> models: the smallest, and another if the family has a different kind of block.
 MODELS = {
     "beit": ["beit_base_patch16_224"],
     "byoanet": ["halonet_h1"],
@@ -125,9 +125,9 @@ MODELS = {
     "xception_aligned": ["xception41p"],
     "xcit": ["xcit_nano_12_p8_224", "xcit_nano_12_p16_224"],
 }
-# What is not checked, and why: only causes outside this project.
+# Model -> why it is not checked; only causes outside this project count.
 SKIPPED: dict[str, str] = {}
-# Arguments that make a model of hundreds of millions of parameters small, its blocks as they are.
+# Arguments that make a huge model small but leave its blocks unchanged.
 REDUCED = {
     "deepseek_vit_412m": {"depth": 2},
     "gemma4_vit_167m_enc": {"depth": 2},
@@ -136,12 +136,12 @@ REDUCED = {
     "naflexvit_base_patch16_parfac_gap": {"depth": 2},
     "beit_base_patch16_224": {"depth": 2},
 }
-# Layers left out, model -> part of their names: they feed a softmax over two paths, whose gradients
-# are opposite, so that their channels have exactly equal scores.
+# Layers left dense, model -> part of their names. They feed a softmax over two paths, whose
+# gradients are opposite, so their channels have exactly equal scores.
 TIED = {"skresnet18": "fc_select", "resnest14d": "conv2.fc2"}
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 DROP_RATE = 0.8
-BATCH = 3  # batch norm over two values has no gradient but for its epsilon
+BATCH = 3  # batch norm over two values has no gradient except through its epsilon
 NOISE = 0.02
 TOLERANCE = 1e-7
 TIMEOUT_S = 900
@@ -149,17 +149,17 @@ TIMEOUT_S = 900
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one model.
+    """The result of one model.
 
     Attributes:
         model: its name in timm.
-        size: resolution that it was checked at.
+        size: resolution of the check.
         kinds: number of sparse sites by kind.
         dense: number of sites left dense by reason.
         covered: share of the backward's floating-point operations in sparse sites.
-        error: largest relative error of a gradient, NaN where there is none.
-        seconds: that the check took.
-        failure: why there is no error, "" if there is.
+        error: largest relative error of a gradient, NaN if the check failed.
+        seconds: duration of the check.
+        failure: why the check failed; "" if it did not.
     """
 
     model: str
@@ -173,7 +173,7 @@ class Row:
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a timm model in float64 and an input of the smallest size that it takes."""
+    """Return a timm model in float64 and an input of the smallest size that it accepts."""
     reduced = REDUCED.get(name, {})
     for size in SIZES:
         for kwargs in (reduced, {**reduced, "img_size": size}):
@@ -187,14 +187,14 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
             model = timm.create_model(name, num_classes=7, **kwargs).double().train()
             make_comparable(model)
             return model, torch.randn(BATCH, 3, size, size, dtype=torch.float64)
-    raise RuntimeError(f"takes none of the sizes {SIZES}")
+    raise RuntimeError(f"accepts none of the sizes {SIZES}")
 
 
 def make_comparable(model: nn.Module) -> None:
-    """Remove what two correct computations may do differently: random numbers and ties.
+    """Remove random numbers and ties, because two correct computations may treat them differently.
 
     Parameters that start at zero (heads, the last scale of a residual branch) give channels with
-    equal or vanishing gradients, among which any selection is right.
+    equal or vanishing gradients, so any selection among them is right.
     """
     for module in model.modules():
         for name in ("p", "drop_prob", "drop_rate"):
@@ -243,10 +243,10 @@ def check(name: str) -> Row:
 
 
 def check_apart(name: str) -> Row:
-    """Check a model in a process of its own, so that a crash or a hang is a row as well."""
+    """Check a model in its own process, so that a crash or a hang becomes a row as well."""
     command = [sys.executable, "-W", "ignore", __file__, "--model", name]
     try:
-        # One thread each: processes that spin on the same cores slow each other by far more.
+        # One thread each: processes that spin on the same cores slow each other down.
         done = subprocess.run(
             command,
             capture_output=True,
@@ -268,20 +268,20 @@ def markdown(rows: dict[str, list[Row]]) -> str:
     lines = [
         "# Coverage of timm",
         "",
-        f"At least one model of every module of timm {timm.__version__}: gradients of all"
-        f" parameters and of the input at drop rate {DROP_RATE} under AOT eager, in float64, batch"
-        f" {BATCH}, at the smallest resolution that the model takes, against dense eager"
-        " back-propagation with the unselected channels of each layer's output gradient masked."
-        " Every layer takes part (`min_channels=1`, classifier included), dropout and drop path"
-        " are off, and parameters are moved off the special values that they start from (zero,"
-        " or the 1e-6 of a layer scale). *Covered* is the share of the backward's floating-point"
-        " operations, at that resolution, that lies in sparse sites; the rest is mostly products"
-        " of activations in attention.",
+        f"This page checks at least one model of every module of timm {timm.__version__}. It"
+        " compares the gradients of all parameters and of the input with dense eager"
+        " back-propagation, in which the unselected channels of each layer's output gradient are"
+        f" masked. Drop rate {DROP_RATE}, AOT eager, float64, batch {BATCH}, at the smallest"
+        " resolution that the model accepts. Every layer takes part (`min_channels=1`, including"
+        " the classifier). Dropout and drop path are off. Noise moves parameters off their special"
+        " initial values (zero, or the 1e-6 of a layer scale). *Covered* is the share of the"
+        " backward's floating-point operations, at that resolution, in sparse sites; the rest is"
+        " mostly products of activations in attention.",
         "",
-        "Written by `python tests/support/sweep.py docs/coverage.md` with torch"
+        "`python tests/support/sweep.py docs/coverage.md` wrote this page with torch"
         f" {torch.__version__}.",
         "",
-        *(f"`{layer}` of {name} is left dense: its channels tie." for name, layer in TIED.items()),
+        *(f"`{layer}` of {name} stays dense: its channels tie." for name, layer in TIED.items()),
         "",
         "| timm module | model | size | sparse sites | left dense | covered | max. rel. error |",
         "|---|---|---|---|---|---|---|",
@@ -302,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, help="file for the table")
     parser.add_argument("--model", help="check this one and print its row")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes")
     args = parser.parse_args()
     if args.model:
         print(json.dumps(asdict(check(args.model))))

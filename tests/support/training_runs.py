@@ -5,12 +5,12 @@ import csv
 import torch
 
 STEPS_PER_EPOCH = 11
-# Digits, two seconds an epoch.
+# Digits; an epoch takes two seconds.
 TINY = [
     *("train", "--model", "test_resnet", "--img-size", "32", "-b", "128", "--device", "cpu"),
     *("--compile-backend", "aot_eager", "--channel-multiple", "8", "--min-channels", "16"),
 ]
-# One dense and one sparse epoch; drop path draws on the generators.
+# One dense and one sparse epoch; drop path uses the random generators.
 TWO_PHASES = [*TINY, "--epochs", "2", "--drop-path", "0.1", "--telemetry"]
 
 
@@ -24,7 +24,7 @@ def content(path):
 
 
 def is_equal(left, right):
-    """Whether two checkpoints' parts are equal bit for bit."""
+    """Return whether two parts of checkpoints are equal bit for bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
     if isinstance(left, dict):
@@ -35,7 +35,7 @@ def is_equal(left, right):
 
 
 def assert_same_run(left, right, but=()):
-    """Two folders hold the same weights and the same rows, times and `but` apart."""
+    """Assert that two folders hold the same weights and rows, except times and `but`."""
     whole, other = content(left / "last.pt"), content(right / "last.pt")
     own = {"config", "seconds", "gpu_joules", "cpu_joules", *but}  # measured or named, not computed
     assert whole.keys() == other.keys()

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-# In a process of its own: what it asks for cannot be taken back.
+# In a separate process, because the setting cannot be undone.
 SCRIPT = """
 import resource
 import torch
@@ -12,7 +12,7 @@ from ssprop_fx.training.allocator import keep_freed_memory
 def count_faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
-        # Above 32 MiB glibc maps a buffer of its own each time, whatever it learnt before.
+        # Above 32 MiB glibc maps each buffer separately, whatever threshold it has adapted.
         torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

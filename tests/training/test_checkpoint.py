@@ -90,7 +90,7 @@ def test_a_file_has_the_permissions_of_an_ordinary_one(tmp_path):
 
 
 class Code:
-    """Makes a folder where it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

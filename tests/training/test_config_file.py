@@ -1,4 +1,4 @@
-"""Settings from YAML and from the command line mean the same."""
+"""Settings mean the same in YAML and on the command line."""
 
 import argparse
 from dataclasses import fields
@@ -24,7 +24,7 @@ def train_parser():
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Returns the settings that a command line leads to, without a run."""
+    """Returns the settings that a command line gives, without a run."""
     seen = []
     monkeypatch.setattr(run_module, "train", lambda config, **kwargs: seen.append(config) or 0)
 
@@ -60,7 +60,7 @@ def test_a_file_gives_settings_and_the_command_line_wins(parse, tmp_path):
         "# comment\n"
         "model: resnet26\n"
         "batch-size: 32\n"
-        "lr: 1e-3\n"  # a text to YAML 1.1
+        "lr: 1e-3\n"  # a string in YAML 1.1
         "amp: true\n"
         "plot: false\n"
         "experiment: -Größe\n"

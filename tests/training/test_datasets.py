@@ -1,4 +1,4 @@
-"""What can be trained on."""
+"""The datasets that `ssprop-fx train` reads."""
 
 import pickle
 import tarfile
@@ -40,7 +40,7 @@ def _save_images(folder, classes, number):
 
 
 def _pack(folder):
-    """Put a folder into a tar beside it, and remove it."""
+    """Pack a folder into a tar next to it, and remove the folder."""
     with tarfile.open(f"{folder}.tar", "w") as tar:
         for path in sorted(folder.rglob("*.png")):
             tar.add(path, path.relative_to(folder))
@@ -50,7 +50,7 @@ def _pack(folder):
 
 
 def _save_cifar10(root, monkeypatch):
-    """Save files as of CIFAR-10, with a few random images."""
+    """Save files in the format of CIFAR-10, with a few random images."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def _save_cifar10(root, monkeypatch):
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [0, 1, 2, 9]}))
     names = {"label_names": [f"class {number}" for number in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    # Which compare the files with those that would be downloaded.
+    # The check compares the files with the original download.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
 
 
@@ -113,8 +113,8 @@ def test_torchvision_images_are_rgb_and_split_as_asked(tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"dataset": "torch/cifar10"}, "needs --data-dir: nothing is downloaded"),
-        ({"dataset": "cifar10", "data_dir": "."}, "right would be torch/NAME"),
-        ({"dataset": "wds/a", "data_dir": "."}, "Streams have no order"),
+        ({"dataset": "cifar10", "data_dir": "."}, "expected torch/NAME"),
+        ({"dataset": "wds/a", "data_dir": "."}, "Streams do not work: they have no fixed order"),
         ({"dataset": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset cifar11"),
         ({"dataset": "torch/cifar10", "data_dir": "."}, "Dataset not found"),
         ({"data_dir": "nowhere"}, "--data-dir nowhere: no such folder"),
@@ -141,7 +141,7 @@ def test_folders_without_images_are_named(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.png")
     assert main(flags) == 2
     err = capsys.readouterr().err
-    assert "--val-split validation: no folder validation or val" in err
+    assert "--val-split validation: no folder or tar named validation or val" in err
     assert "it has train" in err
 
 
@@ -175,7 +175,7 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     ]
     assert len(batches) == whole.steps_per_epoch - 178 == 1
     assert torch.equal(batches[0], shared[0])
-    # In validation each image comes once, although 360 is no multiple of 7 processes.
+    # Validation sees each image once, although 360 is not a multiple of 7 processes.
     counts = [sum(len(labels) for _, labels in _loaders(rank, 7).validation) for rank in range(7)]
     assert sum(counts) == 360
     assert max(counts) - min(counts) == 1
@@ -204,7 +204,7 @@ def test_mixup_depends_on_seed_and_step_alone():
     mixed, distribution = mix(0, 7, 0)
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(distribution.sum(dim=1), torch.ones(4))
-    # Once it has ended the images are left alone, and labels still smooth.
+    # After mixup's last epoch the images stay as they are; labels are still smoothed.
     ended, distribution = mix(3, 7, 0)
     assert torch.equal(ended, images)
     assert distribution.max() == pytest.approx(0.925)

@@ -12,7 +12,7 @@ from ssprop_fx.training.checkpoint import load_checkpoint, restore
 from ssprop_fx.training.distributed import Processes
 from ssprop_fx.training.errors import CommandError
 
-# Runs the command, and leaves each process' weights after every checkpoint.
+# Runs the command, and saves each process's weights after every checkpoint.
 SCRIPT = """
 import os, sys, torch
 from ssprop_fx.cli.app import main
@@ -27,7 +27,7 @@ def save_of_each(path, state, config, processes):
 run.save_checkpoint = save_of_each
 sys.exit(main(sys.argv[2:]))
 """
-# No batch normalisation, whose statistics are of the images of one process.
+# No batch normalisation: its statistics would cover only one process's images.
 VIT = ["--model", "test_vit", "--epochs", "1", "--max-steps", "6", "--no-plot"]
 
 
@@ -61,7 +61,7 @@ def test_two_processes_train_as_one_does_with_batches_twice_as_large(tmp_path, s
     (left,), (right,) = (rows(tmp_path / name / "summary.csv") for name in ("one", "two"))
     for name in ("train_loss", "eval_loss"):
         assert float(left[name]) == pytest.approx(float(right[name]), rel=1e-4)
-    # Which images are right is counted over both processes, each image once.
+    # Accuracy counts over both processes, each image once.
     assert abs(float(left["eval_top1"]) - float(right["eval_top1"])) < 1
     assert is_equal(*_weights_of_ranks(tmp_path))
 
@@ -78,13 +78,13 @@ def test_sparse_phases_leave_the_processes_with_equal_weights(tmp_path):
     assert float(epochs[1]["train_loss"]) < float(epochs[0]["train_loss"])
     assert done.stdout.count("epoch   0") == 1
 
-    # Interrupted in the sparse phase: each process has its own random numbers back.
+    # Interrupted in the sparse phase: each process restores its own random state.
     _torchrun(tmp_path, *TWO_PHASES, *flags, "parts", "--model-ema", "--max-steps", "14")
     resume = ["train", "--resume", str(tmp_path / "parts")]
     assert len(load_checkpoint(tmp_path / "parts" / "last.pt")["rng"]) == 2
     assert main(resume) == 2  # as one process
     _torchrun(tmp_path, *resume, "--max-steps", "22")
-    # The epoch that was interrupted was validated in the middle as well as at its end.
+    # The interrupted epoch was validated in the middle as well as at its end.
     assert_same_run(tmp_path / "whole", tmp_path / "parts", but={"best_top1", "best_epoch"})
 
 

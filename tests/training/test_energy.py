@@ -1,4 +1,4 @@
-"""Energy, with a stand-in for zeus."""
+"""Energy, with a fake zeus."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from ssprop_fx.training.energy import Energy, EnergyMeter
 
 
 class FakeMonitor:
-    """A ZeusMonitor of as many GPUs as are asked for and one CPU, at 10 and 3 J a window."""
+    """A ZeusMonitor with the requested GPUs and one CPU, at 10 and 3 J per window."""
 
     has_cpu = True
     has_memory = False
@@ -44,7 +44,7 @@ class FakeMonitor:
 
 @pytest.fixture
 def zeus(monkeypatch):
-    """Puts a monitor class in the place of zeus."""
+    """Replaces zeus's monitor with a class."""
 
     def put(monitor):
         module = ModuleType("zeus.monitor")
@@ -107,7 +107,7 @@ def test_without_zeus_or_on_several_machines_energy_is_not_available(zeus, monke
     for kwargs, reason in (
         ({"enabled": False}, "turned off"),
         ({"processes": Processes(world_size=4, local_size=2)}, "the run is on several machines"),
-        # Another process of the machine measures.
+        # Another process on the machine measures.
         ({"processes": Processes(rank=1, world_size=2, local_size=2)}, ""),
     ):
         energy, found = _measure(**kwargs)
@@ -123,7 +123,7 @@ def test_without_zeus_or_on_several_machines_energy_is_not_available(zeus, monke
 def test_a_run_keeps_its_joules_and_goes_on_counting_when_resumed(zeus, tmp_path, capsys):
     zeus(FakeMonitor)
     flags = ["--epochs", "1", "--schedule", "none", "--output", str(tmp_path), "--experiment", "a"]
-    # A window to the checkpoint after step 2, and one from there.
+    # One window up to the checkpoint after step 2, and one after it.
     assert main([*TINY, *flags, "--max-steps", "3", "--checkpoint-every", "2"]) == 0
     assert "energy: CPU 6 J" in capsys.readouterr().out
     assert content(tmp_path / "a" / "last.pt")["cpu_joules"] == 6.0

@@ -1,4 +1,4 @@
-"""A run that is stopped, asked to or not, continues as if it had not been."""
+"""A run that was killed or interrupted resumes as if it had never stopped."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from training_runs import STEPS_PER_EPOCH, TINY, TWO_PHASES, assert_same_run, co
 from ssprop_fx.cli.app import main
 from ssprop_fx.training import loop, run
 
-# Runs the command, and kills itself before the step that comes first.
+# Runs the command, and kills itself before the step given by the first argument.
 KILLED = """
 import os, signal, sys
 from ssprop_fx.cli.app import main
@@ -72,7 +72,7 @@ VARIANTS = {
         *(*TWO_PHASES, "-b", "64", "--sparsity-warmup-epochs", "0", "--schedule"),
         *("constant:rate=0.8", "--kept-mass", "0.9", "--budget", "0.6"),
     ],
-    # The processes that are killed would have a gate, which this one has not.
+    # The tests' own process has no gate (see `no_gate`); the killed processes would have one.
     "inductor": [
         *(*TWO_PHASES, "--no-gate", "--compile-backend", "inductor"),
         *("--model-kwargs", "drop_rate=0.1"),
@@ -83,7 +83,7 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kill_9_twice_whatever_is_on(tmp_path, name):
-    """Once in the dense and once in the sparse epoch."""
+    """Kill it once in the dense and once in the sparse epoch."""
     flags = [*VARIANTS[name], "--output", str(tmp_path)]
     assert main([*flags, "--experiment", "whole"]) == 0
     steps = [
@@ -119,7 +119,7 @@ replace_file(Path(sys.argv[1]), write)
     assert done.returncode == -signal.SIGKILL
     assert (folder / "last.pt").read_bytes() == before
     assert [path.name for path in folder.glob(".*")] != []
-    # The rows of later steps, and half a row, are what a killed process leaves of them.
+    # A killed process can leave rows of later steps, and half a row.
     with (folder / "steps.csv").open("a") as file:
         file.write("1,0,2.3,0.0,0.0,0.05,7.5,0\n2,0,2.")
     assert main(["train", "--resume", str(folder), "--max-steps", "2"]) == 0
@@ -134,7 +134,7 @@ def test_ctrl_c_and_resume_end_with_the_weights_of_the_whole_run(
 ):
     flags = ["--output", str(tmp_path), "--experiment", "a"]
     train_step = loop.Trainer._train_step
-    # A shell's background jobs ignore it.
+    # A shell's background jobs ignore SIGINT, so the handler may not be the default.
     handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(self, batches):

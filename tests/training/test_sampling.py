@@ -8,7 +8,7 @@ from ssprop_fx.training.data.sampling import EpochSampler, SeededDataset
 
 
 class _Noise:
-    """Ten samples, each of which is noise from the three generators that transforms use."""
+    """Ten samples of noise from the three generators that transforms use."""
 
     transform = None
 

@@ -1,4 +1,4 @@
-"""What a run writes, and what becomes of it when it cannot."""
+"""What a run writes, and what happens when a write fails."""
 
 import errno
 import math
@@ -56,7 +56,7 @@ def test_a_disk_that_fails_is_one_line_and_the_checkpoint_before_it_survives(
         assert main([*FLAGS, *flags, "ein Lauf"]) == 1
     folder = tmp_path / "ein Lauf"
     err = capsys.readouterr().err
-    assert f"{folder}: {message}; earlier checkpoints are as they were" in err
+    assert f"{folder}: {message}; earlier checkpoints are unchanged" in err
     assert f"ssprop-fx train --resume '{folder / 'last.pt'}'" in err
     assert err.count("\n") == 1
     # The first call is before the first step, the fourth after the third.
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_training(tmp_path, m
 
 
 def test_a_limit_that_the_system_sets_is_an_os_error(tmp_path):
-    """Where a file cannot grow, torch's writer has an error of its own on top."""
+    """When a file cannot grow, torch's writer raises its own error on top of the OSError."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     (tmp_path / "last.pt").write_bytes(b"old")
@@ -133,7 +133,7 @@ def test_tensorboard_has_the_rows_and_those_of_a_resumed_run_once(tmp_path):
     (summary,) = rows(tmp_path / "a" / "summary.csv")
     evaluated = events.Scalars("epoch/eval_top1")[-1]
     assert (evaluated.step, evaluated.value) == (4, pytest.approx(float(summary["eval_top1"])))
-    # What is not measured has no points.
+    # A value that is not measured has no points.
     assert not [tag for tag in events.Tags()["scalars"] if "joules" in tag]
 
 

@@ -1,4 +1,4 @@
-"""What the settings of a run do to its weights."""
+"""Effects of a run's settings on its weights."""
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from ssprop_fx.cli.app import main
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.setup import create_state, sparsity_config
 
-# Without batch normalisation a batch's gradient is the mean of its parts'.
+# Without batch normalisation, a batch's gradient is the mean of its parts' gradients.
 NO_BATCH_NORM = [*TINY, "--model", "test_vit", "--epochs", "1", "--max-steps", "3", "--no-plot"]
 
 
@@ -40,7 +40,7 @@ def test_the_moving_average_is_what_is_validated_and_what_timm_reads(tmp_path):
     load_checkpoint(model, str(tmp_path / "a" / "last.pt"))
     assert torch.equal(model.fc.weight, saved["state_dict_ema"]["fc.weight"])
     (with_average,) = rows(tmp_path / "a" / "summary.csv")
-    # With a decay of 0 the average is the weights themselves.
+    # With a decay of 0, the average equals the weights.
     saved, _ = _train(tmp_path, "b", *flags, "--model-ema-decay", "0")
     assert torch.equal(saved["state_dict"]["fc.weight"], saved["state_dict_ema"]["fc.weight"])
     _train(tmp_path, "c", *[flag for flag in flags if flag != "--model-ema"])

@@ -1,1 +1,1 @@
-"""Compare: runs side by side."""
+"""Comparison of runs."""

@@ -1,4 +1,4 @@
-"""Comparison of finished runs: accuracy, time, energy and what was left out."""
+"""Comparison of finished runs: accuracy, time, energy and saved FLOPs."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from ssprop_fx.training.records.rows import EPOCHS, STEPS, EpochRow, StepRow, re
 __all__ = ["Comparison", "Difference", "RunData", "compare_runs", "read_run"]
 
 _COUNTERS = ("gpu", "cpu")
-# They tell nothing of what a run computes.
+# These settings do not change what a run computes.
 _NO_DIFFERENCE = {"plot", "tensorboard", "energy", "workers", "checkpoint_every", "data_dir"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run left in its folder.
+    """The contents of a run's folder.
 
     Attributes:
         name: name of the folder.
@@ -39,7 +39,7 @@ class RunData:
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of training up to the end of each epoch, validation left out."""
+        """Seconds of training up to the end of each epoch, without validation."""
         return list(accumulate(row.seconds for row in self.epochs))
 
     @property
@@ -61,7 +61,7 @@ class RunData:
         """Return the joules up to the end of each epoch, NaN without a counter.
 
         Args:
-            counters: which are summed up, of "gpu" and "cpu".
+            counters: the counters to sum: "gpu", "cpu" or both.
         """
         return list(
             accumulate(
@@ -71,23 +71,23 @@ class RunData:
         )
 
     def seconds_to(self, top1: float) -> float:
-        """Return the seconds to the end of the first epoch of that accuracy, NaN if none has it."""
+        """Return the seconds to the end of the first epoch with that accuracy, or NaN."""
         pairs = zip(self.seconds, self.top1, strict=True)
         return next((seconds for seconds, reached in pairs if reached >= top1), math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What sets a run apart from the baseline.
+    """How a run differs from the baseline.
 
     Attributes:
         target: the highest accuracy that both reached, in percent.
         seconds_to_target: seconds that the run took to reach it.
-        baseline_seconds_to_target: seconds that the baseline took.
-        points: accuracy at the end less the baseline's, in percentage points.
-        seconds_saved: fraction of the baseline's seconds, of the whole run, that it did not take.
-        joules_saved: the same of joules; NaN if not both were measured.
-        backward_saved: fraction of the dense backward's FLOPs that it left out.
+        baseline_seconds_to_target: seconds that the baseline took to reach it.
+        points: accuracy at the end minus the baseline's, in percentage points.
+        seconds_saved: fraction of the baseline's seconds that the run saved, over the whole run.
+        joules_saved: the same for joules; NaN if not both were measured.
+        backward_saved: fraction of the dense backward's FLOPs that the run left out.
     """
 
     target: float
@@ -106,12 +106,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs beside one of them, the baseline.
+    """Runs compared with one of them, the baseline.
 
     Attributes:
         runs: all runs.
         baseline: one of them.
-        counters: the energy counters that all of them have, of "gpu" and "cpu".
+        counters: the energy counters that all runs have: "gpu", "cpu", both or none.
     """
 
     runs: list[RunData]
@@ -119,9 +119,9 @@ class Comparison:
     counters: tuple[str, ...]
 
     def difference(self, run: RunData) -> Difference:
-        """Return what sets a run apart from the baseline."""
+        """Return how a run differs from the baseline."""
         base = self.baseline
-        # Not the baseline's last accuracy: who stops earlier may have been there sooner.
+        # Not the baseline's last accuracy: a run that stops earlier may never reach it.
         target = min(max(run.top1), max(base.top1))
         return Difference(
             target=target,
@@ -134,7 +134,7 @@ class Comparison:
         )
 
     def differing_settings(self) -> list[str]:
-        """Return the names of the settings that are not the same in all runs."""
+        """Return the names of the settings that differ between runs."""
         names = dict.fromkeys(name for run in self.runs for name in run.config)
         return [
             name
@@ -145,13 +145,13 @@ class Comparison:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read what a run left in its folder.
+    """Read a run's folder.
 
     Raises:
-        CommandError: it is no run's folder, or the run has not finished an epoch.
+        CommandError: the folder holds no run, or the run has not finished an epoch.
     """
     if not (folder / EPOCHS).is_file():
-        raise CommandError(f"{folder}: no run: it has no {EPOCHS}")
+        raise CommandError(f"{folder}: not a run: it has no {EPOCHS}")
     epochs = read_rows(folder / EPOCHS, EpochRow)
     steps = read_rows(folder / STEPS, StepRow)
     if not epochs or not steps:
@@ -174,11 +174,11 @@ def compare_runs(folders: Sequence[Path], baseline: Path | None = None) -> Compa
 
     Args:
         folders: folders of the runs; at least one.
-        baseline: folder of the baseline, one of `folders` or another one. None takes the first
-            run that was dense throughout, or else the first one.
+        baseline: folder of the baseline, in `folders` or not. None takes the first run that was
+            dense throughout, or the first run if there is none.
 
     Raises:
-        CommandError: a folder is no run's.
+        CommandError: a folder holds no run, or a run has not finished an epoch.
     """
     paths = list(dict.fromkeys(path.resolve() for path in [*folders, *filter(None, [baseline])]))
     runs = _name_apart([read_run(path) for path in paths], paths)
@@ -193,7 +193,7 @@ def compare_runs(folders: Sequence[Path], baseline: Path | None = None) -> Compa
 
 
 def _name_apart(runs: list[RunData], paths: list[Path]) -> list[RunData]:
-    """Put the parent folder before names that several runs share."""
+    """Prefix names that several runs share with the parent folder."""
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else replace(run, name=f"{path.parent.name}/{run.name}")

@@ -1,4 +1,4 @@
-"""The page of a comparison: is it faster, is it as accurate, what did it save."""
+"""The page of a comparison: is a run faster, is it as accurate, what did it save?"""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from ssprop_fx.training.records.rows import step_times
 
 __all__ = ["answers", "format_page", "format_text", "table"]
 
-# What counts as the same: two percent of time, a tenth of a point of accuracy.
+# Differences up to these count as equal: two percent of time, a tenth of a point of accuracy.
 _SAME_TIME = 0.02
 _SAME_POINTS = 0.1
 
@@ -34,8 +34,8 @@ def answers(difference: Difference, has_energy: bool) -> tuple[str, str, str]:
     """Return the answers to the three questions, one line each.
 
     Args:
-        difference: what sets the run apart from the baseline.
-        has_energy: whether joules were measured in both.
+        difference: how the run differs from the baseline.
+        has_energy: whether both runs measured joules.
     """
     ratio, points = difference.time_ratio, difference.points
     faster = "about the same" if abs(ratio - 1) <= _SAME_TIME else "yes" if ratio < 1 else "no"
@@ -63,7 +63,7 @@ def table(comparison: Comparison) -> list[list[str]]:
 
 
 def format_text(comparison: Comparison) -> str:
-    """Return the comparison as text for a terminal, without a last newline."""
+    """Return the comparison as text for a terminal, without a final newline."""
     rows = table(comparison)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -106,9 +106,9 @@ def format_page(comparison: Comparison, picture: bytes) -> str:
 <img alt="Accuracy over steps, seconds and joules, and drop rate"
   src="data:image/png;base64,{encoded}">
 {_html_table(head, rows, "numbers")}
-<p>Seconds and joules are those of training, with compiling and loading and without validation.
-Faster compares the time to the highest accuracy that both runs reached, at the ends of epochs:
-a run that stops earlier is part of the comparison. Each row is one run; other seeds give other
+<p>Seconds and joules cover training, including compiling and loading, but not validation.
+"Is it faster?" compares the times to the highest accuracy that both runs reached at the end of an
+epoch, so runs of different length can be compared. Each row is one run; other seeds give other
 numbers.</p>
 </body>
 </html>
@@ -146,7 +146,7 @@ def _milliseconds(run: RunData, *, sparse: bool) -> str:
 
 def _saved(what: str, fraction: float) -> str:
     if math.isnan(fraction):
-        return f"{what}: not known"
+        return f"{what}: unknown"
     if fraction < 0:
         return f"no {what}: {-fraction:.0%} more"
     return f"{fraction:.0%} of the {what}"

@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy over steps, seconds and joules; drop rate, kept mass."""
+"""The plot of a comparison: accuracy over steps, seconds and joules; drop rate and kept mass."""
 
 import io
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from ssprop_fx.training.compare.comparison import Comparison, RunData
 __all__ = ["draw_comparison"]
 
 _BASELINE = "#4c566a"
-# Those of Okabe and Ito, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def draw_comparison(comparison: Comparison) -> bytes:
-    """Return the picture as a PNG file.
+    """Return the plot as the bytes of a PNG file.
 
     Args:
         comparison: the runs.

@@ -1,1 +1,1 @@
-"""Data: datasets, loaders and their order."""
+"""Datasets, loaders and sample order."""

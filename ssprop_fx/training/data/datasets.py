@@ -1,4 +1,4 @@
-"""The datasets of a run: scikit-learn's digits, images in folders or tars, or torchvision's."""
+"""The datasets of a run: scikit-learn's digits, images in folders or tars, or torchvision."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from ssprop_fx.training.errors import CommandError
 
 __all__ = ["Datasets", "create_datasets"]
 
-# What timm's own training script defaults to.
+# The defaults of timm's training script.
 _AUGMENTATION: dict[str, Any] = {
     "scale": (0.08, 1.0),
     "ratio": (3 / 4, 4 / 3),
@@ -28,13 +28,13 @@ _VALIDATION_NAMES = ("validation", "val", "valid", "eval", "test")
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two datasets of a run, and what their loaders need to know about them.
+    """The two datasets of a run, and settings for their loaders.
 
     Attributes:
         train: training images and labels.
         validation: validation images and labels.
         num_classes: number of classes in the training dataset.
-        data_config: settings that replace the model's own, as of `timm.data.resolve_data_config`.
+        data_config: settings that replace the model's own, as in `timm.data.resolve_data_config`.
         augmentation: settings of timm's training transform.
     """
 
@@ -49,7 +49,7 @@ def create_datasets(config: TrainConfig) -> Datasets:
     """Open the datasets that `config` names.
 
     Raises:
-        CommandError: there is no such dataset, or it is not where it should be.
+        CommandError: the dataset is unknown, is not in `config.data_dir`, or does not fit.
     """
     if config.dataset is None and config.data_dir is None:
         return Datasets(
@@ -68,15 +68,16 @@ def create_datasets(config: TrainConfig) -> Datasets:
         return _open_images(config, root)
     if not config.dataset.lower().startswith(_TORCH):
         raise CommandError(
-            f"--dataset {config.dataset}: right would be torch/NAME, such as torch/cifar10, or"
-            " none for a folder or tar of images. Streams have no order that a run could return to"
+            f"--dataset {config.dataset}: expected torch/NAME, such as torch/cifar10, or no"
+            " --dataset for a folder or tar of images. Streams do not work: they have no fixed"
+            " order, so a run could not resume"
         )
     return _open_torchvision(config, config.dataset, root)
 
 
 def _open_images(config: TrainConfig, root: Path) -> Datasets:
     train = _read(_find_split(root, "--train-split", config.train_split, _TRAIN_NAMES))
-    # One in a tar names it otherwise.
+    # timm's reader of tars uses the second name.
     names = ("class_to_idx", "class_name_to_idx")
     class_map = next(getattr(train.reader, name) for name in names if hasattr(train.reader, name))
     path = _find_split(root, "--val-split", config.val_split, _VALIDATION_NAMES)
@@ -94,7 +95,7 @@ def _find_split(root: Path, flag: str, name: str, synonyms: tuple[str, ...]) -> 
         path.name for path in root.iterdir() if path.is_dir() or path.suffix == ".tar"
     )[:8]
     raise CommandError(
-        f"{flag} {name}: no folder {' or '.join(dict.fromkeys(names))} in {root}, nor a tar;"
+        f"{flag} {name}: no folder or tar named {' or '.join(dict.fromkeys(names))} in {root};"
         f" it has {', '.join(present) if present else 'no folders'}"
     )
 
@@ -107,7 +108,7 @@ def _read(path: Path, class_map: dict[str, int] | None = None) -> Any:
     except RuntimeError:
         pass
     raise CommandError(
-        f"{path}: no images found; right would be {path}/CLASS/IMAGE.jpg"
+        f"{path}: no images found; expected {path}/CLASS/IMAGE.jpg"
         + (", with the classes of the training images" if class_map else "")
     )
 
@@ -115,15 +116,15 @@ def _read(path: Path, class_map: dict[str, int] | None = None) -> Any:
 def _open_torchvision(config: TrainConfig, name: str, root: Path) -> Datasets:
     train = _open_part(name, root, "--train-split", config.train_split)
     validation = _open_part(name, root, "--val-split", config.val_split)
-    # Any name but "train" and its like means the test images of such a dataset.
+    # timm reads any name except "train" and its synonyms as the test images of such a dataset.
     if not getattr(train, "train", True):
         raise CommandError(
             f"--train-split {config.train_split}: these are not the training images of {name};"
-            " right would be train"
+            " use train"
         )
     classes = getattr(train, "classes", None)
     if classes is None and config.num_classes is None:
-        raise CommandError(f"--dataset {name} does not tell its classes: give --num-classes")
+        raise CommandError(f"--dataset {name} does not list its classes: give --num-classes")
     if classes != getattr(validation, "classes", None):
         raise CommandError(f"--dataset {name}: its training and validation classes differ")
     num_classes = len(classes) if classes is not None else config.num_classes or 0
@@ -134,12 +135,12 @@ def _open_part(name: str, root: Path, flag: str, split: str) -> Any:
     try:
         return create_dataset(name, root=str(root), split=split, download=False)
     except Exception as error:
-        # timm asserts that it knows the name; torchvision raises what reading a file can raise.
+        # timm asserts that it knows the name; torchvision raises any error of reading a file.
         raise CommandError(f"--dataset {name}, {flag} {split}, in {root}: {error}") from error
 
 
 class _Images(Dataset[tuple[Any, int]]):
-    """A dataset of torchvision whose images all are RGB, as timm's own are."""
+    """A torchvision dataset whose images are all RGB, as in timm's own datasets."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset

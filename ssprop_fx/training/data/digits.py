@@ -18,7 +18,7 @@ DATA_CONFIG: dict[str, Any] = {
     "crop_pct": 1.0,
     "crop_mode": "center",
 }
-# A mirrored digit is no digit, and a crop of a twelfth of one could be any.
+# A mirrored digit is not a digit, and a crop of a twelfth (timm's default) fits any digit.
 AUGMENTATION: dict[str, Any] = {
     "scale": (0.7, 1.0),
     "ratio": (0.9, 1.1),
@@ -32,8 +32,8 @@ class Digits(Dataset[tuple[Any, int]]):
     """Scikit-learn's handwritten digits: 1797 scans of 8x8 pixels, 10 classes.
 
     Args:
-        train: the training part (1437 images) or the validation part (360); the split is
-            stratified and always the same.
+        train: True for the training part (1437 images), False for the validation part (360). The
+            split is stratified and always the same.
     """
 
     def __init__(self, train: bool) -> None:

@@ -26,9 +26,9 @@ class Loaders:
     Attributes:
         train: batches of (images, labels); images are float32 [N, 3, H, W].
         validation: the same; its last batch may be smaller.
-        sampler: decides which epoch `train` yields.
+        sampler: selects the epoch that `train` yields.
         steps_per_epoch: number of training steps in a whole epoch.
-        images_per_step: number of images in each, over all processes and accumulated batches.
+        images_per_step: number of images in a step, over all processes and accumulated batches.
     """
 
     train: Iterable[Batch]
@@ -43,14 +43,14 @@ def create_loaders(
 ) -> Loaders:
     """Make the loaders.
 
-    The training loader leaves out a last step that is smaller than the others, because a batch
-    of another size makes torch.compile compile again.
+    The training loader leaves out a smaller last step, because a batch of another size makes
+    torch.compile compile again.
 
     Args:
         config: settings of the run.
-        datasets: what to load.
-        data_config: input size and normalisation, as of `timm.data.resolve_data_config`.
-        processes: processes of the run; on CUDA batches are normalised there.
+        datasets: the datasets to load.
+        data_config: input size and normalisation, as in `timm.data.resolve_data_config`.
+        processes: processes of the run; on CUDA, batches are normalised on the device.
 
     Raises:
         CommandError: the training dataset is smaller than a step.
@@ -91,7 +91,7 @@ def create_loaders(
         re_prob=config.reprob if config.aug else 0.0,
         re_mode=augmentation.remode,
         re_count=augmentation.recount,
-        # The prefetcher would erase with random numbers that no sample's seed decides.
+        # The prefetcher's random erasing would ignore the samples' seeds.
         use_prefetcher=on_cuda and config.reprob == 0,
         **{**datasets.augmentation, **given},
         **common,
@@ -114,27 +114,27 @@ def create_loaders(
         use_prefetcher=on_cuda,
         **common,
     )
-    # Each process validates its own part, and no image twice to fill up a batch.
+    # Each process validates its own part; no image repeats to fill a batch.
     validation.batch_sampler.sampler = range(
         processes.rank, len(datasets.validation), processes.world_size
     )
     for loader in (train, validation):
-        # An iterator draws its workers' seed from the generator that dropout uses as well, and a
-        # run that continues in the middle of an epoch makes one iterator more.
+        # By default an iterator draws its workers' seed from dropout's generator. A run that
+        # resumes inside an epoch makes one more iterator, which would change dropout.
         getattr(loader, "loader", loader).generator = torch.Generator()
     return Loaders(train, validation, sampler, steps_per_epoch, images_per_step)
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Callable[..., Batch] | None:
-    """Return timm's mixup and cutmix, None if there is none.
+    """Return timm's mixup and cutmix, or None if the run uses neither.
 
     Args:
         config: settings of the run.
         num_classes: number of outputs of the model.
 
     Returns:
-        Function (images, labels, epoch, key) -> (images, [N, num_classes] label distributions),
-        with random numbers that seed and key alone decide. It smooths the labels itself.
+        Function (images, labels, epoch, *key) -> (images, [N, num_classes] label distributions).
+        Its random numbers depend only on the seed and the key. It smooths the labels itself.
     """
     if not config.has_mixup:
         return None

@@ -1,8 +1,8 @@
 """Data order and augmentation as pure functions of (seed, epoch, index).
 
-A run that stops in the middle of an epoch and continues later must see the very batches that it
-would have seen, without reading again those that it has seen, and whatever the number of loader
-workers. So neither order nor augmentation draws on a random state that is carried along.
+A run that resumes inside an epoch must see the batches that it would have seen without the stop. It
+must not read the earlier ones again, and the number of loader workers must not matter. So order and
+augmentation use no random state that carries over from sample to sample.
 """
 
 import random
@@ -18,10 +18,10 @@ __all__ = ["EpochSampler", "SeededDataset", "derive_seed", "seeded"]
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) pairs in a random order that seed and epoch alone decide.
+    """Yields (epoch, index) pairs in a random order that depends only on seed and epoch.
 
-    With several processes each takes every `world_size`-th pair of that order, so that together
-    they see in each step the very samples that one process with as large a batch would see.
+    With several processes, each takes every `world_size`-th pair of that order. In each step they
+    together see the samples that one process with the same total batch size would see.
 
     Args:
         length: number of samples in the dataset.
@@ -54,7 +54,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
         Args:
             epoch: the epoch, from 0.
-            skip: number of samples at its beginning, over all processes, that are left out.
+            skip: number of samples to leave out at its beginning, over all processes.
         """
         self._epoch = epoch
         self._skip = skip
@@ -70,7 +70,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose random transforms depend on (seed, epoch, index) alone.
+    """A dataset whose random transforms depend only on (seed, epoch, index).
 
     Args:
         dataset: the dataset, with a settable `transform`.
@@ -101,16 +101,16 @@ class SeededDataset(Dataset[Any]):
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2**63) that is another one for other parts."""
-    # Strings are hashed by SHA-512, so that neighbouring parts give unrelated seeds.
+    """Return a seed in [0, 2**63) that depends on the parts."""
+    # Random hashes a string with SHA-512, so neighbouring parts give unrelated seeds.
     return random.Random(repr(parts)).getrandbits(63)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that transforms use, and put them back at the end.
+    """Seed the generators that transforms use, and restore them at the end.
 
-    Without loader workers the model draws on the same ones.
+    Without loader workers, the model uses the same generators.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

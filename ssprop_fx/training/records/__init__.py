@@ -1,1 +1,1 @@
-"""Records: what a run writes down."""
+"""The records that a run writes."""

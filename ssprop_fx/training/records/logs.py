@@ -1,4 +1,4 @@
-"""Records: the rows of a run in memory, in its CSV files and, on demand, in TensorBoard."""
+"""Records: the rows of a run in memory, in its CSV files and optionally in TensorBoard."""
 
 import math
 from dataclasses import asdict, fields
@@ -18,9 +18,9 @@ class Records:
 
     Args:
         folder: the run's folder.
-        step: rows of this step and later ones are dropped: the run continues there.
-        epoch: rows of this epoch and later ones are dropped.
-        tensorboard: whether the rows go to TensorBoard as well, in `tensorboard/`.
+        step: the step that the run resumes at; its row and later rows are discarded.
+        epoch: the epoch that the run resumes at; its row and later rows are discarded.
+        tensorboard: whether to write the rows to TensorBoard as well, in `tensorboard/`.
 
     Attributes:
         steps: rows of the steps so far.
@@ -43,7 +43,7 @@ class Records:
         self._unwritten: list[StepRow] = []
 
     def add_step(self, row: StepRow) -> None:
-        """Add a step's row; it is written by `flush`."""
+        """Add a step's row; `flush` writes it."""
         self.steps.append(row)
         self._unwritten.append(row)
         if self._log is not None:
@@ -60,16 +60,16 @@ class Records:
         gpu_joules: float = math.nan,
         cpu_joules: float = math.nan,
     ) -> EpochRow:
-        """Add the row of the epoch whose steps have just ended.
+        """Add and write the row of an epoch that just ended.
 
         Args:
             epoch: the epoch.
             eval_loss: validation loss.
             eval_top1: validation accuracy in percent.
             batch_size: training images in a step.
-            seconds: seconds spent on training in it.
-            gpu_joules: joules that the GPUs used meanwhile.
-            cpu_joules: joules that the CPU used meanwhile.
+            seconds: seconds of training in the epoch.
+            gpu_joules: joules that the GPUs used in that time.
+            cpu_joules: joules that the CPU used in that time.
 
         Returns:
             The row.
@@ -99,14 +99,14 @@ class Records:
         return row
 
     def flush(self) -> None:
-        """Write the steps' rows that are not written yet."""
+        """Write the pending rows of steps."""
         _append(self._steps_path, self._unwritten)
         self._unwritten = []
         if self._log is not None:
             self._log.flush()
 
     def close(self) -> None:
-        """Write what is not written yet; no row may be added after it."""
+        """Write the pending rows; add no row afterwards."""
         self.flush()
         if self._log is not None:
             self._log.close()
@@ -123,5 +123,5 @@ def _write(path: Path, kind: type[Any], rows: list[Any]) -> None:
 
 
 def _format(rows: list[Any]) -> str:
-    # In full precision, so that a run that continues from its files sums up the same numbers.
+    # In full precision, so that a resumed run sums the same numbers.
     return "".join(",".join(map(repr, asdict(row).values())) + "\n" for row in rows)

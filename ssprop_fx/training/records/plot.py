@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy, drop rate and time over its steps."""
+"""The plot of a run: accuracy, drop rate and time over its steps."""
 
 from pathlib import Path
 
@@ -17,17 +17,17 @@ _DENSE, _SPARSE, _ACCURACY = "#4c566a", "#d08770", "#2e7d6b"
 
 
 def plot_run(records: Records, path: Path, title: str) -> None:
-    """Draw a run into a PNG file.
+    """Plot a run into a PNG file.
 
     Args:
         records: rows of the run; at least one step.
-        path: the file; one that exists is replaced.
-        title: title of the picture.
+        path: the file; an existing file is replaced.
+        title: title of the plot.
 
     Raises:
         OSError: the file cannot be written.
     """
-    # A figure of its own and not pyplot's: no global state, no display needed.
+    # Not pyplot: a separate figure has no global state and needs no display.
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, rate, time = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 2.4))
@@ -65,10 +65,10 @@ def plot_run(records: Records, path: Path, title: str) -> None:
             _draw_times(time, rows, name, color, median_ms(rows, sparse=sparse))
     if timed:
         time.legend(frameon=False, fontsize=9)
-        # A few hiccups of the machine must not flatten the rest.
+        # A few slow steps must not flatten the rest.
         typical = sorted(row.ms for row in timed)[int(0.98 * (len(timed) - 1))]
         time.set_ylim(0, 1.25 * typical)
-    time.set_title("Time of a training step, compiling steps left out", loc="left", fontsize=10)
+    time.set_title("Time of a training step, without compiling steps", loc="left", fontsize=10)
     time.set_ylabel("milliseconds")
     time.set_xlabel("step")
     time.xaxis.set_major_locator(MaxNLocator(integer=True))

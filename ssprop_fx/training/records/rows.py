@@ -1,4 +1,4 @@
-"""Rows: what a run notes of each step and each epoch, and how its CSV files are read."""
+"""Rows: the record of a step or an epoch, and the reader of a run's CSV files."""
 
 import csv
 import math
@@ -22,14 +22,14 @@ class StepRow:
         step: number of the step, from 0.
         epoch: the epoch it belongs to, from 0.
         loss: training loss of its batch.
-        drop_rate: drop rate in force.
-        backward_saved: fraction of the dense backward's FLOPs that the step left out; NaN where
-            that is not known.
+        drop_rate: drop rate of the step.
+        backward_saved: fraction of the dense backward's FLOPs that the step left out; NaN if
+            unknown.
         lr: learning rate of the first parameter group.
         ms: milliseconds from the batch on the device to the end of the optimizer's step.
-        timed: 0 for a step that may have compiled a graph: `ms` is no measure of it.
-        kept_mass: mean over layers of the share of the score that the kept channels hold, 1 for a
-            dense step; on a GPU that of some steps before; NaN where that is not known.
+        timed: 0 for a step that may have compiled a graph, so that `ms` says little; else 1.
+        kept_mass: share of the score that the kept channels hold, mean over layers; 1 for a dense
+            step; NaN if unknown. On a GPU, the value is some steps old.
     """
 
     step: int
@@ -49,19 +49,19 @@ class EpochRow:
 
     Attributes:
         epoch: number of the epoch, from 0.
-        step: number of steps of the run at its end.
+        step: number of steps of the run at the epoch's end.
         train_loss: mean training loss.
         eval_loss: cross entropy on the validation images, without smoothing.
-        eval_top1: share of them that are classified correctly, in percent.
+        eval_top1: share of the validation images that are classified correctly, in percent.
         drop_rate: mean drop rate of its steps.
         backward_saved: mean fraction of the dense backward's FLOPs left out.
         dense_ms: median milliseconds of a step at drop rate 0, NaN if none was timed.
-        sparse_ms: the same above drop rate 0.
-        images_per_s: training images a second, loading and compiling included.
-        lr: learning rate at its end.
-        seconds: seconds spent on training in it, without validation.
-        gpu_joules: joules that the GPUs used meanwhile, NaN where that is not measured.
-        cpu_joules: the same of the CPU packages and their memory.
+        sparse_ms: the same for a step above drop rate 0.
+        images_per_s: training images per second, including loading and compiling.
+        lr: learning rate at the epoch's end.
+        seconds: seconds of training in the epoch, without validation.
+        gpu_joules: joules that the GPUs used in that time, NaN if not measured.
+        cpu_joules: the same for the CPU packages and their memory.
     """
 
     epoch: int
@@ -84,12 +84,12 @@ Row = TypeVar("Row", StepRow, EpochRow)
 
 
 def step_times(steps: Iterable[StepRow], *, sparse: bool) -> list[float]:
-    """Return the milliseconds of the timed steps of one kind."""
+    """Return the milliseconds of the timed steps, sparse or dense."""
     return [row.ms for row in steps if row.timed and (row.drop_rate > 0) == sparse]
 
 
 def median_ms(steps: Iterable[StepRow], *, sparse: bool) -> float:
-    """Return the median milliseconds of the timed steps of one kind, NaN if there is none."""
+    """Return the median milliseconds of the timed steps, sparse or dense; NaN if there is none."""
     times = step_times(steps, sparse=sparse)
     return median(times) if times else math.nan
 
@@ -97,11 +97,11 @@ def median_ms(steps: Iterable[StepRow], *, sparse: bool) -> float:
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Return the rows of a file, none if it does not exist.
 
-    A process that is killed can leave half a row at the end, which is left out.
+    A killed process can leave half a row at the end; it is ignored.
 
     Args:
         path: `steps.csv` or `summary.csv` of a run.
-        kind: what its rows are.
+        kind: class of its rows.
 
     Raises:
         OSError: the file cannot be read.

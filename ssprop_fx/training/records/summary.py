@@ -1,4 +1,4 @@
-"""What a run prints at its end: dense against sparse steps, arithmetic saved, accuracy."""
+"""The summary that a run prints at its end: step times, saved FLOPs, accuracy, energy."""
 
 import math
 from statistics import fmean, quantiles
@@ -10,15 +10,15 @@ __all__ = ["format_summary"]
 
 
 def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -> str:
-    """Return the closing table of a run.
+    """Return the summary of a run.
 
     Args:
         records: rows of the run.
         batch_size: training images in a step.
-        why_no_energy: why energy was not measured, if it was not.
+        why_no_energy: why energy was not measured; "" if it was.
 
     Returns:
-        Several lines without a last newline. What was not measured is shown as "-".
+        Several lines without a final newline; "-" stands for a missing time or saving.
     """
     lines = [f"{'phase':<8}{'steps':>8}{'median ms/step':>16}{'quartiles':>18}{'images/s':>11}"]
     medians = {}
@@ -60,7 +60,7 @@ def _energy(records: Records, why_not: str) -> str:
 
 
 def _quartiles(records: Records, sparse: bool) -> str:
-    # Wide ones say that the machine was busy with something else as well.
+    # A wide range means that the machine was busy with other work as well.
     times = step_times(records.steps, sparse=sparse)
     if len(times) < 2:
         return "-"

@@ -15,10 +15,10 @@ _EPOCH_NAMES = ("train_loss", "eval_loss", "eval_top1", "images_per_s", "gpu_jou
 
 
 def check_tensorboard() -> None:
-    """Check that TensorBoard is there.
+    """Check that TensorBoard is installed.
 
     Raises:
-        CommandError: it is not installed.
+        CommandError: it is not.
     """
     try:
         import torch.utils.tensorboard  # noqa: F401
@@ -33,7 +33,8 @@ class TensorBoardLog:
 
     Args:
         folder: folder of the event files.
-        step: the run continues here: TensorBoard leaves out later steps of older files.
+        step: the step that the run resumes at; TensorBoard ignores this and later steps of older
+            files.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
@@ -46,15 +47,15 @@ class TensorBoardLog:
         self._add("step", _STEP_NAMES, row, row.step)
 
     def add_epoch(self, row: EpochRow) -> None:
-        """Add an epoch's row, at the step of its end."""
+        """Add an epoch's row, at the step where it ends."""
         self._add("epoch", _EPOCH_NAMES, row, row.step)
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write pending rows."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is not written yet, and close the files."""
+        """Write pending rows and close the files."""
         self._writer.close()
 
     def _add(self, group: str, names: tuple[str, ...], row: Any, step: int) -> None:
