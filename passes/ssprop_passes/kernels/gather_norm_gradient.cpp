@@ -1,8 +1,9 @@
 // Channels gathered from a batch norm's gradient, channels last; see gather_norm_gradient.py.
 //
-//   out[n, p, j] = ((h - (x[n, p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j],  c = at[j]
+//   out[n, p, j] = ((h - (x[n, p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j]
 //
-// Here h = g[n, p, c] or, if factor and addend are given, g[n, p, c] * factor[n, j] + addend[n, j].
+// with c = at[j]. Here h = g[n, p, c] or, if factor and addend are given,
+// g[n, p, c] * factor[n, j] + addend[n, j].
 // If the norm feeds a ReLU, h is 0 wherever the norm's output
 //
 //   (x[n, p, c] - mean[j]) * inverse_std[j] * weight[j] + bias[j]

@@ -206,7 +206,7 @@ def test_groups_are_selected_from_by_themselves(select: str) -> None:
 def test_names_what_a_function_of_ones_own_got_wrong() -> None:
     site = Site()
     cases = {
-        "score must return one score a channel, shape .16,., got .5,.": Selection(
+        "score must return one score per channel, shape .16,., got .5,.": Selection(
             score=lambda grad_output, weight: grad_output.abs().mean(1)
         ),
         "select must return int64 indices, k of each group, got torch.float32": Selection(
