@@ -74,7 +74,7 @@ class Selection:
     ) -> tuple[Tensor, Tensor]:
         """Return the kept channels of `grad_output`, weighted if the selector weights them.
 
-        With a memory, eta times what the last steps left out is first added to `grad_output`.
+        With a memory, eta times the memory is first added to `grad_output`.
 
         Args:
             grad_output: [N, C, *space].

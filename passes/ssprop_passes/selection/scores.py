@@ -92,7 +92,7 @@ SCORES: dict[str, Score] = {"mean_abs": mean_abs, "l2": l2, "l2_weight": l2_weig
 
 
 def power_over_ranks(score: Score) -> int:
-    """Return the exponent of the power mean that combines the ranks' scores to those of all samples.
+    """Return the exponent of the power mean that turns the ranks' scores into the whole batch's.
 
     It is 2 for l2 norms, else 1, the plain mean. This is right for a custom score that is itself a
     mean over samples.
