@@ -1,8 +1,9 @@
 """Weight gradient of a convolution from few kept channels, on a CPU.
 
-oneDNN's vectors hold output channels of one group. If few channels are kept, its time shrinks less
-than their number, and with few in a group it hardly shrinks. In our kernel, `conv_grad_weight.cpp`,
-vectors hold input channels, so the time is proportional to the kept channels.
+oneDNN's vectors hold output channels of one group. If few channels are kept, its time falls by less
+than their number, and hardly at all if few of each group are kept. In our kernel,
+`conv_grad_weight.cpp`, vectors hold input channels, so the time is proportional to the kept
+channels.
 """
 
 import ctypes

@@ -101,7 +101,7 @@ def oracle(
         kept = find_factors(shares, actual[key]).abs() > 1e-6
         assert kept.view(groups, -1).sum(1).tolist() == [k] * groups
         assert torch.equal(kept.view(-1, block).all(1), kept.view(-1, block).any(1))
-    # One score for the gradients of weight and bias, one for the input gradient.
+    # One for the gradients of weight and bias, one for that of the input.
     pair = score if isinstance(score, tuple) else (score, score)
     by_weight, by_input = (
         scaled_gradients(

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gate
 
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start without times and without compiled graphs; Inductor's compiled kernels remain."""
+    """No times known, and no compiled graphs: those of Inductor's kernels alone."""
     monkeypatch.setattr(ssprop_passes.transforms.gate, "cache_dir", lambda: str(tmp_path))
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
