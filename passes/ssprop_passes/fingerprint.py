@@ -1,4 +1,4 @@
-"""What a function computes, as a text: the compile cache must know one selector from another."""
+"""A text that identifies what a function computes: the compile cache must tell selectors apart."""
 
 import builtins
 import dis
@@ -14,22 +14,22 @@ import torch
 
 __all__ = ["identity_maybe", "sources_hash"]
 
-# Their sources are part of the compile cache's key by their release, ours by `sources_hash`.
+# The compile cache's key covers these packages: ours by `sources_hash`, the others by release.
 _KNOWN_PACKAGES = ("_operator", "builtins", "math", "operator", "ssprop_passes", "torch")
 
-# What these built-in functions see is not in the code that calls them.
+# The code that calls these built-ins does not show what they read.
 _UNKNOWN_BUILTINS = ("__import__", "eval", "exec", "globals", "open", "vars")
 
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class _UnknownError(Exception):
-    """Something that a function uses cannot be told from what it may be another time."""
+    """A function uses something that may change without a change of its description."""
 
 
 @cache
 def sources_hash() -> str:
-    """Return a hash of this package's sources: an edited pass must miss the compile cache."""
+    """Return a hash of this package's sources, so that an edited pass misses the compile cache."""
     digest = hashlib.sha256()
     files = Path(__file__).parent.rglob("*")
     for path in sorted(file for file in files if file.suffix in (".py", ".cpp")):
@@ -38,11 +38,11 @@ def sources_hash() -> str:
 
 
 def identity_maybe(fn: Callable[..., Any]) -> str | None:
-    """Return a hash that changes with what a function computes, None if that cannot be known.
+    """Return a hash that changes with what a function computes; None if that cannot be known.
 
-    It covers the function's bytecode and constants, defaults, closure, the global names that it
-    reads and the functions among these, in turn. Torch's functions and those of this package
-    count by name. Not known is what depends on other packages or on objects with a state.
+    The hash covers the function's bytecode, constants, defaults, closure and the globals it reads,
+    and recursively any functions among these. Functions of torch and of this package count by
+    name. The result is None if the function depends on other packages or on stateful objects.
 
     Args:
         fn: the function.
@@ -90,10 +90,10 @@ def _describe_function(fn: types.FunctionType, seen: set[int]) -> Any:
     seen.add(id(fn))
     try:
         closure = tuple(cell.cell_contents for cell in fn.__closure__ or ())
-    except ValueError:  # a cell that is empty yet
+    except ValueError:  # a cell that is still empty
         raise _UnknownError from None
     captured = (fn.__defaults__, tuple(sorted((fn.__kwdefaults__ or {}).items())), closure)
-    # By where it was defined: a wrapper may bear another function's name.
+    # Judge by the defining module: a wrapper may carry another function's name.
     package = fn.__globals__.get("__name__")
     code = fn.__code__.co_qualname if _is_known(package) else _describe_code(fn.__code__, fn, seen)
     return [package, code, _describe(captured, seen)]

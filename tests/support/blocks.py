@@ -1,4 +1,4 @@
-"""A block that Dynamo compiles once for all of its kind."""
+"""A block that Dynamo compiles once for all blocks of its class."""
 
 import torch
 from torch import Tensor, nn

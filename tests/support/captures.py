@@ -1,4 +1,4 @@
-"""What torch itself makes of a small model: Dynamo's graph, joint graph, and its two parts."""
+"""The graphs that torch alone makes of a small model: Dynamo's, the joint one and its two parts."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Captured:
-    """What torch makes of a step of a convolution and two linear layers."""
+    """The graphs that torch makes of a step of a convolution and two linear layers."""
 
     model: nn.Module
     dynamo: fx.GraphModule
@@ -24,7 +24,7 @@ class Captured:
     backward: fx.Graph
 
     def called(self, target: object, tag: str | None = None) -> list[fx.Node]:
-        """Nodes of the joint graph with this target and, if given, this partitioner tag."""
+        """Return the joint graph's nodes with this target and, if given, this partitioner tag."""
         nodes = self.joint.find_nodes(op="call_function", target=target)
         return [n for n in nodes if tag in (None, n.meta.get("partitioner_tag"))]
 
@@ -32,7 +32,7 @@ class Captured:
 def capture(
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Any], model: nn.Module | None = None
 ) -> nn.Module:
-    """Compile a small model, or this one, with a backend, and run a step of it."""
+    """Compile `model`, by default a small one, with a backend, and run a step."""
     torch._dynamo.reset()
     model = model or nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6), nn.Linear(6, 5)
@@ -57,7 +57,7 @@ def aot(
 
         return compile_part
 
-    # Partitioned as by Inductor and by the backend "aot_eager".
+    # Inductor and the backend "aot_eager" partition this way, too.
     compile_graph = aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
@@ -68,7 +68,7 @@ def aot(
 
 @functools.cache
 def captured() -> Captured:
-    """Capture one step, with a mark in `meta["custom"]` of the nodes that take a weight."""
+    """Capture one step; nodes that take a weight have a mark in `meta["custom"]`."""
     from torch._functorch import config
 
     found: dict[str, Any] = {}

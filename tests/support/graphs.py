@@ -20,10 +20,10 @@ def joint_graph(
     slot_count: int,
     change: Callable[[fx.Graph], None],
 ) -> tuple[fx.Graph, tuple[torch.Tensor | None, ...]]:
-    """Trace `fn(*inputs)`, let `change` edit the joint graph, run it.
+    """Trace `fn(*inputs)`, let `change` edit the joint graph, and run it.
 
     Returns:
-        The joint graph after the edit, and the gradients of the sum of squares for the inputs.
+        The joint graph after the edit, and the inputs' gradients of the sum of squares.
     """
     torch._dynamo.reset()
     graphs = []
@@ -74,7 +74,7 @@ def count(graph: fx.Graph, target: object) -> int:
 
 
 def sparse_runs(backend: SparseBackend) -> int:
-    """How often a backend's graphs with a rewritten site were called."""
+    """Return how often a backend called its graphs that have a rewritten site."""
     return sum(graph.runs for graph in backend.graphs if graph.is_sparse)
 
 

@@ -1,7 +1,7 @@
-"""Random single layers, what the packages make of their backward, and what an oracle does.
+"""Random single layers: their sparse backward by the packages, and by an oracle.
 
-`python tests/support/layer_cases.py 10000` runs that many cases against the oracle; each run draws
-others.
+`python tests/support/layer_cases.py 10000` checks that many cases against the oracle; each run
+draws new ones.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class ConvCase:
-    """A convolution; one entry a spatial dimension where a tuple."""
+    """A convolution; tuples have one entry per spatial dimension."""
 
     batch: int
     size: tuple[int, ...]
@@ -129,7 +129,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
 def is_near_tie(case: Case, grad_output: Tensor) -> bool:
-    """Say whether rounding decides between the weakest kept channel and the strongest left out."""
+    """Say whether rounding decides between the weakest kept and the strongest dropped channel."""
     of_group = case.channels // case.selection_groups
     k = keep_count(of_group, case.drop_rate)
     if k == of_group:
@@ -142,9 +142,9 @@ def is_near_tie(case: Case, grad_output: Tensor) -> bool:
 def check(case: Case) -> None:
     """Compare the sparse gradients of a case with the dense ones of the masked grad_output.
 
-    The rounding error of a sum of products is bounded by the sum of their magnitudes (Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1), and measured against it: the sum
-    itself may cancel.
+    The sum of the products' magnitudes bounds the rounding error of a sum of products (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1). The error is measured against that
+    bound, because the sum itself may cancel.
     """
     tensors = [t.requires_grad_() for t in case.tensors()]
     output = case.forward(*tensors)
@@ -226,7 +226,7 @@ LINEAR_CASES = st.builds(
 CASES = st.one_of(conv_cases(), conv_cases(), LINEAR_CASES)
 
 
-# Hypothesis remembers every case that it has tried: more of them at once want too much memory.
+# Hypothesis remembers every case that it tried: more of them at once need too much memory.
 AT_ONCE = 10_000
 
 

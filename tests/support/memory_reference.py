@@ -1,4 +1,4 @@
-"""Backwards that remember, step by step and eagerly: shares no code with the packages."""
+"""Backwards with memory, step by step and eagerly; shares no code with the packages."""
 
 import copy
 
@@ -31,7 +31,7 @@ class ReferenceLayer(nn.Module):
         self.call = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        # Two copies of the output, through which the weight and the input get their gradients.
+        # Two copies of the output: one gives the weight its gradient, the other the input.
         for_weight = self.layer(x.detach())
         detached = {name: p.detach() for name, p in self.layer.named_parameters()}
         for_input = functional_call(self.layer, detached, (x,))
@@ -50,7 +50,7 @@ class ReferenceLayer(nn.Module):
         if isinstance(self.layer, nn.Linear):
             grad = grad.reshape(-1, shape[-1])
         memory = self.memories.get(call, torch.zeros_like(grad[0]))
-        # Without eta, of any shape.
+        # If eta is 0, the shape may change from call to call.
         g = grad + self.eta * memory if self.eta else grad
         scores = g.transpose(0, 1).flatten(1).norm(dim=1)
         factors = torch.zeros_like(scores)
@@ -66,7 +66,7 @@ class ReferenceLayer(nn.Module):
 
 
 def reference(model: nn.Module, **options: object) -> nn.Module:
-    """Return a copy of a model, each of its layers a `ReferenceLayer`."""
+    """Return a copy of a model in which each layer is a `ReferenceLayer`."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -83,7 +83,7 @@ def reference(model: nn.Module, **options: object) -> nn.Module:
 
 
 def memories(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a reference model remembers, by the names that the package gives it."""
+    """Return the memories of a reference model, under the names that the package uses."""
     return {
         f"{name}@{call}" if call else name: tensor
         for name, layer in model.named_modules()

@@ -1,4 +1,4 @@
-"""Batch norms for tests, and a joint graph's pass run on what reads their gradients."""
+"""Batch norms for tests, and a run of the pass on nodes that read their gradients."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def trace(fn: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
 def rewrite(
     fn: Callable[..., Tensor], *inputs: Tensor
 ) -> tuple[fx.GraphModule, BatchNormGradientPass]:
-    """Trace a function, run the pass on it as if squares and gathers were the sparse backward's."""
+    """Trace a function, mark its squares and gathers as inserted, and run the pass on it."""
     traced = trace(fn, *inputs)
     for node in traced.graph.nodes:
         if node.target in (torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.index.Tensor):
@@ -37,7 +37,7 @@ def rewrite(
 
 
 def data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return random numbers with another mean and spread a channel, the first one's tiny."""
+    """Return random numbers; mean and spread differ by channel, and the first spread is tiny."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     channels = [-1 if d == 1 else 1 for d in range(len(shape))]
     spread = torch.logspace(-3, 1, shape[1], dtype=torch.float64).view(channels)

@@ -1,8 +1,8 @@
-"""An independent oracle: eager, dense backward, with the unselected channels' gradient masked.
+"""An independent oracle: an eager dense backward that masks the gradient of unselected channels.
 
-Shares no code with the packages under test. Where a channel of grad_output is zero, so are its
-rows of the weight's gradient, its entry of the bias's and its part of the input's: the sparse
-backward must equal the dense backward of the masked grad_output.
+It shares no code with the packages under test. If a channel of grad_output is zero, so are its rows
+of the weight gradient, its entry of the bias gradient and its share of the input gradient. So the
+sparse backward must equal the dense backward of the masked grad_output.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# What the documentation says: no torch before 2.15 can compile a keep count of 1 everywhere.
+# As the documentation says: before 2.15 torch cannot compile a keep count of 1 everywhere.
 SMALLEST = 1 if int(torch.__version__.split(".")[1]) >= 15 else 2
 
 
@@ -25,7 +25,7 @@ def keep_count(channels: int, drop_rate: float) -> int:
 def mask_channels(
     grad: Tensor, drop_rate: float, groups: int = 1, dim: int = 1, score: str = "l2"
 ) -> Tensor:
-    """Zero all but the strongest channels of each group."""
+    """Zero all channels except the strongest of each group."""
     by_channel = grad.movedim(dim, 0)
     scores = by_channel.flatten(1).norm(p=1 if score == "mean_abs" else 2, dim=1)
     per_group = scores.numel() // groups
@@ -43,9 +43,9 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class MaskCalls(TorchFunctionMode):
-    """Masks the calls that take a layer's weight without calling the layer.
+    """Masks calls that take a layer's weight without calling the layer.
 
-    A call from inside the layer is masked twice, by this and by the hook, and the second time
+    A call from inside the layer is masked twice, by this mode and by the hook. The second mask
     changes nothing.
     """
 
@@ -125,8 +125,8 @@ def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Return the relative error (2-norm) of each gradient.
 
-    Some gradients are zero but for rounding, such as that of a bias before batch norm: a gradient
-    is not measured against less than a millionth of the largest one.
+    Some gradients are zero except for rounding, such as that of a bias before batch norm. The error
+    is therefore relative to at least a millionth of the largest gradient.
     """
     assert actual.keys() == expected.keys()
     floor = 1e-6 * max(want.double().norm() for want in expected.values())
@@ -144,7 +144,7 @@ def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
-    """Return the weights that each output channel of a layer is made with, one row a channel."""
+    """Return the weights that compute each output channel of a layer, one row per channel."""
     weight = layer.weight.detach()
     if not getattr(layer, "transposed", False):
         return weight.flatten(1)
@@ -162,7 +162,7 @@ def norms(rows: Tensor) -> Tensor:
     return rows.square().sum(1).sqrt()
 
 
-# Each score, of the rows of a gradient and of a weight, [C, all] both.
+# Each score, as a function of the rows of a gradient and of a weight, both [C, all].
 ORACLE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean_abs": lambda grad, weight: grad.abs().sum(1) / grad.shape[1],
     "l2": lambda grad, weight: norms(grad),
@@ -171,13 +171,13 @@ ORACLE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def channel_scores(name: str, grad: Tensor, layer: nn.Module) -> Tensor:
-    """Return the scores, [C], of the gradient of a layer's output."""
+    """Return the scores, [C], for the gradient of a layer's output."""
     channels = grad.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
     return ORACLE_SCORES[name](channels, weight_rows(layer))
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
-    """Return min(1, c * scores), c such that they add up to k, by bisection."""
+    """Return min(1, c * scores); bisection finds the c for which they add up to k."""
     scores = scores.clamp(min=scores.mean() / 1000)
     low, high = 0.0, float(1 / scores.min())
     for _ in range(200):
@@ -189,15 +189,15 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
 def channel_factors(
     select: str, scores: Tensor, k: int, groups: int, block: int, kept: Tensor | None
 ) -> Tensor:
-    """Return what each channel of grad_output is multiplied by, [C].
+    """Return the factor of each channel of grad_output, [C].
 
     Args:
         select: name of the selector.
         scores: [C].
         k: keep count of each group.
         groups: number of groups.
-        block: channels are chosen in blocks of so many.
-        kept: where the selector is a random one, which channels it has kept, bool [C].
+        block: channels are chosen in blocks of this many.
+        kept: for a random selector, the channels that it kept, bool [C].
     """
     units = scores.view(groups, -1, block).sum(-1)
     factors = torch.zeros_like(units)
@@ -215,10 +215,10 @@ def channel_factors(
 def scaled_gradients(
     model: nn.Module, layer: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], factors: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the gradients where each channel of one layer's grad_output is multiplied by a factor.
+    """Return the gradients when each channel of one layer's grad_output is multiplied by a factor.
 
     Returns:
-        The gradients, dense but for that, and grad_output itself.
+        The gradients, otherwise dense, and grad_output itself.
     """
     seen: list[Tensor] = []
 
@@ -240,6 +240,6 @@ def scaled_gradients(
 
 
 def find_factors(by_channel: list[Tensor], gradient: Tensor) -> Tensor:
-    """Return what the channels' shares of a gradient were multiplied by to add up to it, [C]."""
+    """Return the factors, [C], with which the channels' shares add up to a gradient."""
     shares = torch.stack([share.flatten() for share in by_channel], 1)
     return torch.linalg.lstsq(shares, gradient.reshape(-1, 1)).solution[:, 0]

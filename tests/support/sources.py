@@ -14,7 +14,7 @@ def files(package: str) -> list[Path]:
 
 
 def imported_names(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, wherever in it."""
+    """Return the dotted names of all imports of a file, nested ones included."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -26,6 +26,6 @@ def imported_names(path: Path) -> set[str]:
 
 
 def used_names(path: Path) -> set[str]:
-    """Dotted names that a file uses as attributes, such as `torch._inductor.config`."""
+    """Return the dotted names that a file uses as attributes, such as `torch._inductor.config`."""
     nodes = ast.walk(ast.parse(path.read_text()))
     return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}

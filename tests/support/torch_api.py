@@ -1,11 +1,11 @@
-"""Torch's private names that the packages use, what is relied on, and a canary for each.
+"""Torch's private names that the packages use, what the packages rely on, and a canary for each.
 
-A canary is a function that tries the behaviour on torch alone. Where it fails, a release of torch
-has changed what its docstring says, and the files that use the name have to follow. It imports
-inside, so that a name that is gone fails one canary and not all.
+A canary is a function that tries the behaviour on torch alone. If it fails, a torch release has
+changed what its docstring says, and the files that use the name must follow. A canary imports
+inside its body, so that a missing name fails only that canary.
 
-Names are dotted as they are imported, `.name` for attributes (also of Dynamo's and AOTAutograd's
-objects that carry no underscore), `meta.key` for keys of `node.meta`.
+Names are dotted as in an import. `.name` stands for an attribute (also one without an underscore of
+Dynamo's and AOTAutograd's objects), and `meta.key` for a key of `node.meta`.
 """
 
 import copy
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Canary:
-    """A check of what is relied on, in words, of private names."""
+    """A check of private names, and a text of what the packages rely on."""
 
     names: tuple[str, ...]
     relied_on: str
@@ -54,13 +54,13 @@ def find(graph: fx.Graph, target: object) -> list[fx.Node]:
     return graph.find_nodes(op="call_function", target=target)
 
 
-# What Dynamo hands to a backend.
+# What a backend gets from Dynamo.
 
 
 @relies_on("torch._guards.detect_fake_mode", "meta.example_value", ".from_tensor")
 def the_placeholders_of_a_dynamo_graph_hold_fake_tensors_of_one_mode() -> None:
-    """`meta["example_value"]` of inputs and outputs is a fake tensor, `detect_fake_mode` finds its
-    mode, and `mode.from_tensor(t, static_shapes=True)` makes another of the same mode.
+    """`meta["example_value"]` of inputs and outputs is a fake tensor. `detect_fake_mode` finds its
+    mode. `mode.from_tensor(t, static_shapes=True)` makes another fake tensor of that mode.
     """
     from torch._guards import detect_fake_mode
 
@@ -77,9 +77,10 @@ def the_placeholders_of_a_dynamo_graph_hold_fake_tensors_of_one_mode() -> None:
 
 @relies_on("._dynamo_source", "._param_name_to_source", "._source_to_user_stacks", "._root")
 def a_dynamo_graph_may_be_copied_and_given_an_input() -> None:
-    """Dynamo's placeholders carry `_dynamo_source`, its graph module `_param_name_to_source` and
-    `_source_to_user_stacks`, all of which AOTAutograd reads. A placeholder after the others whose
-    source is None is an input of the joint graph. `graph._root` stands before all nodes.
+    """Dynamo's placeholders carry `_dynamo_source`. Its graph module carries
+    `_param_name_to_source` and `_source_to_user_stacks`. AOTAutograd reads all three. A placeholder
+    after the others whose source is None becomes an input of the joint graph. `graph._root` comes
+    before all nodes.
     """
     from torch._guards import detect_fake_mode
 
@@ -120,8 +121,8 @@ def a_dynamo_graph_may_be_copied_and_given_an_input() -> None:
 
 @relies_on("meta.nn_module_stack")
 def the_innermost_module_of_a_node_is_known_by_its_id() -> None:
-    """The last key of `meta["nn_module_stack"]` in a Dynamo graph is `id(module)` of the innermost
-    module whose forward is running, in digits, for some calls with `@n` behind it.
+    """The last key of `meta["nn_module_stack"]` in a Dynamo graph is `id(module)`, in digits, of
+    the innermost module whose forward is running. For some calls `@n` follows.
     """
     layer = nn.Linear(5, 5)
     model = nn.Sequential(nn.Flatten(0, -2), nn.Sequential(layer, nn.ReLU(), layer))
@@ -138,9 +139,9 @@ def the_innermost_module_of_a_node_is_known_by_its_id() -> None:
 
 @relies_on("torch._dynamo.eval_frame")
 def a_call_of_a_compiled_model_shows_the_model_in_its_frames() -> None:
-    """A backend, and the code that it returns, run under a frame of `compile_wrapper` of
-    `torch._dynamo.eval_frame`, whose local variable `fn` is the model, or a method of it, or a
-    function with one of these as `__wrapped__`.
+    """A backend, and the code that it returns, run under a frame of `compile_wrapper` in
+    `torch._dynamo.eval_frame`. That frame's local variable `fn` is the model, a method of the
+    model, or a function with one of these as `__wrapped__`.
     """
     found: list[object] = []
 
@@ -168,9 +169,9 @@ def a_call_of_a_compiled_model_shows_the_model_in_its_frames() -> None:
 
 @relies_on("torch._guards.TracingContext", ".fakify_first_call")
 def a_backend_runs_in_a_tracing_context() -> None:
-    """`TracingContext.get()` is there while a backend runs. Its `fakify_first_call`, with which
-    Dynamo asks for fake outputs of the first call under DistributedDataParallel, is False
-    otherwise, and `TracingContext.patch` sets it for a while.
+    """`TracingContext.get()` works while a backend runs. Under DistributedDataParallel, Dynamo uses
+    its `fakify_first_call` to ask for fake outputs of the first call. Otherwise that is False, and
+    `TracingContext.patch` sets it temporarily.
     """
     from torch._guards import TracingContext
 
@@ -189,7 +190,7 @@ def a_backend_runs_in_a_tracing_context() -> None:
 
 @relies_on("torch._dynamo.config.suppress_errors")
 def suppressed_errors_of_a_backend_run_eagerly() -> None:
-    """Where `suppress_errors` is set, what a backend raises makes Dynamo run the code eagerly."""
+    """If `suppress_errors` is set, an error in a backend makes Dynamo run the code eagerly."""
     from torch._dynamo import config
 
     def fail(_gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
@@ -205,7 +206,7 @@ def suppressed_errors_of_a_backend_run_eagerly() -> None:
 
 @relies_on("torch._dynamo.backends.registry.lookup_backend")
 def backends_are_found_by_name() -> None:
-    """`lookup_backend` gives `(graph module, inputs) -> callable` for "inductor", "aot_eager"."""
+    """`lookup_backend` returns `(graph module, inputs) -> callable` for "inductor", "aot_eager"."""
     from torch._dynamo.backends.registry import lookup_backend
 
     assert callable(lookup_backend("inductor"))
@@ -219,9 +220,9 @@ def backends_are_found_by_name() -> None:
     "torch._dynamo.eval_frame.remove_from_cache",
 )
 def compiled_code_can_be_counted_and_forgotten() -> None:
-    """A bytecode hook is called with each code object that Dynamo compiles, before its entry is in
-    the cache, until `handle.remove()`; `_debug_get_cache_entry_list(code)` lists what was compiled
-    of it and `remove_from_cache(code)` forgets that.
+    """Dynamo calls a bytecode hook with each code object that it compiles, before the entry is in
+    the cache, until `handle.remove()`. `_debug_get_cache_entry_list(code)` lists the compiled
+    entries of a code object, and `remove_from_cache(code)` removes them.
     """
     from torch._dynamo.convert_frame import register_bytecode_hook
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache
@@ -249,8 +250,8 @@ def compiled_code_can_be_counted_and_forgotten() -> None:
 
 @relies_on("torch._dynamo.exc.TensorifyScalarRestartAnalysis")
 def a_backend_may_ask_for_another_trace() -> None:
-    """Inductor raises this in a backend where a Python number must be a constant; it is passed on
-    to Dynamo, which traces again, and is no failure.
+    """Inductor raises this in a backend if a Python number must be a constant. It is not a failure:
+    a backend passes it on to Dynamo, which traces again.
     """
     from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
@@ -259,7 +260,7 @@ def a_backend_may_ask_for_another_trace() -> None:
 
 @relies_on("._is_full_backward_hook")
 def a_module_keeps_the_kind_of_its_backward_hooks() -> None:
-    """`register_full_backward_hook` sets this on the module, which else calls no such hook."""
+    """`register_full_backward_hook` sets this on the module, which otherwise calls no such hook."""
     module = nn.Identity()
     module.register_full_backward_hook(lambda module, grad_input, grad_output: None)
     assert module._is_full_backward_hook
@@ -267,7 +268,7 @@ def a_module_keeps_the_kind_of_its_backward_hooks() -> None:
 
 @relies_on("torch._dynamo.exc.TorchDynamoException")
 def errors_of_dynamo_have_one_base_class() -> None:
-    """What Dynamo raises of its own, such as for a graph break under `fullgraph`, derives from
+    """Dynamo's own errors, such as for a graph break under `fullgraph`, derive from
     `TorchDynamoException`.
     """
     from torch._dynamo.exc import TorchDynamoException
@@ -288,9 +289,9 @@ def errors_of_dynamo_have_one_base_class() -> None:
 
 @relies_on("torch._functorch.config.patch")
 def the_joint_graph_can_be_replaced() -> None:
-    """`torch._functorch.config.joint_custom_pass`, a function of the joint graph module and its
-    inputs, sees forward and backward in one graph and returns what is partitioned. It is called
-    before a backend returns.
+    """`torch._functorch.config.joint_custom_pass` is a function of the joint graph module and its
+    inputs. It sees forward and backward in one graph, and AOTAutograd partitions what it returns.
+    The call comes before a backend returns.
     """
     graph = captured().joint
     names = [str(n.target) for n in graph.find_nodes(op="placeholder")]
@@ -302,8 +303,8 @@ def the_joint_graph_can_be_replaced() -> None:
 
 @relies_on("meta.val", ".fake_mode", ".hint")
 def nodes_of_the_joint_graph_carry_fake_values() -> None:
-    """`meta["val"]` of each node is a fake tensor, or a tuple of some, with its `fake_mode`; a
-    symbolic size has its value in this compilation as `size.node.hint`.
+    """`meta["val"]` of each node is a fake tensor with its `fake_mode`, or a tuple of fake tensors.
+    `size.node.hint` is the value of a symbolic size in this compilation.
     """
     (node,) = captured().called(aten.convolution_backward.default)
     assert node.meta["val"][1].shape == (4, 3, 3, 3)
@@ -321,8 +322,8 @@ def nodes_of_the_joint_graph_carry_fake_values() -> None:
 
 @relies_on("meta.custom")
 def custom_metadata_reaches_the_backward() -> None:
-    """What a backend writes into `meta["custom"]` of a node of Dynamo's graph is on the nodes of
-    the joint graph that the call and its backward became, and on no other products.
+    """A backend may write an entry into `meta["custom"]` of a node of Dynamo's graph. In the joint
+    graph, the nodes of that call and of its backward carry the entry, and no other products do.
     """
     graph = captured()
     (convolution,) = graph.called(aten.convolution.default)
@@ -337,7 +338,7 @@ def custom_metadata_reaches_the_backward() -> None:
 @relies_on("meta.seq_nr")
 def a_linear_call_and_its_backward_share_a_number() -> None:
     """The forward product of a linear call and its two backward products carry the same
-    `meta["seq_nr"]`, those of another call another.
+    `meta["seq_nr"]`. Another call has another number.
     """
     graph = captured()
     numbers = [n.meta["seq_nr"] for n in graph.called(aten.addmm.default)]
@@ -349,7 +350,7 @@ def a_linear_call_and_its_backward_share_a_number() -> None:
 @relies_on("meta.partitioner_tag")
 def nodes_are_tagged_as_forward_or_backward() -> None:
     """`meta["partitioner_tag"]` is "is_forward" or "is_backward" on the nodes of the joint graph.
-    One tagged "is_backward" may still move to the forward, one tagged "must_be_in_backward" not.
+    A node tagged "is_backward" may still move to the forward; "must_be_in_backward" prevents that.
     """
     from torch._functorch import config
 
@@ -358,7 +359,7 @@ def nodes_are_tagged_as_forward_or_backward() -> None:
     assert graph.called(aten.mm.default, "is_backward") == graph.called(aten.mm.default)
 
     def part_of_node_tagged(tag: str) -> list[str]:
-        """Where a small number goes that is computed from a large tensor of the forward."""
+        """Return the part that computes a small number from a large tensor of the forward."""
         parts: list[str] = []
 
         def add_sum(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
@@ -388,8 +389,8 @@ def nodes_are_tagged_as_forward_or_backward() -> None:
 
 @relies_on("aten.convolution_backward")
 def the_backward_of_a_convolution_is_one_operator() -> None:
-    """Its arguments, in this order: grad_output, input, weight, bias sizes, stride, padding,
-    dilation, transposed, output padding, groups, output mask. It gives a tuple of three.
+    """Its arguments are, in this order: grad_output, input, weight, bias sizes, stride, padding,
+    dilation, transposed, output padding, groups, output mask. It returns a tuple of three.
     """
     names = " ".join(
         argument.name for argument in aten.convolution_backward.default._schema.arguments
@@ -405,8 +406,8 @@ def the_backward_of_a_convolution_is_one_operator() -> None:
 
 @relies_on("._unsafe_view")
 def views_of_products_are_this_operator() -> None:
-    """A linear call on more than two dimensions is a product and a view of it, by one of
-    `aten.view` and `aten._unsafe_view`.
+    """A linear call on more than two dimensions is a product and a view of it. The view is
+    `aten.view` or `aten._unsafe_view`.
     """
     seen: set[object] = set()
     model = nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(0, (2, 3)), nn.Linear(5, 5, bias=False))
@@ -420,8 +421,8 @@ def views_of_products_are_this_operator() -> None:
 
 @relies_on("torch._ops.OpOverload", "._schema")
 def operators_say_whether_they_write() -> None:
-    """The target of a node that calls an operator is an `OpOverload`, whose `_schema.is_mutable`
-    says whether it changes an operand.
+    """The target of a node that calls an operator is an `OpOverload`. Its `_schema.is_mutable`
+    says whether the operator writes to an operand.
     """
     from torch._ops import OpOverload
 
@@ -441,9 +442,9 @@ def operators_say_whether_they_write() -> None:
     ".allow_scalar_outputs",
 )
 def a_function_of_fake_tensors_can_be_traced() -> None:
-    """`make_fx(fn, table, tracing_mode="real")`, in a fake mode and the Python dispatcher, gives a
-    graph whose nodes carry `meta["val"]`. With `allow_scalar_outputs`, `.item()` gives an unbacked
-    symbol that sizes may depend on; what `torch._check` says of it is then known.
+    """In a fake mode and the Python dispatcher, `make_fx(fn, table, tracing_mode="real")` returns a
+    graph whose nodes carry `meta["val"]`. With `allow_scalar_outputs`, `.item()` returns an
+    unbacked symbol that sizes may depend on. Torch then knows what `torch._check` states about it.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -474,8 +475,8 @@ def a_function_of_fake_tensors_can_be_traced() -> None:
 
 @relies_on("torch._subclasses.fake_tensor.FakeCopyMode", "torch._subclasses.fake_tensor.FakeTensor")
 def modules_can_be_copied_to_fake_tensors() -> None:
-    """`copy.deepcopy` under `FakeCopyMode(mode)` gives a module whose parameters are fake tensors,
-    tied where they were; a mode with `allow_non_fake_inputs` takes real tensors beside them.
+    """`copy.deepcopy` under `FakeCopyMode(mode)` returns a module whose parameters are fake
+    tensors; tied parameters stay tied. A mode with `allow_non_fake_inputs` also takes real tensors.
     """
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
@@ -494,7 +495,7 @@ def modules_can_be_copied_to_fake_tensors() -> None:
 
 @relies_on("torch.utils._python_dispatch._disable_current_modes")
 def modes_can_be_left_for_a_while() -> None:
-    """Within `_disable_current_modes` operators on real tensors run, whatever modes are active."""
+    """Within `_disable_current_modes` operators run on real tensors, whatever modes are active."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -526,7 +527,7 @@ def modules_hold_their_tensors_in_tables() -> None:
 
 @relies_on("._call_impl", "._compiled_call_impl")
 def a_module_may_be_compiled_in_place() -> None:
-    """Where `_compiled_call_impl` of a module is set, calling the module calls it, in place of
+    """If `_compiled_call_impl` of a module is set, a call of the module calls it instead of
     `_call_impl`, which runs hooks and `forward`.
     """
     layer = nn.Linear(5, 5)
@@ -548,8 +549,8 @@ def a_module_may_be_compiled_in_place() -> None:
 )
 def collectives_can_be_traced() -> None:
     """After the import of `_functional_collectives`, `all_reduce(x, "sum", group name)`,
-    `broadcast(x, source, group name)` and `wait_tensor(x)` give fake tensors like x; the first
-    two do not write x.
+    `broadcast(x, source, group name)` and `wait_tensor(x)` return fake tensors like x. The first
+    two do not write to x.
     """
     import torch.distributed._functional_collectives
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -577,10 +578,10 @@ def collectives_can_be_traced() -> None:
     "torch._inductor.custom_graph_pass.CustomGraphPass",
 )
 def inductor_takes_a_pass_on_the_joint_graph() -> None:
-    """`compile_fx(gm, inputs, inner, config_patches=...)` compiles the forward and, later and
-    outside of the backend, the backward by `inner`, in place of `compile_fx_inner`. In both, the
-    patches hold: `joint_custom_pre_pass`, None by default, is a `CustomGraphPass` called with the
-    joint graph, and `force_disable_caches` turns the caches off.
+    """`compile_fx(gm, inputs, inner, config_patches=...)` uses `inner` in place of
+    `compile_fx_inner`. It compiles the forward and, later and outside of the backend, the backward.
+    The patches hold in both. `joint_custom_pre_pass`, None by default, is a `CustomGraphPass` that
+    is called with the joint graph. `force_disable_caches` turns the caches off.
     """
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor import config
@@ -617,7 +618,7 @@ def inductor_takes_a_pass_on_the_joint_graph() -> None:
 
 @relies_on("torch._inductor.pattern_matcher.stable_topological_sort")
 def graphs_can_be_sorted() -> None:
-    """`stable_topological_sort(graph)` moves nodes behind what they use, in place."""
+    """`stable_topological_sort(graph)` moves nodes, in place, after the nodes that they use."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     graph = fx.Graph()
@@ -633,8 +634,8 @@ def graphs_can_be_sorted() -> None:
 
 @relies_on("torch._inductor.decomposition.select_decomp_table")
 def inductor_has_a_table_of_decompositions() -> None:
-    """`select_decomp_table()` is the table, operator -> function, that Inductor's joint graphs are
-    traced with: it leaves convolutions, products and `topk` whole.
+    """`select_decomp_table()` is the table, operator -> function, with which Inductor traces joint
+    graphs. It does not decompose convolutions, products and `topk`.
     """
     from torch._inductor.decomposition import select_decomp_table
 
@@ -646,8 +647,8 @@ def inductor_has_a_table_of_decompositions() -> None:
 
 @relies_on("torch._inductor.list_mode_options", "torch._inductor.config.get_config_copy")
 def modes_of_inductor_are_options() -> None:
-    """`list_mode_options(mode, dynamic)` gives the configuration that a mode of `torch.compile`
-    stands for; `get_config_copy()` has every name that an option may have.
+    """`list_mode_options(mode, dynamic)` returns the configuration that a mode of `torch.compile`
+    stands for. `get_config_copy()` has every valid option name.
     """
     from torch._inductor import config, list_mode_options
 
@@ -659,7 +660,7 @@ def modes_of_inductor_are_options() -> None:
 
 @relies_on("torch._inductor.runtime.cache_dir_utils.cache_dir")
 def the_compile_cache_lies_where_the_environment_says() -> None:
-    """`cache_dir()` is `TORCHINDUCTOR_CACHE_DIR` as it is at the call."""
+    """`cache_dir()` returns the value that `TORCHINDUCTOR_CACHE_DIR` has at the call."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert cache_dir() == os.environ["TORCHINDUCTOR_CACHE_DIR"]
@@ -667,7 +668,7 @@ def the_compile_cache_lies_where_the_environment_says() -> None:
 
 @relies_on("torch._inductor.codecache.CppCodeCache")
 def inductor_compiles_our_cpp() -> None:
-    """`CppCodeCache.load(source)` is the library, with OpenMP, for the machine's own vectors."""
+    """`CppCodeCache.load(source)` returns a library with OpenMP, for the machine's vector size."""
     from torch._inductor.codecache import CppCodeCache
 
     source = """
@@ -684,7 +685,7 @@ def inductor_compiles_our_cpp() -> None:
 
 @relies_on("torch.cpu._is_avx512_bf16_supported")
 def processors_that_compute_in_bfloat16_are_known() -> None:
-    """`_is_avx512_bf16_supported()` says whether the processor has instructions for it."""
+    """`_is_avx512_bf16_supported()` says whether the processor has instructions for bfloat16."""
     found = torch.cpu._is_avx512_bf16_supported()
     assert isinstance(found, bool)
     cpuinfo = Path("/proc/cpuinfo")
@@ -697,8 +698,8 @@ def processors_that_compute_in_bfloat16_are_known() -> None:
 
 @relies_on(".var_to_hint_override")
 def a_size_has_the_hint_that_its_environment_is_told() -> None:
-    """What Inductor takes an unbacked size for, where it chooses code, is
-    `shape_env.var_to_hint_override[symbol]`; where there is none, its `fallback`.
+    """When Inductor chooses code, it assumes that an unbacked size is
+    `shape_env.var_to_hint_override[symbol]` or, without an entry, the `fallback`.
     """
     from torch._inductor.sizevars import SizeVarAllocator
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -707,15 +708,15 @@ def a_size_has_the_hint_that_its_environment_is_told() -> None:
     told, unknown = (environment.create_unbacked_symint().node.expr for _ in range(2))
     environment.var_to_hint_override[told] = 7
     sizes: Any = SizeVarAllocator(environment)
-    # Until torch 2.11 under another name.
+    # Until torch 2.11 it has another name.
     hint = getattr(sizes, "optimization_hint", None) or sizes.size_hint
     assert [hint(size, fallback=0) for size in (told, 3 * told, unknown)] == [7, 21, 0]
 
 
 @relies_on("torch.fx.experimental.symbolic_shapes.statically_known_true")
 def symbols_can_be_compared_without_a_guard() -> None:
-    """`statically_known_true(expression)` is a bool, False where the answer depends on a symbol
-    that is not known, and adds no guard.
+    """`statically_known_true(expression)` returns a bool and adds no guard. The result is False if
+    the answer depends on an unknown symbol.
     """
     from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -737,8 +738,8 @@ def symbols_can_be_compared_without_a_guard() -> None:
     "torch._foreach_sign",
 )
 def lists_of_tensors_are_computed_with_in_one_call() -> None:
-    """The `_foreach_` functions do to each tensor of a list what the function of that name does,
-    and `_foreach_lerp_` takes a list of weights, of which 0 and 1 give the ends exactly.
+    """A `_foreach_` function does to each tensor of a list what the function of that name does.
+    `_foreach_lerp_` takes a list of weights; weights 0 and 1 give the ends exactly.
     """
     xs = [torch.tensor([-2.0, 0.0]), torch.tensor([0.1])]
     signs = torch._foreach_sign(torch._foreach_abs(xs))

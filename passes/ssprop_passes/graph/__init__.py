@@ -1,1 +1,1 @@
-"""Graph: what every pass on a graph shares."""
+"""Graph: what all passes share."""

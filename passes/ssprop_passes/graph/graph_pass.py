@@ -1,6 +1,6 @@
-"""GraphPass: what every pass on the joint graph shares: identity, guards, lint, log, loud failure.
+"""GraphPass: what all passes on the joint graph share: identity, guards, lint, log, loud failure.
 
-Private torch: `CustomGraphPass` and the cache's demand for a truthy uuid.
+Private torch: `CustomGraphPass`, and that the cache needs a truthy uuid.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ class PassSummary:
     """What one run of a pass did to a graph.
 
     Attributes:
-        matched: nodes, or groups of nodes, that the pass looks for.
-        rewritten: how many of them it rewrote.
-        left: reason -> how many of the others it left as they are.
+        matched: number of nodes, or groups of nodes, that the pass recognised.
+        rewritten: number of these that it rewrote.
+        left: reason -> number of these that it left unchanged.
     """
 
     matched: int = 0
@@ -38,7 +38,7 @@ class PassSummary:
     left: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """Such as `21 matched, 20 rewritten, 1 left dense (the classifier: 1)`."""
+        """Return a line such as `21 matched, 20 rewritten, 1 left dense (the classifier: 1)`."""
         text = f"{self.matched} matched, {self.rewritten} rewritten"
         if not self.left:
             return text
@@ -67,13 +67,13 @@ class GraphPass(CustomGraphPass):
 
     @abstractmethod
     def identity(self) -> str | None:
-        """Return what the rewrite depends on besides the graph and this package's sources.
+        """Return a text of what the rewrite depends on besides the graph and our sources.
 
-        None where that cannot be told in words.
+        None if no text can identify it.
         """
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Transform a graph that has a backward; leave others as they are."""
+        """Transform a joint graph; leave other graphs unchanged."""
         if not is_joint_graph(graph):
             return
         self.ran = True
@@ -81,7 +81,7 @@ class GraphPass(CustomGraphPass):
         name = type(self).__name__
         try:
             self.summary = self.transform(graph)
-            # A replacement may stand after a user of what it replaces.
+            # A replacement may come after a user of the node it replaces.
             stable_topological_sort(graph)
             graph.lint()
         except Exception as error:
@@ -89,7 +89,7 @@ class GraphPass(CustomGraphPass):
         logger.info("%s: %s, %.0f ms", name, self.summary, 1e3 * (time.perf_counter() - start))
 
     def uuid(self) -> str | None:
-        """Return the cache identity; None, which turns the caches off, if the pass has none."""
+        """Return the cache identity; None turns the caches off."""
         identity = self.identity()
         if identity is None:
             return None
@@ -100,7 +100,7 @@ class PassList(CustomGraphPass):
     """Several passes as one, run in order.
 
     Args:
-        passes: the passes; functions of a graph as well, which have no cache identity.
+        passes: the passes. Plain functions of a graph also work, but have no cache identity.
     """
 
     def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
@@ -112,7 +112,7 @@ class PassList(CustomGraphPass):
             graph_pass(graph)
 
     def uuid(self) -> str | None:
-        """Return the cache identity; None, which turns the caches off, if a pass has none."""
+        """Return the cache identity, None if any pass has none; None turns the caches off."""
         ids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
         return _digest(*map(str, ids)) if all(ids) else None
 
@@ -122,5 +122,5 @@ def _digest(*parts: str) -> str:
 
 
 def is_joint_graph(graph: fx.Graph) -> bool:
-    """Say whether a graph holds a backward: it takes gradients of outputs ("tangents")."""
+    """Say whether a graph has a backward, that is, takes gradients of outputs ("tangents")."""
     return any("tangents" in str(n.target) for n in graph.find_nodes(op="placeholder"))

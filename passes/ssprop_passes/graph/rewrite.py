@@ -21,18 +21,18 @@ __all__ = [
     "replace_outputs",
 ]
 
-# Marks, in `node.meta`, what a pass inserted, so that a second run leaves it alone.
+# Key in `node.meta` that marks the nodes a pass inserted, so that a second run leaves them alone.
 INSERTED_KEY = "ssprop"
 
-# Metadata that a replacement inherits from the node that it stands for.
+# Metadata that a replacement inherits from the node it replaces.
 _INHERITED = ("stack_trace", "seq_nr", "custom", "fwd_nn_module_stack", "fwd_source_fn_stack")
 
 
 class Replacer:
-    """Traces functions of nodes, and puts copies of what it traced into graphs.
+    """Traces functions, and inserts copies of the traces into graphs.
 
     Args:
-        decompositions: returns the decomposition table of the compiler that the graphs are for.
+        decompositions: returns the decomposition table of the compiler that gets the graphs.
     """
 
     def __init__(self, decompositions: Callable[[], dict[Any, Callable[..., Any]]]) -> None:
@@ -46,20 +46,20 @@ class Replacer:
         inputs: Sequence[fx.Node],
         key: Hashable = None,
     ) -> tuple[fx.Node | None, ...]:
-        """Insert what a function computes before a backward node, as aten operators.
+        """Trace a function, and insert its aten operators before a backward node.
 
-        Writes to an input go to the end of the graph. What reads an input that is written is never
-        moved to the forward, which would see the value before the backwards that come in between.
+        Writes to an input go to the end of the graph. A node that reads a written input never moves
+        to the forward: it would see the value from before the backwards that run in between.
 
         Args:
-            before: the node that this is going to replace; its metadata is inherited.
-            fn: a function of as many tensors or numbers as `inputs`, which returns a tuple.
+            before: the node to be replaced; the new nodes inherit its metadata.
+            fn: takes one tensor or number for each of `inputs`, and returns a tuple.
             inputs: nodes that carry `meta["val"]`.
-            key: says what `fn` computes, if that depends on nothing else but the form of the
-                inputs: it is traced once for all that are alike. By default it always is.
+            key: identifies what `fn` computes from inputs of a given form. Calls with equal keys
+                and inputs of the same form share one trace. None traces every call.
 
         Returns:
-            The nodes that stand for what the function returns.
+            The nodes of the function's results, None for a result that is None.
         """
         form = None if key is None else _form_maybe(inputs)
         if form is None:
@@ -71,7 +71,7 @@ class Replacer:
 
     def _trace(self, fn: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.GraphModule:
         values = [node.meta["val"] for node in inputs]
-        # Its shape environment gets the new symbols.
+        # The fake mode's shape environment gets the new symbols.
         with _fake_mode(inputs), enable_python_dispatcher():
             traced = make_fx(fn, self.decompositions(), tracing_mode="real")(*values)
         traced.graph.eliminate_dead_code()
@@ -84,13 +84,13 @@ def _fake_mode(nodes: Sequence[fx.Node]) -> FakeTensorMode:
 
 
 def _form_maybe(inputs: Sequence[fx.Node]) -> Hashable:
-    """Return all that a trace sees of its inputs, None where it would see symbols."""
+    """Return all that a trace sees of its inputs; None unless all are tensors of fixed sizes."""
     values = [node.meta["val"] for node in inputs]
     if not all(isinstance(value, Tensor) for value in values):
         return None
     form = tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
     numbers = [n for shape, stride, *_ in form for n in (*shape, *stride)]
-    # A trace tells an input that is given twice from two inputs.
+    # A trace distinguishes one input given twice from two inputs.
     same = tuple(next(i for i, other in enumerate(values) if other is v) for v in values)
     return (form, same) if all(isinstance(n, int) for n in numbers) else None
 
@@ -101,7 +101,7 @@ def _splice(
     inputs: Sequence[fx.Node],
     with_own_values: bool = False,
 ) -> tuple[fx.Node | None, ...]:
-    """Copy a traced graph before a node; with fake values of its own if the trace's have a node."""
+    """Copy a traced graph before a node; make new fake values if other nodes have the trace's."""
     graph = before.graph
     environment: dict[fx.Node, fx.Node] = {}
     remaining = iter(inputs)
@@ -129,24 +129,24 @@ def _splice(
 
 
 def _value(node: fx.Node, inputs: Sequence[fx.Node]) -> Any:
-    """Return the fake value of a node, from those of its operands."""
+    """Compute the fake value of a node from the fake values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
     with _fake_mode(inputs), enable_python_dispatcher():
         return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def replace_node(node: fx.Node, replacement: fx.Node) -> None:
-    """Let the users of a node use `replacement` instead, and erase it."""
+    """Make the users of a node use `replacement` instead, and erase the node."""
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
 
 
 def find_sum_maybe(grad_output: fx.Node, dim: int, node: fx.Node) -> fx.Node | None:
-    """Return the backward node that sums `grad_output` into the bias gradient of a layer.
+    """Return the backward node that sums `grad_output` to a layer's bias gradient, None if none.
 
     Args:
         grad_output: gradient of the layer's output.
-        dim: its channel dimension.
+        dim: channel dimension of `grad_output`.
         node: a backward node of the layer.
     """
     over = [d for d in range(grad_output.meta["val"].ndim) if d != dim]
@@ -163,7 +163,7 @@ def find_sum_maybe(grad_output: fx.Node, dim: int, node: fx.Node) -> fx.Node | N
 
 
 def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:
-    """Let the users of a node with several results use `outputs` instead where not None."""
+    """Make the users of a node's results use `outputs` instead; a None leaves that result."""
     for user in list(node.users):
         assert user.target is operator.getitem, f"{node} is used by {user.format_node()}"
         replacement = outputs[cast(int, user.args[1])]
@@ -174,5 +174,5 @@ def replace_outputs(node: fx.Node, outputs: Sequence[fx.Node | None]) -> None:
 
 
 def _is_write(node: fx.Node) -> bool:
-    """Say whether a node changes one of its operands, in the replacements the first."""
+    """Say whether a node writes to an operand; in replacements that is the first one."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

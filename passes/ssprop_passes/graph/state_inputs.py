@@ -1,7 +1,7 @@
 """State inputs: what a compiled graph takes besides the model's own inputs.
 
-A sparse graph reads and writes state that Dynamo has not captured. It arrives as further inputs,
-after all others, in one order that is written down here and nowhere else:
+A sparse graph reads and writes state that Dynamo did not capture. The state arrives as extra
+inputs after all others. Only this file defines their order:
 
     the graph's own inputs, telemetry table, memories, keep counts
 """
@@ -21,10 +21,9 @@ class StateInputs(Generic[T]):
     """The state inputs of one graph: tensors, graph nodes, or anything that stands for them.
 
     Attributes:
-        table: what the backward reports of its sites, float32 [slots, 3]; None without telemetry.
-        memories: what the last backward left out, one a call of a layer; empty without memory.
-        keep_counts: the runtime sparsity tensor, int64 [slots]; None where keep counts are
-            constants.
+        table: telemetry table that the backward writes, float32 [slots, 3]; None without telemetry.
+        memories: what the last backward left out, one per call of a layer; empty without memory.
+        keep_counts: the runtime sparsity tensor, int64 [slots]; None if keep counts are constants.
 
     Examples:
         >>> layout = StateInputs(table="table", keep_counts="counts")
@@ -39,19 +38,19 @@ class StateInputs(Generic[T]):
     keep_counts: T | None = None
 
     def pack(self) -> list[T]:
-        """Return them in the order in which a graph takes them."""
+        """Return the state inputs in the order in which a graph takes them."""
         table = [] if self.table is None else [self.table]
         keep_counts = [] if self.keep_counts is None else [self.keep_counts]
         return [*table, *self.memories, *keep_counts]
 
     def split(self, inputs: Sequence[U]) -> tuple[list[U], "StateInputs[U]"]:
-        """Split a graph's inputs into its own and state inputs of the same form as these.
+        """Split a graph's inputs into its own inputs and state inputs laid out like these.
 
         Args:
             inputs: all inputs of the graph, in order; at least as many as `pack()` returns.
 
         Raises:
-            ValueError: there are fewer inputs.
+            ValueError: there are too few inputs.
         """
         own = len(inputs) - len(self.pack())
         if own < 0:

@@ -1,8 +1,8 @@
-"""Gradients of a 1x1 convolution, on a CPU: which positions make an image does not matter to them.
+"""Gradients of a 1x1 convolution on a CPU, which need not know where an image ends.
 
-oneDNN takes one image at a time, and where images are small its vectors and blocks are not full at
-their ends. Here all positions of a batch, of those that a stride leaves, are one image, or, in
-bfloat16, the rows of matrices.
+oneDNN processes one image at a time, so small images leave its last vectors and blocks partly
+empty. Here all positions that a batch uses (a stride skips some) form one image or, in bfloat16,
+the rows of matrices.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ aten = torch.ops.aten
 def is_conv1x1(
     grad_output: Tensor, input: Tensor, weight: Tensor, padding: Sequence[int], groups: int
 ) -> bool:
-    """Say whether `conv1x1_backward` takes these tensors, and is as fast as ATen.
+    """Say whether `conv1x1_backward` takes these tensors, and is at least as fast as ATen.
 
-    Measured in float32 without AVX-512, and in bfloat16 where the processor computes in it.
+    It is, as measured, in float32 without AVX-512, and in bfloat16 if the processor computes in it.
     """
     return (
         max(weight.shape[2:]) == 1
@@ -48,13 +48,13 @@ def conv1x1_backward(
     stride: Sequence[int],
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of input and weight, None where not wanted.
+    """Return the gradients of input and weight, None if not wanted.
 
     Args:
         grad_output: [N, C, *out_space], channels last.
         input: [N, C_in, *space], channels last.
-        weight: [C, C_in, 1, ...], a 1 for each dimension of space.
-        stride: one entry a dimension of space.
+        weight: [C, C_in, 1, ...], a 1 per spatial dimension.
+        stride: one entry per spatial dimension.
         output_mask: which of the two are wanted.
     """
     at = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
@@ -87,7 +87,7 @@ def _by_products(
 def _by_one_image(
     dy: Tensor, x: Tensor, weight: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `_by_products`."""
+    """Return the same as `_by_products`."""
     grad_x, grad_weight, _ = aten.convolution_backward(
         dy[None].movedim(-1, 1),
         x[None].movedim(-1, 1),

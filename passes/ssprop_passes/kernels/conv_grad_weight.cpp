@@ -1,15 +1,17 @@
-// The weight's gradient of a 2-D convolution, channels last; see grad_weight.py.
+// Weight gradient of a 2-D convolution, channels last; see conv_grad_weight.py.
 //
 //   out[o, r, s, i] = sum_p grad_output[p, o] * input[p * stride - padding + (r, s) * dilation, i]
 //
-// o being a kept channel and i an input channel of its group. Vectors hold input channels, so that
-// the arithmetic is in proportion to the kept channels. A piece of the positions p at a time is
-// copied, the input with zeros around it and a block of its channels side by side, so that what a
-// tile of sums reads lies in the nearest cache; the tile itself, some kept channels by two vectors,
-// stays in registers for the piece. Where a group's input channels would leave much of two vectors
-// empty, those of a tile are not neighbours but taps.
+// Here o is a kept channel and i an input channel of its group. Vectors hold input channels, so the
+// arithmetic is proportional to the kept channels.
+//
+// The positions p are processed in pieces. Each piece is copied first: the input with zeros around
+// it, and with a block of its channels side by side. A tile of sums then reads from the nearest
+// cache. The tile itself, some kept channels by two vectors, stays in registers for the piece. If a
+// group's input channels would leave much of two vectors empty, a tile's vectors are taps instead
+// of neighbouring channels.
 
-// Products and sums in one instruction. Inductor's flags forbid it, for results that are eager's.
+// Allows fused multiply-adds. Inductor's flags forbid them, to match eager results.
 #ifdef __clang__
 #pragma clang fp contract(fast)
 #else
@@ -30,7 +32,7 @@ constexpr int LANES = 16, REGISTERS = 24;
 #else
 constexpr int LANES = 8, REGISTERS = 12;
 #endif
-// Positions of a piece, if it can be: its copies are to stay in the nearest cache.
+// Largest number of positions in a piece, if possible: its copies should stay in the nearest cache.
 constexpr int64_t POSITIONS = 512;
 
 typedef float Float __attribute__((vector_size(LANES * 4)));
@@ -61,14 +63,14 @@ inline void copy_one(const float* from, float* to) {
 
 template <int SIZE>
 inline void copy_one(const BFloat16* from, float* to) {
-  // Apart from `to`, which might lie where `from` does.
+  // A separate buffer, because `to` might overlap `from`.
   float values[SIZE];
 #pragma GCC unroll 32
   for (int j = 0; j < SIZE; ++j) values[j] = value(from[j]);
   std::memcpy(to, values, sizeof values);
 }
 
-// `count` times SIZE neighbours.
+// Copies SIZE neighbours, `count` times.
 template <class T, int SIZE>
 void copy_all(const T* from, int64_t next, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i, from += next, to += SIZE) copy_one<SIZE>(from, to);
@@ -81,7 +83,7 @@ auto copy_of(int64_t size) {
   return copy_all<T, SIZE>;
 }
 
-// In the order of grad_weight.py. Spaces and steps are in elements: height, then width.
+// Fields in the order of conv_grad_weight.py. Pairs are height, then width, in elements.
 struct Shape {
   int64_t samples, groups, kept, sources;
   int64_t input_space[2], output_space[2], kernel[2], stride[2], padding[2], dilation[2];
@@ -90,16 +92,17 @@ struct Shape {
   int64_t taps() const { return kernel[0] * kernel[1]; }
 };
 
-// Some rows of some samples of grad_output, and the input that they meet, copied.
+// Some rows of some samples of grad_output, and the copy of the input that they use.
 struct Piece {
   int64_t sample, samples, row, rows, columns;
-  // Of the input's copy: sizes, and the distances of what neighbours in grad_output meet.
+  // Sizes of the input's copy, and its steps from one sample, row or column of grad_output to the
+  // next.
   int64_t height, width, next_sample, next_row, next_column;
   int64_t positions() const { return samples * rows * columns; }
 };
 
-// Add to the sums of KEPT channels by LOADS vectors, which lie `next_load` apart in the input's
-// copy and `next_sum` in the sums.
+// Adds to the sums of KEPT channels by LOADS vectors. The vectors lie `next_load` apart in the
+// input's copy and `next_sum` apart in the sums.
 template <int LOADS, int KEPT>
 void add_tile(
     const Piece& piece, const float* input, const float* grad, int64_t next_load, float* sums,
@@ -138,14 +141,15 @@ Tile tile_of(int64_t kept) {
   return add_tile<LOADS, KEPT>;
 }
 
-// A convolution and how it is divided.
+// A convolution and how its work is divided.
 template <class T>
 struct Job : Shape {
   const T *input, *grad;
-  // Two vectors of channels or, where channels are few, of up to three taps.
+  // A tile has two vectors of channels or, if narrow (few channels), a vector for each of up to
+  // three taps.
   bool is_narrow;
   int64_t block, blocks, tile, tiles;
-  // A kernel of one reads every `skip`-th number only, and those are neighbours in the copy.
+  // A kernel of size 1 reads only every `skip`-th position; these are neighbours in the copy.
   int64_t skip[2], step[2];
   int64_t rows, bands, stack, pieces;
 
@@ -178,7 +182,7 @@ struct Job : Shape {
   int64_t input_copy() const {
     return stack * extent(0, rows) * extent(1, output_space[1]) * block;
   }
-  // Kept channels of tile t, of a group's that are from `first` on: nearly the same in each.
+  // Kept channels in tile t, which begins at a group's channel `first`: nearly equal for all tiles.
   int64_t tile_size(int64_t t, int64_t first) const {
     return (kept - first + tiles - t - 1) / (tiles - t);
   }
@@ -198,7 +202,7 @@ struct Job : Shape {
     return p;
   }
 
-  // By tile, then by position.
+  // Copies by tile, then by position.
   void copy_grad(const Piece& p, int64_t group, float* to) const {
     for (int64_t t = 0, first = 0; t < tiles; ++t) {
       const int64_t size = tile_size(t, first), count = p.rows * p.columns;
@@ -211,8 +215,8 @@ struct Job : Shape {
     }
   }
 
-  // By sample, row and column, zeros around. Where channels do not fill the block, what follows
-  // them is copied too: its sums are not asked for.
+  // Copies by sample, row and column, with zeros around. If channels do not fill the block, the
+  // numbers after them are copied too; nobody reads their sums.
   void copy_input(const Piece& p, int64_t group, int64_t source, float* to) const {
     const T* const end = input + samples * input_space[0] * input_space[1] * channels();
     const int64_t next = skip[1] * channels();
@@ -236,7 +240,7 @@ struct Job : Shape {
         int64_t whole = last - first;
         while (whole && from + (whole - 1) * next + block > end) --whole;
         copy(from, next, whole, to + first * block);
-        // At the end of the tensor, channels alone.
+        // At the end of the tensor, copy only the channels.
         for (int64_t x = first + whole; x < last; ++x)
           for (int64_t i = 0; i < std::min(block, sources - source); ++i)
             to[x * block + i] = value(from[(x - first) * next + i]);
@@ -244,7 +248,7 @@ struct Job : Shape {
       }
   }
 
-  // All taps and kept channels of one block of one group.
+  // Adds all taps and kept channels of one block of one group.
   void add_block(
       const Piece& p, int64_t group, int64_t source, const float* x, const float* dy,
       float* sums) const {
@@ -273,7 +277,7 @@ struct Job : Shape {
     }
   }
 
-  // Pieces [begin, end), blocks [first, last) of all groups.
+  // Adds pieces [begin, end) of blocks [first, last); blocks count over all groups.
   void add(
       int64_t begin, int64_t end, int64_t first, int64_t last, float* x, float* dy,
       float* sums) const {
@@ -292,8 +296,9 @@ struct Job : Shape {
 template <class T>
 void run(const Shape& shape, const void* input, const void* grad, float* out, int64_t threads) {
   const Job<T> job(shape, static_cast<const T*>(input), static_cast<const T*>(grad));
-  // Threads share the blocks; where these are too few, several have the same, and a share each of
-  // the pieces and sums of their own, which are added up in order: the same in every run.
+  // Threads divide the blocks. If there are too few, several threads take the same blocks, and
+  // divide the pieces. Each of these has its own sums. They are added up in a fixed order, so that
+  // every run gives the same result.
   const int64_t blocks = job.groups * job.blocks;
   int64_t parts = std::max<int64_t>(1, threads);
   while (threads % parts || (blocks % parts && blocks < 8 * parts)) --parts;

@@ -1,8 +1,9 @@
-"""The weight's gradient of a convolution from few kept channels, on a CPU.
+"""Weight gradient of a convolution from few kept channels, on a CPU.
 
-oneDNN's vectors hold output channels, of one group. Where few of these are kept this gradient
-shrinks by less than what is kept, and with few in a group hardly at all. Here vectors hold input
-channels, and the time goes with the channels kept: `conv_grad_weight.cpp`.
+oneDNN's vectors hold output channels of one group. If few channels are kept, its time falls by less
+than their number, and hardly at all if few of each group are kept. In our kernel,
+`conv_grad_weight.cpp`, vectors hold input channels, so the time is proportional to the kept
+channels.
 """
 
 import ctypes
@@ -15,25 +16,26 @@ from ssprop_passes.kernels.cpp_loader import COUNT, POINTER, kernel_maybe
 
 __all__ = ["conv_grad_weight", "grad_weight_kernel_maybe"]
 
-# Fewer input channels, of a convolution of one group, and much of a vector is empty.
+# With one group, fewer input channels than this leave much of a vector empty.
 _MIN_SOURCES = 16
 
-# With AVX-512. In bfloat16, ATen is faster with more kept channels in a group.
+# With AVX-512, in bfloat16, ATen is faster if a group keeps more channels than this.
 _MAX_KEPT = 10
 
-# In float32, and one group, it is where its vectors are full and input channels are fewer,
+# With AVX-512, in float32 with one group, ATen is faster if its vectors are full (the kept channels
+# are a multiple of `_VECTOR`) and the input channels are fewer than `_MANY_SOURCES`.
 _VECTOR, _MANY_SOURCES = 16, 128
 
-# and, of 1x1 convolutions without a stride, where images have more positions.
+# For a 1x1 convolution without a stride, ATen is faster if images have more positions than this.
 _FEW_POSITIONS = 64
 
 
 def grad_weight_kernel_maybe(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Sequence[int], groups: int
 ) -> Callable[..., None] | None:
-    """Return the kernel for `conv_grad_weight`; None where ATen is to compute the gradient.
+    """Return the kernel for `conv_grad_weight`; None if ATen should compute the gradient.
 
-    That is for tensors the kernel does not take, where ATen is faster, and, after a warning, where
+    ATen should if the kernel does not take the tensors, if ATen is faster, or, after a warning, if
     the kernel does not compile.
     """
     is_suited = (
@@ -52,7 +54,7 @@ def grad_weight_kernel_maybe(
 
 
 def _is_faster(grad_output: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
-    """As measured: with AVX-512, and with AVX2 alone."""
+    """Say whether the kernel is faster than ATen, as measured with AVX-512 and with only AVX2."""
     kept, sources = weight.shape[0] // groups, weight.shape[1]
     capability = torch.backends.cpu.get_cpu_capability()
     has_avx512, is_single = "AVX512" in capability, grad_output.dtype == torch.float32
@@ -63,7 +65,7 @@ def _is_faster(grad_output: Tensor, weight: Tensor, stride: Sequence[int], group
         return False
     is_product = max(weight.shape[2:]) == 1
     if not has_avx512:
-        # In single precision oneDNN is as fast at products.
+        # In float32 oneDNN is as fast for 1x1 kernels.
         return capability == "AVX2" and not (is_product and is_single)
     if is_product:
         is_faster = max(stride) > 1 or grad_output[0, 0].numel() <= _FEW_POSITIONS
@@ -82,20 +84,20 @@ def conv_grad_weight(
     groups: int,
     kernel: Callable[..., None],
 ) -> Tensor:
-    """Return the weight's gradient of a 2-D convolution, summed in single precision.
+    """Return the weight gradient of a 2-D convolution, summed in float32.
 
     Args:
         grad_output: [N, C, H_out, W_out], float32 or bfloat16, channels last.
-        input: [N, C_in, H, W], as grad_output.
-        weight: [C, C_in / groups, *kernel], only for its shape and dtype.
-        stride: one entry a spatial dimension.
-        padding: one entry a spatial dimension.
-        dilation: one entry a spatial dimension.
+        input: [N, C_in, H, W], with the dtype and layout of grad_output.
+        weight: [C, C_in / groups, *kernel]; only its shape and dtype are used.
+        stride: one entry per spatial dimension.
+        padding: one entry per spatial dimension.
+        dilation: one entry per spatial dimension.
         groups: number of groups.
-        kernel: what `grad_weight_kernel_maybe` returns.
+        kernel: the function that `grad_weight_kernel_maybe` returns.
 
     Returns:
-        The gradient, of the weight's shape and dtype, channels last.
+        The gradient, with the weight's shape and dtype, channels last.
     """
     sizes = [input.shape[0], groups, weight.shape[0] // groups, weight.shape[1]]
     spaces = [*input.shape[2:], *grad_output.shape[2:], *weight.shape[2:]]

@@ -1,6 +1,6 @@
-"""Kernels for a CPU in C++, each a file beside this one, compiled when first needed or ahead.
+"""CPU kernels in C++: each is a file in this folder, compiled when first needed or ahead.
 
-Private torch: `CppCodeCache`, which knows the compiler, its flags and the folder for what it makes.
+Private torch: `CppCodeCache`, which knows the compiler, its flags and the output folder.
 """
 
 import ctypes
@@ -21,17 +21,17 @@ POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
 
 @cache
 def kernel_maybe(name: str, *arguments: type) -> Callable[..., None] | None:
-    """Return a function of C++, None, after a warning, where it does not compile.
+    """Return a C++ function; None, after a warning, if it does not compile.
 
     Args:
-        name: of the function, and of its file.
-        arguments: type of each, `POINTER` or `COUNT`.
+        name: name of the function, and of its file.
+        arguments: type of each argument, `POINTER` or `COUNT`.
     """
     try:
         return ctypes.CFUNCTYPE(None, *arguments)((name, _library(name)))
     except Exception as error:
         warnings.warn(
-            f"the kernel {name} does not compile, and ATen's slower ones are used: {error}",
+            f"the kernel {name} does not compile, so slower ATen kernels run instead: {error}",
             stacklevel=2,
         )
         return None
@@ -39,11 +39,12 @@ def kernel_maybe(name: str, *arguments: type) -> Callable[..., None] | None:
 
 @cache
 def start_compiling() -> Thread:
-    """Compile all kernels on a thread, once in a process; return the thread.
+    """Compile all kernels on a thread, once per process; return the thread.
 
-    While it runs, `kernel_maybe` waits for the kernel that it is asked for. Errors are left to it.
+    Meanwhile `kernel_maybe` waits for the kernel it needs. It also reports the errors, which the
+    thread ignores.
     """
-    # Inductor's settings, and with them flags of the compiler, are the context's.
+    # Inductor's settings, which include compiler flags, belong to the context.
     thread = Thread(target=copy_context().run, args=[_compile_all], name="ssprop kernels")
     thread.start()
     return thread

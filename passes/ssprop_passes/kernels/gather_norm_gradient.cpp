@@ -1,16 +1,17 @@
-// Channels gathered from a batch norm's gradient, channels last; see norm_gather.py.
+// Channels gathered from a batch norm's gradient, channels last; see gather_norm_gradient.py.
 //
-//   out[n, p, j] = ((h - (x[n, p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j],  c = at[j]
+//   out[n, p, j] = ((h - (x[n, p, c] - mean[j]) * projection[j]) - mean_g[j]) * scale[j]
 //
-// with h = g[n, p, c], or g[n, p, c] * factor[n, j] + addend[n, j] where these are given, and 0 where
-// the norm feeds a ReLU and its output
+// with c = at[j]. Here h = g[n, p, c] or, if factor and addend are given,
+// g[n, p, c] * factor[n, j] + addend[n, j].
+// If the norm feeds a ReLU, h is 0 wherever the norm's output
 //
 //   (x[n, p, c] - mean[j]) * inverse_std[j] * weight[j] + bias[j]
 //
-// is not above zero, which is rounded as in the forward. Tensors are float32 or bfloat16, and are read
-// as the bits of either; what is one number a channel, or a sample and channel, is float32.
+// is zero or less. This output is rounded as in the forward. Tensors are float32 or bfloat16, and
+// are read as bits. Values with one number per channel, or per sample and channel, are float32.
 
-// Inductor's flags keep GCC from vectorising loops, those marked `omp simd` included.
+// Inductor's flags keep GCC from vectorising loops, even those marked `omp simd`.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")
 #endif
@@ -30,7 +31,7 @@
 
 namespace {
 
-// The bits of a number as those of a float32.
+// Converts the bits of a number to those of a float32.
 inline uint32_t widened(uint32_t bits) { return bits; }
 inline uint32_t widened(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
 
@@ -48,7 +49,7 @@ inline uint32_t bits_of(float value) {
 
 inline void store(float value, uint32_t* to) { std::memcpy(to, &value, sizeof value); }
 
-// Rounds to the nearest, and of two that are as near to the even one; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(float value, uint16_t* to) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -59,8 +60,8 @@ struct Sizes {
   int64_t samples, positions, channels, kept, threads;
 };
 
-// Rows whose kept channels are picked before the first of them is computed with: stores that overlap
-// are to have left for the cache when they are read.
+// Rows whose kept channels are picked before the arithmetic on them begins: overlapping stores
+// should have reached the cache when they are read.
 constexpr int64_t PICKED_ROWS = 16;
 
 #ifdef SSPROP_COMPRESSES
@@ -75,7 +76,7 @@ inline __m512i packed(uint32_t lanes, const uint32_t* from) {
 constexpr bool CAN_PICK = false;
 #endif
 
-// Copies the channels kept of a row, in the order in which they lie there, a vector at a time.
+// Copies the kept channels of a row in memory order, one vector at a time.
 template <typename Bits>
 class Picker {
  public:
@@ -89,7 +90,7 @@ class Picker {
     }
   }
 
-  // Writes up to LANES numbers more than are kept.
+  // Writes up to LANES numbers more than the kept ones.
   void pick(const Bits* row, Bits* to) const {
 #ifdef SSPROP_COMPRESSES
     for (const Vector& vector : vectors_) {
@@ -144,7 +145,7 @@ void gather(
           if (EXCITED) bits = bits_of(number(bits) * factor[j] + addend[j]);
           if (MASKED) {
             const float activated = centred * inverse_std[j] * weight[j] + bias[j];
-            // A mask, as a branch or a choice would keep this loop from being vectorised.
+            // A bit mask, because a branch or a conditional would prevent vectorisation.
             bits &= -static_cast<uint32_t>(!(activated <= 0.0f));
           }
           store((number(bits) - centred * projection[j] - mean_g[j]) * scale[j], to + j);

@@ -1,8 +1,7 @@
 """Channels gathered from a batch norm's gradient on a CPU, by `gather_norm_gradient.cpp`.
 
-Inductor has a kernel of its own for each shape, which takes a second to compile and looks the
-channels up one by one. This one is compiled once for all of them, and with AVX-512 picks the
-channels from vectors.
+Inductor compiles one kernel per shape, which takes a second and looks the channels up one by one.
+Our kernel is compiled once for all shapes. With AVX-512 it picks the channels from vectors.
 """
 
 from collections.abc import Sequence
@@ -14,21 +13,21 @@ from ssprop_passes.kernels.cpp_loader import COUNT, POINTER, kernel_maybe
 
 __all__ = ["DTYPES", "gather_columns", "gather_norm_gradient", "norm_gradient"]
 
-# Of the tensors that the kernel reads.
+# Dtypes of g and x that the kernel takes.
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Constants of a gradient that no ReLU masks.
+# Number of constants of a gradient that no ReLU masks.
 _UNMASKED = 4
 
 
 def norm_gradient(g: Tensor, x: Tensor, constants: Sequence[Tensor]) -> Tensor:
-    """Return a batch norm's gradient, in the shape of g, from what a `NormGradient` names."""
+    """Return a batch norm's gradient, in the shape of g, from the parts in a `NormGradient`."""
     scale, mean, mean_g, projection = constants
     return (g - (x - mean) * projection - mean_g) * scale
 
 
 def gather_columns(columns: list[Tensor], indices: Tensor) -> Tensor:
-    """Return each of R columns at `indices`, [R, k]; columns are of C elements and any shape."""
+    """Return R columns at `indices`, [R, k]; each column has C elements, in any shape."""
     return torch.stack([column.reshape(-1).index_select(0, indices) for column in columns])
 
 
@@ -42,20 +41,20 @@ def gather_norm_gradient(
     """Return the channels `indices` of a batch norm's gradient, [N, ..., k].
 
     Args:
-        g: gradient of the norm's output, [N, ..., C], of one of `DTYPES`, on a CPU; of the output
-            of a ReLU that the norm feeds, where there are seven constants; of what that output
-            becomes by squeeze and excitation where `excitation` is.
-        x: the norm's input, in the shape and dtype of g.
-        constants: scale, mean, mean gradient and projection, of C elements each, float32; with a
+        g: gradient of the norm's output, [N, ..., C], one of `DTYPES`, on a CPU. With seven
+            constants, gradient of the output of a ReLU after the norm. With `excitation`, gradient
+            of the output of squeeze and excitation after these.
+        x: the norm's input, with the shape and dtype of g.
+        constants: scale, mean, mean gradient and projection, C elements each, float32; with a
             ReLU, also the norm's 1 / std, weight and bias.
-        excitation: what g is multiplied by and what is then added, of N * C elements each,
-            float32; nothing for neither.
-        indices: of the channels, [k].
+        excitation: a factor of g, and an addend of the product, N * C elements each, float32;
+            empty without squeeze and excitation.
+        indices: channels to gather, [k].
 
     Raises:
-        IndexError: there is no such channel.
+        IndexError: an index is out of range.
     """
-    # Says so of indices that are out of range.
+    # Raises the error if an index is out of range.
     columns = gather_columns(constants, indices)
     kernel = kernel_maybe("gather_norm_gradient", *[POINTER] * 6, *[COUNT] * 7)
     samples, channels, is_masked = len(g), g.shape[-1], len(columns) > _UNMASKED

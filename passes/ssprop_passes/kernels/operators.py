@@ -1,15 +1,16 @@
-"""Operators of our own, where torch's would not do.
+"""Our operators, for cases that torch's operators do not serve.
 
-`aten.convolution_backward` on tensors whose channel count is read at run time: its fake kernel
-guards on that count where it is not the leading size (and on torch 2.11 everywhere), and Inductor's
-lowering guards on the weight's. `reduced_conv_backward` has a fake kernel of its own, and is told
-the layout of the results.
+`reduced_conv_backward` is a convolution backward whose channel count may be read at run time. The
+fake kernel of `aten.convolution_backward` guards on that count unless it is the leading size (on
+torch 2.11 always), and Inductor's lowering guards on the weight's. Our operator has its own fake
+kernel, and takes the layout of the results as an argument.
 
-Gathers and scatters of weights: of Inductor each shape gets kernels of its own, which are no faster
-than ATen's and take seconds to compile. `gather_weight` and `scatter_rows` are opaque to it. And a
-look-up of a few numbers a channel, which Inductor would repeat at every position that they are used
-at, one by one. What `gather_columns` has looked up is read by vectors, in `gather_norm_gradient` as
-in Inductor's kernels.
+`gather_weight` and `scatter_rows` gather and scatter weights, opaque to Inductor. Inductor would
+compile kernels for each shape, which takes seconds, and they are no faster than ATen's.
+
+`gather_columns` looks up a few numbers per channel. Inductor would look them up one by one, again
+at every position that uses them. `gather_norm_gradient` and Inductor's kernels read the result as
+vectors.
 """
 
 import math
@@ -123,7 +124,7 @@ def _fake_conv_backward(
 
 
 def _gather_weight(rows: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
-    """Return `rows[indices]`, [k, ...], of rows, [C, ...]."""
+    """Return `rows[indices]`, [k, ...]; rows is [C, ...]."""
     return _laid_out(_in_memory(rows, channels_last).index_select(0, indices), channels_last)
 
 
@@ -133,7 +134,7 @@ def _fake_gather_weight(rows: Tensor, indices: Tensor, channels_last: bool) -> T
 
 
 def _scatter_rows(rows: Tensor, indices: Tensor, count: int, channels_last: bool) -> Tensor:
-    """Return zeros, [count, ...], but for `rows`, [k, ...], at `indices`."""
+    """Return zeros, [count, ...], with `rows`, [k, ...], at `indices`."""
     rows = _in_memory(rows, channels_last)
     zeros = rows.new_zeros(count, *rows.shape[1:])
     return _laid_out(zeros.index_copy_(0, indices, rows), channels_last)
@@ -188,8 +189,8 @@ for _schema, _kernel, _fake in (
         _fake_gather_norm_gradient,
     ),
 ):
-    # The exact strides, which torch asks for otherwise, are `max(k, 1)` and so on, where Inductor
-    # has k, and what differs in that is not fused.
+    # By default torch requires exact strides. These contain `max(k, 1)` where Inductor has k, and
+    # Inductor does not fuse kernels that differ in this.
     _name = _library.define(  # type: ignore[no-untyped-call]
         _schema, tags=torch.Tag.needs_fixed_stride_order
     )
@@ -210,10 +211,10 @@ def conv_backward_flops(
     transposed: bool,
     output_mask: Sequence[bool],
 ) -> int:
-    """Return the floating-point operations of a convolution's backward, two a multiply-add.
+    """Return the FLOPs of a convolution's backward; a multiply-add counts as two.
 
-    Each gradient of input and weight takes as many products as the forward. The formula of
-    `torch.utils.flop_counter` for the backward miscounts groups.
+    The gradients of input and weight each take as many products as the forward. The backward
+    formula of `torch.utils.flop_counter` miscounts groups.
     """
     positions = math.prod(input_shape if transposed else grad_output_shape)
     return 2 * positions * math.prod(weight_shape[1:]) * sum(output_mask[:2])
@@ -221,9 +222,9 @@ def conv_backward_flops(
 
 @cache
 def register_flops() -> None:
-    """Tell `torch.utils.flop_counter` what the reduced convolution takes.
+    """Register the FLOPs of the reduced convolution with `torch.utils.flop_counter`.
 
-    Not on import: that module imports Triton, which takes longer than all of this package.
+    Not done on import: that module imports Triton, which takes longer than all of this package.
     """
     from torch.utils.flop_counter import register_flop_formula
 
@@ -256,17 +257,17 @@ def _memory_format(ndim: int, channels_last: bool) -> torch.memory_format:
 
 
 def _in_memory(x: Tensor, channels_last: bool) -> Tensor:
-    """Return `x` contiguous, its dimensions in the order in which they lie in memory."""
+    """Return `x` contiguous, with its dimensions in memory order."""
     return (x.movedim(1, -1) if channels_last else x).contiguous()
 
 
 def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """Return `x` with its dimensions in their own order again."""
+    """Return `x` with its dimensions in their original order: the reverse of `_in_memory`."""
     return x.movedim(-1, 1) if channels_last else x
 
 
 def _strides(shape: Sequence[int], channels_last: bool) -> list[int]:
-    """Return dense strides; without torch's own max(size, 1), which asks for the size."""
+    """Return dense strides, without torch's max(size, 1), which needs to know the size."""
     order = [1, *range(len(shape) - 1, 1, -1), 0] if channels_last else range(len(shape))[::-1]
     strides = [1] * len(shape)
     step = 1

@@ -1,6 +1,6 @@
 """Convolutions: their gradients from the strongest channels of grad_output.
 
-Plain torch functions, which a pass traces into the graph and tests call as they are.
+These are plain torch functions. A pass traces them into the graph, and tests call them directly.
 
     before    dx, dw, _ = convolution_backward(dy, x, w)
 
@@ -32,7 +32,7 @@ __all__ = ["ConvGeometry", "conv_backward_of_samples", "conv_gradients", "sparse
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """The parameters of a convolution, one entry a spatial dimension where a tuple."""
+    """The parameters of a convolution; tuples have one entry per spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -42,12 +42,12 @@ class ConvGeometry:
     groups: int
 
     def is_depthwise(self, weight: Tensor) -> bool:
-        """Say whether each output channel reads a single input channel, one of several."""
+        """Say whether each output channel reads only one of several input channels."""
         inputs_of_group = weight.shape[0] // self.groups if self.transposed else weight.shape[1]
         return self.groups > 1 and inputs_of_group == 1
 
     def selection_groups(self, weight: Tensor) -> int:
-        """Return the number of groups that channels are selected in."""
+        """Return the number of groups within which channels are selected."""
         return 1 if self.is_depthwise(weight) else self.groups
 
 
@@ -63,23 +63,23 @@ def sparse_conv_backward(
 ) -> Gradients:
     """Return the gradients of a convolution from the kept channels of `grad_output`.
 
-    ssProp (Zhong, Huang, Shi, arXiv 2408.12561, section 3), for convolutions of any dimension.
-    With groups, k channels of each group are kept. Depthwise, where each output channel reads one
-    input channel, k of all, and the input is gathered with them.
+    This is ssProp (Zhong, Huang, Shi, arXiv 2408.12561, section 3), for convolutions of any
+    dimension. With groups, it keeps k channels of each group. In a depthwise convolution each
+    output channel reads one input channel: it keeps k of all channels, and gathers their inputs.
 
     Args:
         grad_output: [N, C, *out_space].
         input: [N, C_in, *space].
-        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
+        weight: [C, C_in / groups, *kernel]; if transposed, [C_in, C / groups, *kernel].
         k: keep count of each selection group; may be a SymInt.
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which channels are kept; those with the largest l2 norm by default.
-        memory: what the last step left out; updated in place. None without.
+        memory: what the last step left out; updated in place. None without memory.
 
     Returns:
-        Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
-        and entries of the bias that were not selected are zero.
+        Full-size gradients of input, weight and bias, None if not wanted. Weight rows and bias
+        entries of channels that were not selected are zero.
     """
     is_depthwise = geometry.is_depthwise(weight)
     rows = weight_rows(weight, geometry.groups, geometry.transposed)
@@ -122,24 +122,24 @@ def conv_backward_of_samples(
     geometry: ConvGeometry,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """Return the gradients of a convolution, of any kind, from some samples.
+    """Return the gradients of any kind of convolution from the kept samples.
 
     Args:
         grad_output: [N, C, *out_space].
         input: [N, C_in, *space].
-        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
-        samples: the samples.
+        weight: [C, C_in / groups, *kernel]; if transposed, [C_in, C / groups, *kernel].
+        samples: the kept samples.
         geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias are wanted.
 
     Returns:
-        Gradients of input, weight and bias, None where not wanted; that of the input is zero for
-        the other samples.
+        Gradients of input, weight and bias, None if not wanted. The input gradient of the other
+        samples is zero.
     """
     kept = samples.gather(grad_output)
     grad_input = grad_weight = None
     if output_mask[0] or output_mask[1]:
-        # Weighted on the input, which only the weight's gradient is made of.
+        # Apply the weights to the input: only the weight gradient is computed from it.
         rows, grad_weight = conv_gradients(
             kept,
             samples.weighted(samples.gather(input)),
@@ -162,18 +162,18 @@ def conv_gradients(
     output_mask: Sequence[bool],
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of input and weight by the operator of the reduced convolution.
+    """Compute the gradients of input and weight with `reduced_conv_backward`.
 
     Args:
         grad_output: [N, C, *out_space].
         input: [N, C_in, *space].
-        weight: [C, C_in / groups, *kernel], transposed [C_in, C / groups, *kernel].
+        weight: [C, C_in / groups, *kernel]; if transposed, [C_in, C / groups, *kernel].
         geometry: stride, padding and so on.
         output_mask: which of the two are wanted.
-        channels_last: their layout.
+        channels_last: whether the gradients are channels last.
 
     Returns:
-        The gradients, empty tensors where not wanted.
+        The gradients; an empty tensor if not wanted.
     """
     gradients: tuple[Tensor, Tensor] = reduced_conv_backward(
         grad_output,
@@ -192,7 +192,7 @@ def conv_gradients(
 
 
 def weight_rows(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Return a convolution weight as one row an output channel, [C, C_in / groups, *kernel]."""
+    """Return a convolution weight as one row per output channel, [C, C_in / groups, *kernel]."""
     if not transposed:
         return weight
     by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])

@@ -4,5 +4,5 @@ from torch import Tensor
 
 __all__ = ["Gradients"]
 
-# Of input, weight and bias, at full size; None where not wanted.
+# Full-size gradients of input, weight and bias; None if not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

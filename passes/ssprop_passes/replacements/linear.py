@@ -1,6 +1,6 @@
 """Linear layers: their gradients from the strongest features of grad_output.
 
-Plain torch functions, which a pass traces into the graph and tests call as they are.
+These are plain torch functions. A pass traces them into the graph, and tests call them directly.
 
     before    dx = mm(dy, w)
               dw = mm(t(dy), x)
@@ -35,21 +35,21 @@ def sparse_linear_backward(
 ) -> Gradients:
     """Return the gradients of a linear layer from the k kept features of `grad_output`.
 
-    Unified top-k, one choice of features for all samples: meProp (Sun et al., arXiv 1706.06197),
-    by default ranked by l2 norm.
+    This is the unified top-k of meProp (Sun et al., arXiv 1706.06197): one choice of features for
+    all samples, by default ranked by l2 norm.
 
     Args:
-        grad_output: [T, C], T being all leading dimensions together.
+        grad_output: [T, C]; T is the product of all leading dimensions.
         input: [T, C_in].
         weight: [C, C_in].
         k: keep count, in [1, C]; may be a SymInt.
         output_mask: which of the gradients of input, weight and bias are wanted.
         selection: which features are kept; those with the largest l2 norm by default.
-        memory: what the last step left out; updated in place. None without.
+        memory: what the last step left out; updated in place. None without memory.
 
     Returns:
-        Gradients of input, weight and bias, full-size, None where not wanted. Rows of the weight
-        and entries of the bias that were not selected are zero.
+        Full-size gradients of input, weight and bias, None if not wanted. Weight rows and bias
+        entries of features that were not selected are zero.
     """
     kept, indices = selection.keep(grad_output, weight, k, memory=memory)
     grad_input = grad_weight = grad_bias = None
@@ -70,18 +70,18 @@ def linear_backward_of_samples(
     samples: Samples,
     output_mask: Sequence[bool],
 ) -> Gradients:
-    """Return the gradients of a linear layer from some samples.
+    """Return the gradients of a linear layer from the kept samples.
 
     Args:
-        grad_output: [T, C], T being all leading dimensions together, the samples' the first.
+        grad_output: [T, C]; T is the product of all leading dimensions, with samples first.
         input: [T, C_in].
         weight: [C, C_in].
-        samples: the samples.
+        samples: the kept samples.
         output_mask: which of the gradients of input, weight and bias are wanted.
 
     Returns:
-        Gradients of input, weight and bias, None where not wanted; that of the input is zero for
-        the other samples.
+        Gradients of input, weight and bias, None if not wanted. The input gradient of the other
+        samples is zero.
     """
     kept = samples.gather(grad_output)
     grad_input = grad_weight = grad_bias = None

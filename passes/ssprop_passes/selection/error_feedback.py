@@ -1,17 +1,17 @@
-"""Error feedback: what a sparse backward of a layer leaves out is added in the next step.
+"""Error feedback: the next step adds what a layer's sparse backward left out.
 
-Memorized sparse back-propagation (Zhang et al., arXiv 1905.10194) of y = W x with memory m and
-coefficient eta in [0, 1):
+This is memorized sparse back-propagation (Zhang et al., arXiv 1905.10194). For y = W x with memory
+m and coefficient eta in [0, 1):
 
     g  = dL/dy + eta * m
     s  = select(g)
     dW = s x^T,  dx = W^T s
     m <- g - s
 
-The samples of one batch are not those of the next, so m is the mean of g - s over the batch, and
-is added to the gradient of every sample: the sum over a batch of N samples gets back N times the
-mean of what was left out, which is what was left out of such a batch. Where a loss is a mean over
-the batch, gradients of single samples are in proportion to 1 / N, and so is m.
+The next batch has other samples, so m is the mean of g - s over the batch, and is added to the
+gradient of every sample. The sum over a batch of N samples gets back N times the mean of what was
+left out, which is all that such a batch left out. If the loss is a mean over the batch, the
+gradient of one sample is proportional to 1 / N, and so is m.
 """
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor
 __all__ = ["MEMORY_KEY", "left_out", "recall"]
 
 # Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
-# nodes, of the number of the call, among those of layers in the graph, that the node's gradient
-# goes with.
+# nodes. The value is the index of the node's call among the calls of layers in the graph.
 MEMORY_KEY = "ssprop_memory"
 
 
@@ -41,17 +40,17 @@ def left_out(
 ) -> Tensor:
     """Return the batch mean of what a selection leaves out of a gradient.
 
-    What is not finite counts as zero: a `GradScaler` skips a step that overflows, and the next one
-    must not find it here.
+    A value that is not finite counts as zero: a `GradScaler` skips a step that overflows, and the
+    next step must not find the overflow here.
 
     Args:
         grad_output: [N, C, *space].
-        indices: channels that are kept, [k].
-        weights: what each of these is multiplied by, [k]; None where all are 1.
-        dtype: that of the result.
+        indices: kept channels, [k].
+        weights: factor of each kept channel, [k]; None if all are 1.
+        dtype: dtype of the result.
 
     Returns:
-        The mean of `grad_output - s`, [C, *space], s being the weighted kept channels.
+        The mean of `grad_output - s`, [C, *space]; s is the weighted kept channels.
     """
     mean = grad_output.mean(0, dtype=dtype)
     if weights is None:

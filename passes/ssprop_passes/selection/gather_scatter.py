@@ -1,6 +1,7 @@
 """Gather channels or rows of a tensor, scatter them back, and keep its memory format.
 
-Plain torch functions, which the pass traces. The number of indices may be an int or a SymInt.
+These are plain torch functions that the pass traces. The number of indices may be an int or a
+SymInt.
 """
 
 from collections.abc import Sequence
@@ -47,24 +48,24 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def scale_channels(x: Tensor, weights: Tensor) -> Tensor:
-    """Return `x`, [N, k, *space], with each channel times its weight, [k], in the dtype of `x`."""
+    """Return each channel of `x`, [N, k, *space], times its weight, [k], in the dtype of `x`."""
     return x * weights.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
 def gather_weight(rows: Tensor, indices: Tensor) -> Tensor:
-    """Return `rows[indices]`, [k, ...], in the memory format of a weight's rows, [C, ...]."""
+    """Return `rows[indices]`, [k, ...], in the memory format of a weight's `rows`, [C, ...]."""
     kept: Tensor = operators.gather_weight(rows, indices, is_channels_last(rows))
     return kept
 
 
 def scatter_rows(rows: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-    """Return zeros of the shape of `like`, [C, ...], but for `rows`, [k, ...], at `indices`."""
+    """Return zeros in the shape of `like`, [C, ...], with `rows`, [k, ...], at `indices`."""
     full: Tensor = operators.scatter_rows(rows, indices, like.shape[0], is_channels_last(like))
     return full
 
 
 def add_channels(channels: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-    """Return zeros of the shape of `like`, [N, C, *space], with `channels` added at `indices`.
+    """Return zeros in the shape of `like`, [N, C, *space], with `channels` added at `indices`.
 
     Args:
         channels: [N, k, *space].
@@ -81,10 +82,10 @@ def dims_order(x: Tensor) -> list[int]:
 
 
 def with_order(x: Tensor, order: Sequence[int]) -> Tensor:
-    """Return `x` dense, its dimensions laid out in this order; itself if it is that already.
+    """Return `x` dense with its dimensions laid out in this order; `x` itself if it is so already.
 
-    An order and no strides: a symbolic stride of a tensor that is no input of the trace has no
-    node in it, and cannot be compared with.
+    The order replaces strides because strides may be symbolic. If the tensor is not an input of
+    the trace, its symbolic strides have no node in the trace, which cannot compare them.
     """
     permuted = x.permute(*order)
     if permuted.is_contiguous():
@@ -94,9 +95,9 @@ def with_order(x: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Say whether a tensor lies channels last; never where its space is a single point.
+    """Say whether a tensor is channels last; False if its space is a single point.
 
-    A single point has no layout, and torch asks the unbacked channel count for one.
+    A single point has no layout, and to find one torch would need the unbacked channel count.
     """
     if x.ndim not in (4, 5) or all(size == 1 for size in x.shape[2:]):
         return False

@@ -1,16 +1,16 @@
-"""Telemetry: what a sparse backward tells of its selection, for schedulers and people to read.
+"""Telemetry: what a sparse backward reports about its selection, to schedulers and people.
 
-Three numbers a site, of the gradient g that the channels are chosen from and s, what is kept of it
-(weighted, if the selector weights channels):
+A site reports three numbers. g is the gradient that channels are chosen from, and s is the kept
+part of it (weighted, if the selector weights channels):
 
     kept_mass   sum of the scores of the kept channels / sum of all scores
     error       |g - s|^2 / |g|^2
     grad_norm   |g|
 
-Where nothing is weighted, `error` is the share of the squared norm that is left out; for a selector
-that is unbiased its expectation is the variance added, as a share of the squared norm. The graph
-writes them into one tensor, float32 [slots, 3], a row a slot, at the end of the backward: it reads
-nothing, and nothing waits for it.
+Without weights, `error` is the share of the squared norm that is left out. For an unbiased
+selector, its expectation is the added variance, as a share of the squared norm. At the end of the
+backward the graph writes the numbers into one tensor, float32 [slots, 3], one row per slot. The
+graph does not read that tensor, and nothing waits for the write.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,17 @@ FIELDS = ("kept_mass", "error", "grad_norm")
 
 
 def observe(grad_output: Tensor, scores: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the row of a site.
+    """Return a site's row of the telemetry table.
 
     Args:
         grad_output: [N, C, *space].
         scores: [C].
-        indices: channels that are kept, [k].
-        weights: what each of these is multiplied by, [k]; None where all are 1.
+        indices: kept channels, [k].
+        weights: factor of each kept channel, [k]; None if all are 1.
 
     Returns:
-        The values of `FIELDS`, float32 [3]. Not finite where the gradient is not; where it is zero
-        throughout, nothing is lost.
+        The values of `FIELDS`, float32 [3]. They are not finite if the gradient is not. If the
+        gradient is all zero, nothing counts as lost.
     """
     # A half-precision sum of squares would overflow.
     squares = sum_by_channel(grad_output.to(torch.float32).square(), torch.float32)
@@ -56,7 +56,7 @@ def write_rows(table: Tensor, rows: Sequence[Tensor], slots: Mapping[int, int]) 
 
     Args:
         table: float32 [slots, 3].
-        rows: those that `observe` returned.
+        rows: the rows that `observe` returned.
         slots: slot -> its index in `rows`.
     """
     none = table.new_full((len(FIELDS),), float("nan"))

@@ -1,7 +1,7 @@
-"""Selection: which channels a sparse backward is made of, and for which gradients.
+"""Selection: which channels a sparse backward keeps, and for which gradients.
 
-Plain torch: at once the reference and what the pass traces. The keep count k may be an int or a
-SymInt that is read at run time.
+This is plain torch, both the reference and what the pass traces. The keep count k may be an int or
+a SymInt that is read at run time.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from ssprop_passes.selection.selectors import Selector, topk
 
 __all__ = ["GRADIENTS", "Selection"]
 
-# Which of the gradients of input, weight and bias are made of the kept channels alone.
+# Which of the gradients of input, weight and bias use only the kept channels.
 GRADIENTS = {
     "both": (True, True, True),
     "weight": (False, True, True),
@@ -32,17 +32,18 @@ class Selection:
     """How channels are chosen, and for which gradients.
 
     Attributes:
-        score: what each channel is worth; see `ssprop_passes.selection.scores`.
-        select: which are kept, given that; see `ssprop_passes.selection.selectors`.
-        gradients: `"both"`, or `"weight"` or `"input"` alone; the other one is then dense, and
-            exact. The gradient of the bias follows that of the weight.
+        score: how much each channel matters; see `ssprop_passes.selection.scores`.
+        select: which channels to keep, given their scores; see
+            `ssprop_passes.selection.selectors`.
+        gradients: which gradients are sparse: `"both"`, `"weight"` or `"input"`. The other one
+            stays dense and exact. The bias gradient follows the weight gradient.
         block: channels are chosen in blocks of this many neighbours, by the sum of their scores.
         memory: coefficient eta in [0, 1) of what earlier steps left out; see
             `ssprop_passes.selection.error_feedback`.
         ranks: the processes that keep the same channels; see `ssprop_passes.selection.ranks`. None
-            where each keeps its own.
-        observer: is told of each choice: grad_output, scores, indices and weights. It must not
-            change what is computed, and is no part of the identity.
+            if each process chooses its own.
+        observer: called with grad_output, scores, indices and weights of each choice. It must not
+            change what is computed, and is not part of the identity.
         axis: `"channel"`, or `"sample"`: see `ssprop_passes.selection.samples`.
     """
 
@@ -70,21 +71,20 @@ class Selection:
     ) -> tuple[Tensor, Tensor]:
         """Return the kept channels of `grad_output`, weighted if the selector weights them.
 
-        With a memory they are chosen from, and are those of, `grad_output` and what was left out
-        before together.
+        With a memory, eta times the memory is first added to `grad_output`.
 
         Args:
             grad_output: [N, C, *space].
             weight: [C, ...].
             k: keep count of each group, in [1, C / groups]; a multiple of `block`.
-            groups: number of groups, whose channels follow one another.
-            memory: what the last step left out, [C, *space]; updated in place. None without.
+            groups: number of groups; the channels of a group are consecutive.
+            memory: what the last step left out, [C, *space]; updated in place. None without memory.
 
         Returns:
             The channels, [N, groups * k, *space], and their indices, int64 [groups * k], grouped.
 
         Raises:
-            ValueError: a score or selector of the user's returns what is none.
+            ValueError: a custom score or selector returns a result of the wrong form.
         """
         if memory is not None:
             grad_output = recall(grad_output, memory, self.memory)
@@ -105,15 +105,15 @@ class Selection:
         """Raise a ValueError unless there is one score for each of `count` channels or samples."""
         if tuple(scores.shape) != (count,):
             raise ValueError(
-                f"score must return one score a {self.axis}, shape ({count},),"
+                f"score must return one score per {self.axis}, shape ({count},),"
                 f" got {tuple(scores.shape)}"
             )
 
     def choose(self, scores: Tensor, k: int, groups: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Return the channels that are kept, and their weights, None where all are 1.
+        """Return the kept channels and their weights; the weights are None if all are 1.
 
         Args:
-            scores: [C], the groups one after another.
+            scores: [C], one group after another.
             k: keep count of each group, in [1, C / groups]; a multiple of `block`.
             groups: number of groups.
 
@@ -121,7 +121,7 @@ class Selection:
             Indices into the C channels, int64 [groups * k], grouped; weights, [groups * k].
 
         Raises:
-            ValueError: the selector returns no indices.
+            ValueError: the selector does not return indices.
         """
         channels = scores.shape[0]
         if groups > 1:
@@ -140,7 +140,7 @@ class Selection:
             indices = (indices + offsets[:, None]).flatten()
             weights = None if weights is None else weights.flatten()
         if self.ranks is not None and self.select is not topk:
-            # What a selector draws differs from rank to rank.
+            # A selector may draw different numbers on each rank.
             indices = self.ranks.first(indices)
             weights = None if weights is None else self.ranks.first(weights)
         return indices, weights
@@ -157,7 +157,7 @@ class Selection:
 
     @property
     def identity(self) -> str | None:
-        """A text that changes with what is computed, None where a function's is not known."""
+        """A text that changes when the computation changes; None if a function has no identity."""
         score, select = identity_maybe(self.score), identity_maybe(self.select)
         if score is None or select is None:
             return None

@@ -1,14 +1,14 @@
-"""Ranks: the processes of a data-parallel run, and what they share of a selection.
+"""Ranks: the processes of a data-parallel run, and how they share a selection.
 
-Each process sees its part of a batch. Where all of them are to keep the same channels, those that
-one process with the whole batch would keep, the replacement has two more collectives in it:
+Each process sees a part of the batch. All processes can keep the same channels, those that one
+process with the whole batch would keep. The replacement then has two extra collectives:
 
-    scores = score(grad_output)                      of the samples of this rank
+    scores = score(grad_output)                      of this rank's samples
     scores = mean over ranks of scores               all_reduce, C numbers
     idx    = select(scores, k)
-    idx    = that of rank 0                          broadcast, where a selector may draw numbers
+    idx    = idx of rank 0                           broadcast, if a selector may draw numbers
 
-They are functional collectives, operators of the compiled graph like any other.
+These are functional collectives, ordinary operators of the compiled graph.
 """
 
 from dataclasses import dataclass
@@ -24,22 +24,24 @@ class Ranks:
     """The processes that share a selection.
 
     Attributes:
-        group: name of their process group, as torch has it.
-        size: their number.
+        group: torch's name of their process group.
+        size: number of processes.
     """
 
     group: str
     size: int
 
     def mean(self, x: Tensor, power: int = 1) -> Tensor:
-        """Return the mean over the ranks of each element, the same on all, in the dtype of `x`.
+        """Return the mean of each element over the ranks, equal on all ranks, in the dtype of `x`.
 
         Args:
-            x: of the same shape on all ranks; one that holds NaN or infinity makes the mean so.
-            power: exponent p of the power mean `(mean of x ** p) ** (1 / p)`: 2 for l2 norms over
-                samples, of which those of the whole batch are that, but for a constant factor.
+            x: has the same shape on all ranks. If an element is not finite on one rank, neither is
+                its mean.
+            power: exponent p of the power mean `(mean of x ** p) ** (1 / p)`. Use 2 for l2 norms
+                over samples: the power mean is the norm over the whole batch, except for a
+                constant factor.
         """
-        # In float64 the square of no float32 overflows or vanishes.
+        # In float64 the square of a float32 neither overflows nor vanishes.
         wide = torch.promote_types(x.dtype, torch.float32 if power == 1 else torch.float64)
         powers = x.to(wide) if power == 1 else x.to(wide) ** power
         mean = _wait(torch.ops._c10d_functional.all_reduce(powers, "sum", self.group)) / self.size
@@ -51,7 +53,7 @@ class Ranks:
 
 
 def find_ranks_maybe() -> Ranks | None:
-    """Return the ranks of the default process group, None where there is none, or one rank alone.
+    """Return the ranks of the default process group; None without a group or with only one rank.
 
     Examples:
         >>> find_ranks_maybe() is None
@@ -63,7 +65,7 @@ def find_ranks_maybe() -> Ranks | None:
     group = distributed.group.WORLD
     if size == 1 or group is None:
         return None
-    # Importing it registers what the operators return on fake tensors.
+    # The import registers the operators' fake kernels.
     import torch.distributed._functional_collectives  # noqa: F401
 
     return Ranks(group.group_name, size)

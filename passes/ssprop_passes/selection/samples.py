@@ -1,20 +1,20 @@
-"""Samples: the other axis. A backward from some samples of the batch, of all channels.
+"""Samples, the other axis: a backward from some samples of the batch and all channels.
 
     before    dx, dw = backward(dy, x, w)
 
     after     dx_k, dw = backward(dy[idx], x[idx], w)
               dx = zeros.index_put([idx], dx_k)
 
-The samples are chosen once in a backward, by the gradient of the site nearest the loss, and every
-other site of the graph keeps the same. So what a kept sample adds to the gradients is whole, at
-all depths and along all paths, as far as the layers between treat each sample by itself. Layer
-norm does; batch norm in training does not: the gradients of its statistics are then those of the
-kept samples alone, and reach the others, for whom the next site drops them. Paths past all sites,
-such as a residual connection, carry the gradient of every sample.
+The samples are chosen once per backward, by the gradient of the site nearest the loss. Every other
+site of the graph keeps the same samples. A kept sample therefore adds its full share to the
+gradients, at all depths and along all paths, if the layers in between treat each sample separately.
+Layer norm does. Batch norm in training does not: only the kept samples add to the gradients of its
+statistics, which then flow to the other samples, until the next site drops them. Paths around all
+sites, such as a residual connection, carry the gradient of every sample.
 
-Weights of a selector, 1 / p, multiply what a sample adds to the gradients of weight and bias, and
-not the gradient of the input: from one site to the next they would multiply one another. So the
-expected gradient of every site's weight is the dense one where samples are not coupled.
+The weights of a selector, 1 / p, multiply a sample's share of the weight and bias gradients. They
+do not multiply the input gradient, because they would compound from site to site. So the expected
+weight gradient of every site is the dense one, if samples are not coupled.
 """
 
 from dataclasses import dataclass
@@ -33,9 +33,8 @@ class Samples:
     """The samples that a site keeps.
 
     Attributes:
-        indices: their rows of the leading dimension, int64 [k * m].
-        weights: what each row's share of the weight's gradient is multiplied by, [k * m]; None
-            where all are 1.
+        indices: the samples' rows of the leading dimension, int64 [k * m].
+        weights: factor of each row's share of the weight gradient, [k * m]; None if all are 1.
     """
 
     indices: Tensor
@@ -43,11 +42,11 @@ class Samples:
 
     @classmethod
     def of_rows(cls, indices: Tensor, weights: Tensor | None, rows: int) -> "Samples":
-        """Return samples that take `rows` rows each, m, one after another, of a leading dimension.
+        """Return samples that each take `rows`, m, consecutive rows of a leading dimension.
 
         Args:
             indices: samples of the batch, int64 [k].
-            weights: theirs, [k], or None.
+            weights: the samples' weights, [k], or None.
             rows: m, such as the length of a sequence.
         """
         if rows > 1:
@@ -67,28 +66,28 @@ class Samples:
         return rows * self.weights.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
 
     def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Return zeros of the shape of `like`, [N, *rest], but for the kept rows."""
+        """Return zeros in the shape of `like`, [N, *rest], with `rows` at the kept rows."""
         return torch.zeros_like(like).index_put([self.indices], rows)
 
 
 def choose_samples(
     selection: Selection, grad_output: Tensor, input: Tensor, k: int, rows: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the samples that are kept, and their weights, None where all are 1.
+    """Return the kept samples and their weights; the weights are None if all are 1.
 
     Args:
-        selection: its score is given the samples as what it calls channels, and the samples of
-            the layer's input as the rows of the weight.
+        selection: how samples are chosen. Its score gets the samples in place of channels, and the
+            samples of the layer's input in place of the weight's rows.
         grad_output: [N * m, C, *space].
         input: [N * m, C_in, *space].
         k: keep count, in [1, N]; may be a SymInt.
-        rows: rows of a sample, m.
+        rows: rows per sample, m.
 
     Returns:
         Indices into the N samples, int64 [k]; weights, [k].
 
     Raises:
-        ValueError: a score or selector of the user's returns what is none.
+        ValueError: a custom score or selector returns a result of the wrong form.
     """
     by_sample = _split(grad_output, rows).transpose(0, 1)
     scores = selection.score(by_sample, _split(input, rows))

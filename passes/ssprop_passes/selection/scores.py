@@ -2,16 +2,16 @@
 
 A score is a function `score(grad_output, weight) -> scores` of
 
-    grad_output  [N, C, *space], of a linear layer [T, C]
-    weight       [C, ...], one row an output channel whatever the kind of layer
+    grad_output  [N, C, *space]; for a linear layer [T, C]
+    weight       [C, ...], one row per output channel for every kind of layer
     scores       [C]; NaN or infinite for a channel that holds such a value, so that selectors
                  keep it and a `GradScaler` finds it
 
-Where samples are chosen (`ssprop_passes.selection.samples`), what is said of channels is of
-samples: dimension 1 of grad_output, [m, N, C, *space] with m rows a sample, and the leading one of
+When samples are chosen (`ssprop_passes.selection.samples`), samples take the place of channels.
+They are dimension 1 of grad_output, [m, N, C, *space] with m rows per sample, and dimension 0 of
 "weight", which is then the layer's input, [N, m, C_in, *space].
 
-In plain torch, which the pass traces: no Python value may depend on what a tensor holds.
+Scores are plain torch that the pass traces: no Python value may depend on a tensor's values.
 """
 
 import math
@@ -31,7 +31,7 @@ __all__ = [
     "sum_by_channel",
 ]
 
-# Rows of one part: 64 KiB of 256 float32 channels.
+# Rows per part: 64 KiB with 256 float32 channels.
 _ROWS = 64
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -47,7 +47,7 @@ def mean_abs(grad_output: Tensor, weight: Tensor) -> Tensor:
     Returns:
         Scores, [C], at least float32.
     """
-    # In half precision the mean of few large values among many would vanish.
+    # In half precision the mean of a few large values among many would vanish.
     total = sum_by_channel(grad_output.abs(), _wide(grad_output))
     return total / (grad_output.numel() // grad_output.shape[1])
 
@@ -55,8 +55,8 @@ def mean_abs(grad_output: Tensor, weight: Tensor) -> Tensor:
 def l2(grad_output: Tensor, weight: Tensor) -> Tensor:
     """Return the l2 norm of each channel.
 
-    To sample channels with probability proportional to it has the least variance that sampling
-    them can add to the gradient of a weight whose inputs are alike in norm.
+    Sampling channels with probability proportional to it adds the least variance to the weight
+    gradient, if the layer's inputs have similar norms.
 
     Args:
         grad_output: [N, C, *space].
@@ -71,10 +71,10 @@ def l2(grad_output: Tensor, weight: Tensor) -> Tensor:
 
 
 def l2_weight(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """Return the l2 norm of each channel times that of its row of the weight.
+    """Return the l2 norm of each channel times the norm of its weight row.
 
-    What a channel matters to the gradient of the input, which is the sum over channels of each
-    one's gradient times its row.
+    This is how much a channel matters to the input gradient, the sum over channels of the channel's
+    gradient times its row.
 
     Args:
         grad_output: [N, C, *space].
@@ -92,23 +92,23 @@ SCORES: dict[str, Score] = {"mean_abs": mean_abs, "l2": l2, "l2_weight": l2_weig
 
 
 def power_over_ranks(score: Score) -> int:
-    """Return the exponent of the power mean that makes the ranks' scores those of all samples.
+    """Return the exponent of the power mean that turns the ranks' scores into the whole batch's.
 
-    2 for l2 norms, else 1, the plain mean: right for a score of one's own that is itself a mean
-    over samples.
+    It is 2 for l2 norms, else 1, the plain mean. This is right for a custom score that is itself a
+    mean over samples.
     """
     return 2 if score in (l2, l2_weight) else 1
 
 
 def sum_by_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum over all dimensions but 1, in two steps on a CPU.
+    """Return the sum over all dimensions except 1, in two steps on a CPU.
 
-    In one step Inductor's loop over channels is the outer one, and walks through all of the tensor
-    for every 16 of them. The sums of a part of the rows read that part as it lies in memory.
+    For one step Inductor makes the channel loop the outer one, and walks through the whole tensor
+    for every 16 channels. In two steps, the sums over a part of the rows read it in memory order.
 
     Args:
         x: [N, C, *space].
-        dtype: of the sums.
+        dtype: dtype of the sums.
 
     Returns:
         Sums, [C].
@@ -126,5 +126,5 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def all_but(x: Tensor, dim: int) -> list[int]:
-    """Return the dimensions of a tensor but for one."""
+    """Return all dimensions of a tensor except one."""
     return [d for d in range(x.ndim) if d != dim % x.ndim]

@@ -1,1 +1,1 @@
-"""Sites: what finds the backward of a layer in a graph."""
+"""Sites: find the backward of each layer in a graph."""

@@ -1,7 +1,6 @@
-"""The backward of convolutions in a joint graph.
+"""Find the backward of convolutions in a joint graph.
 
-Every convolution of every model is one node there, whatever its source:
-`aten.convolution_backward`.
+The backward of every convolution is a single node, `aten.convolution_backward`.
 """
 
 from collections.abc import Hashable, Sequence
@@ -35,8 +34,8 @@ class ConvMatch(SiteMatch):
 
     Attributes:
         node: the node.
-        grad_output, input, weight: nodes of its tensors.
-        geometry: its parameters.
+        grad_output, input, weight: nodes of its tensor operands.
+        geometry: stride, padding and so on.
         output_mask: which of the gradients of input, weight and bias it computes.
     """
 
@@ -49,7 +48,7 @@ class ConvMatch(SiteMatch):
 
     @property
     def kind(self) -> str:
-        """Such as `conv2d` or `conv_transpose1d`."""
+        """A name such as `conv2d` or `conv_transpose1d`."""
         transpose = "_transpose" if self.geometry.transposed else ""
         return f"conv{transpose}{self.weight.meta['val'].ndim - 2}d"
 
@@ -60,21 +59,21 @@ class ConvMatch(SiteMatch):
 
     @property
     def groups(self) -> int:
-        """Number of groups that channels are selected in."""
+        """Number of groups within which channels are selected."""
         return self.geometry.selection_groups(self.weight.meta["val"])
 
     @property
     def wanted(self) -> tuple[bool, bool, bool]:
-        """Which gradients are computed, that of the bias by this node or another."""
+        """Which gradients are computed; another node may compute the bias gradient."""
         return (*self.output_mask[:2], self.output_mask[2] or self.bias_sum is not None)
 
     @property
     def form(self) -> Hashable:
-        """Its parameters, and which gradients are computed."""
+        """The geometry, and which gradients are computed."""
         return self.geometry, self.wanted
 
     def flops_of(self, mask: Sequence[bool]) -> int:
-        """Return the floating-point operations of gradients of input and weight."""
+        """Return the FLOPs of the gradients of input and weight."""
         grad_output, input_, weight = (hinted(node.meta["val"]).shape for node in self.inputs)
         return conv_backward_flops(grad_output, input_, weight, self.geometry.transposed, mask)
 
@@ -90,7 +89,7 @@ class ConvMatch(SiteMatch):
 
     @property
     def bias_sum(self) -> fx.Node | None:
-        """The sum that is the bias gradient where Inductor split it off, as it does on GPU."""
+        """The sum for the bias gradient, if Inductor split it off, as it does on GPU."""
         return None if self.output_mask[2] else find_sum_maybe(self.grad_output, 1, self.node)
 
     @property
@@ -103,7 +102,7 @@ class ConvMatch(SiteMatch):
     ) -> Gradients:
         """Return the sparse gradients of input, weight and bias."""
         grad_output, input_, weight = tensors
-        # One meaning of the bias gradient on every device: of the kept channels alone.
+        # On every device the bias gradient uses only the kept channels.
         mask = selection.sparse(self.wanted)
         return sparse_conv_backward(
             grad_output, input_, weight, k, self.geometry, mask, selection, memory
@@ -112,18 +111,18 @@ class ConvMatch(SiteMatch):
     def backward_of_samples(
         self, samples: Samples, selection: Selection, *tensors: Tensor
     ) -> Gradients:
-        """Return the gradients of input, weight and bias made of some samples."""
+        """Return the gradients of input, weight and bias from the kept samples."""
         grad_output, input_, weight = tensors
         mask = selection.sparse(self.wanted)
         return conv_backward_of_samples(grad_output, input_, weight, samples, self.geometry, mask)
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
-        """Put the sparse gradients in place of the node's results."""
+        """Replace the node's results with the sparse gradients."""
         if (bias_sum := self.bias_sum) is not None and gradients[2] is not None:
             replace_node(bias_sum, gradients[2])
         replace_outputs(self.node, gradients)
         if self.node.users:
-            # It computes what stays dense, and is not to be matched again.
+            # The node computes the dense gradients, and must not be matched again.
             dense = [
                 wanted and g is None for wanted, g in zip(self.output_mask, gradients, strict=True)
             ]

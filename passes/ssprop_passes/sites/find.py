@@ -21,17 +21,17 @@ def find_sites(
     excluded: Mapping[str, str],
     selection: Selection = Selection(),
 ) -> tuple[list[tuple[fx.Node, Site]], int]:
-    """Find the sites of a joint graph, and leave the graph as it is.
+    """Find the sites of a joint graph, without changing the graph.
 
     Args:
         graph: the joint graph.
-        slots: the layers that take part, by name.
-        excluded: the layers that do not, by name, with the reason.
+        slots: layer name -> slot, for the layers that take part.
+        excluded: layer name -> reason, for the layers that do not.
         selection: says which gradients are sparse.
 
     Returns:
-        The first node of each site with what is to become of the site, in graph order; and the
-        floating-point operations of all backward convolutions and matrix products.
+        The first node and the `Site` of each site, in graph order; and the FLOPs of all backward
+        convolutions and matrix products.
     """
     found: list[tuple[fx.Node, Site]] = []
     total_flops = 0
@@ -58,5 +58,5 @@ def find_sites(
 
 
 def find_match_maybe(node: fx.Node) -> SiteMatch | None:
-    """Return what the first kind of site that recognises the node makes of it."""
+    """Return the match of the first kind of site that recognises the node, None if none does."""
     return next((match for matcher in MATCHERS if (match := matcher(node))), None)

@@ -1,4 +1,4 @@
-"""Floating-point operations of matrix products; sizes of fake tensors as plain numbers."""
+"""FLOPs of matrix products; sizes of fake tensors as plain numbers."""
 
 from typing import Any, cast
 
@@ -9,11 +9,11 @@ __all__ = ["hinted", "matrix_product_flops", "size_hint"]
 
 
 def matrix_product_flops(node: fx.Node) -> int:
-    """Return the floating-point operations of a matrix product node, 0 for any other node.
+    """Return the FLOPs of a matrix product node, 0 for any other node.
 
-    Formulas are those of `torch.utils.flop_counter`. Symbolic sizes count at their hint.
+    The formulas are those of `torch.utils.flop_counter`. Symbolic sizes count as their hints.
     """
-    # Not on import: it imports Triton.
+    # Imported here, because it imports Triton.
     from torch.utils.flop_counter import flop_registry
 
     packet = getattr(node.target, "overloadpacket", None)
@@ -26,12 +26,12 @@ def matrix_product_flops(node: fx.Node) -> int:
 
 
 def hinted(val: Any) -> Any:
-    """Return a meta tensor with plain int sizes in place of a fake tensor, others unchanged."""
+    """Return a tensor as a meta tensor with plain int sizes, any other value unchanged."""
     if not isinstance(val, Tensor):
         return val
     return torch.empty([*map(size_hint, val.shape)], device="meta", dtype=val.dtype)
 
 
 def size_hint(size: int) -> int:
-    """Return a size as an int, that of the example input where it is a SymInt."""
+    """Return a size as an int; for a SymInt, its size in the example input."""
     return size if isinstance(size, int) else cast(int, size.node.hint)

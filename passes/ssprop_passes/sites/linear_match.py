@@ -1,8 +1,8 @@
-"""The backward of linear layers in a joint graph.
+"""Find the backward of linear layers in a joint graph.
 
-A linear call y = x w^T + b leaves three nodes in its backward part, two matrix products and a sum,
-found by the operands that they share with the forward product. Products of two activations, such
-as those of attention, are not of a layer and have no slot.
+A linear call y = x w^T + b has three backward nodes: two matrix products and a sum. They are found
+by the operands that they share with the forward product. A product of two activations, as in
+attention, belongs to no layer and has no slot.
 """
 
 from collections.abc import Hashable, Sequence
@@ -24,7 +24,7 @@ __all__ = ["LinearMatch", "match_linear_backward"]
 
 aten = torch.ops.aten
 
-# What stands between the gradient that a bias was added to and that of the product.
+# Operators between the gradient that the bias sum reads and the one that the products read.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.clone.default)
 
 
@@ -33,10 +33,10 @@ class LinearMatch(SiteMatch):
     """The backward products of one linear call.
 
     Attributes:
-        node: the first of them in the graph.
+        node: the first product in the graph.
         grad_output, input: [T, C] and [T, C_in].
         transposed_weight: [C_in, C], as the forward product takes it.
-        grad_input_node, grad_weight_node: the products, None where not computed.
+        grad_input_node, grad_weight_node: the products, None if not computed.
     """
 
     node: fx.Node
@@ -58,12 +58,12 @@ class LinearMatch(SiteMatch):
 
     @property
     def groups(self) -> int:
-        """One."""
+        """Always 1."""
         return 1
 
     @property
     def wanted(self) -> tuple[bool, bool, bool]:
-        """Which of the products and the sum are there."""
+        """Which of the two products and the sum exist."""
         return (
             self.grad_input_node is not None,
             self.grad_weight_node is not None,
@@ -72,12 +72,12 @@ class LinearMatch(SiteMatch):
 
     @property
     def form(self) -> Hashable:
-        """Which gradients are computed, and the shape of the bias's."""
+        """Which gradients are computed, and the shape of the bias gradient."""
         bias_sum = self.bias_sum
         return self.wanted, None if bias_sum is None else bias_sum.meta["val"].shape
 
     def flops_of(self, mask: Sequence[bool]) -> int:
-        """Return the floating-point operations of products."""
+        """Return the FLOPs of the products."""
         outputs = hinted(self.grad_output.meta["val"]).numel()
         features = int(self.transposed_weight.meta["val"].shape[0])
         return 2 * int(outputs) * features * sum(mask[:2])
@@ -95,10 +95,10 @@ class LinearMatch(SiteMatch):
 
     @property
     def bias_sum(self) -> fx.Node | None:
-        """The sum that is the bias gradient.
+        """The sum that computes the bias gradient, None if there is none.
 
-        Of grad_output itself, or, where the bias was added before flattening the leading
-        dimensions, of what grad_output is a view of, or a contiguous copy.
+        It sums grad_output or, if the bias was added with unflattened leading dimensions, the
+        tensor that grad_output is a view or a contiguous copy of.
         """
         source: Any = self.grad_output
         while isinstance(source, fx.Node) and source.meta["val"].shape[-1] == self.channels:
@@ -117,7 +117,7 @@ class LinearMatch(SiteMatch):
     def backward(
         self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
     ) -> Gradients:
-        """Return the sparse gradients; that of the bias in the shape of the sum it replaces."""
+        """Return the sparse gradients; the bias gradient has the shape of the sum it replaces."""
         grad_output, input_, transposed_weight = tensors
         grad_input, grad_weight, grad_bias = sparse_linear_backward(
             grad_output,
@@ -133,7 +133,7 @@ class LinearMatch(SiteMatch):
     def backward_of_samples(
         self, samples: Samples, selection: Selection, *tensors: Tensor
     ) -> Gradients:
-        """Return the gradients made of some samples."""
+        """Return the gradients from the kept samples."""
         grad_output, input_, transposed_weight = tensors
         mask = selection.sparse(self.wanted)
         grad_input, grad_weight, grad_bias = linear_backward_of_samples(
@@ -148,13 +148,13 @@ class LinearMatch(SiteMatch):
         return grad_bias.view(cast(fx.Node, self.bias_sum).meta["val"].shape)
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
-        """Put the sparse gradients in place of the products and the sum."""
+        """Replace the products and the sum with the sparse gradients."""
         nodes = (self.grad_input_node, self.grad_weight_node, self.bias_sum)
         for node, gradient in zip(nodes, gradients, strict=True):
             if gradient is not None:
                 replace_node(cast(fx.Node, node), gradient)
             elif node is not None:
-                # It stays dense, and is not to be matched again.
+                # The node stays dense, and must not be matched again.
                 node.meta[INSERTED_KEY] = True
 
 
@@ -163,7 +163,7 @@ def match_linear_backward(node: fx.Node) -> LinearMatch | None:
     if not _is_backward_product(node):
         return None
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
-    # dw = mm(t(dy), x), whose x is the forward product's; dx = mm(dy, t(w^T)), whose w^T is.
+    # dw = mm(t(dy), x) shares x with the forward product; dx = mm(dy, t(w^T)) shares w^T.
     if (grad_output := _transposed_maybe(left)) is not None:
         forward = _forward_maybe(right, 0, node)
     else:
@@ -200,12 +200,12 @@ def _is_backward_product(node: fx.Node) -> bool:
 
 
 def _same_call(node: fx.Node, other: fx.Node) -> bool:
-    """Say whether two nodes stem from one autograd call."""
+    """Say whether two nodes come from the same autograd call."""
     return node.meta.get("seq_nr") == other.meta.get("seq_nr")
 
 
 def _transposed_maybe(node: object) -> fx.Node | None:
-    """Return what a node is the matrix transpose of, None if it is none."""
+    """Return what a node is the matrix transpose of, None if it is no transpose."""
     if not isinstance(node, fx.Node):
         return None
     if node.target is aten.t.default or (

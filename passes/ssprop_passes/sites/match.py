@@ -16,11 +16,11 @@ __all__ = ["SiteMatch", "why_dense"]
 class SiteMatch(ABC):
     """A backward node, or group of nodes, that a kind of site recognised.
 
-    A kind of site is a subclass in a file of its own, with a function `match_x(node)` that
-    returns an instance or None, listed in `ssprop_passes.sites.matchers`.
+    Each kind of site is a subclass in its own file, with a function `match_x(node)` that returns
+    an instance or None. `ssprop_passes.sites.matchers` lists these functions.
 
     Attributes:
-        node: the first of `nodes`: the replacement is inserted before it, with its metadata.
+        node: the first of `nodes`. The replacement goes before it and inherits its metadata.
     """
 
     node: fx.Node
@@ -38,7 +38,7 @@ class SiteMatch(ABC):
     @property
     @abstractmethod
     def groups(self) -> int:
-        """Number of groups that channels are selected in."""
+        """Number of groups within which channels are selected."""
 
     @property
     @abstractmethod
@@ -47,10 +47,10 @@ class SiteMatch(ABC):
 
     @abstractmethod
     def flops_of(self, mask: Sequence[bool]) -> int:
-        """Return the floating-point operations, two a multiply-add, of dense gradients.
+        """Return the FLOPs of dense gradients; a multiply-add counts as two.
 
         Args:
-            mask: which of those of input, weight and bias to count.
+            mask: which of the gradients of input, weight and bias to count.
         """
 
     @property
@@ -61,24 +61,24 @@ class SiteMatch(ABC):
     @property
     @abstractmethod
     def inputs(self) -> Sequence[fx.Node]:
-        """The nodes that `backward` takes the values of."""
+        """The nodes whose values `backward` takes."""
 
     @property
     @abstractmethod
     def dense_gradients(self) -> Gradients:
-        """The fake values of the dense gradients that are replaced."""
+        """The fake values of the dense gradients to replace."""
 
     @abstractmethod
     def backward(
         self, k: int, selection: Selection, *tensors: Tensor, memory: Tensor | None = None
     ) -> Gradients:
-        """Return the sparse gradients, None for the others: plain torch, which the pass traces.
+        """Return the sparse gradients, None for the others, in plain torch that the pass traces.
 
         Args:
             k: keep count of each group; may be a SymInt.
             selection: which channels are kept, and which gradients are sparse.
             tensors: values of `inputs`.
-            memory: what the last step left out, updated in place; None without. See
+            memory: what the last step left out, updated in place; None without memory. See
                 `ssprop_passes.selection.error_feedback`.
         """
 
@@ -86,32 +86,32 @@ class SiteMatch(ABC):
     def backward_of_samples(
         self, samples: Samples, selection: Selection, *tensors: Tensor
     ) -> Gradients:
-        """Return the gradients made of some samples, None for those that stay dense.
+        """Return the gradients from the kept samples, None for those that stay dense.
 
         Args:
-            samples: the samples.
+            samples: the kept samples.
             selection: says which gradients are sparse.
             tensors: values of `inputs`.
         """
 
     @abstractmethod
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
-        """Let the users of the dense gradients use these, and erase what has become dead.
+        """Make the users of the dense gradients use these instead, and erase dead nodes.
 
-        Where there is None, what computes the dense gradient stays, marked with `INSERTED_KEY`.
+        For a None, the node that computes the dense gradient stays, marked with `INSERTED_KEY`.
         """
 
     @property
     def form(self) -> Hashable:
-        """What `backward` depends on besides its arguments, None where that is not told.
+        """What `backward` depends on besides its arguments, None if unknown.
 
-        Sites that are alike in this and in the form of their inputs are traced once.
+        Sites with equal forms and inputs of the same form share one trace.
         """
         return None
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the dense backward."""
+        """FLOPs of the dense backward."""
         return self.flops_of(self.wanted)
 
 
@@ -126,9 +126,9 @@ def why_dense(
 
     Args:
         match: the site.
-        name: its layer's name.
-        slots: the layers that take part, by name.
-        excluded: the layers that do not, by name, with the reason.
+        name: its layer's name, None if it belongs to no layer.
+        slots: layer name -> slot, for the layers that take part.
+        excluded: layer name -> reason, for the layers that do not.
         selection: says which gradients are sparse.
     """
     if name is None:

@@ -1,4 +1,4 @@
-"""The kinds of site, listed here: a file each for what finds them, and for their arithmetic."""
+"""The list of the kinds of site; each has one file that finds it and one for its arithmetic."""
 
 from collections.abc import Callable
 

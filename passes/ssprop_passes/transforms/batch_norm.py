@@ -1,24 +1,26 @@
-"""BatchNormGradientPass: of a batch norm's gradient, nothing is computed but what is asked for.
+"""BatchNormGradientPass: computes only the parts of a batch norm's gradient that are used.
 
-A convolution's grad_output is most often the gradient that a batch norm hands down,
+A convolution's grad_output is most often the input gradient of a batch norm,
 
     dy = s * (g - (x - mean) * p - m),   m = sum(g) / N,   p = sum(g * (x - mean)) / N / std^2
 
-with one s, mean, m, p a channel and sums over all N positions of it. Its squares, which the scores
-`l2` and `l2_weight` sum, need no pass over dy, nor dy itself: as x - mean has the sum 0 and the sum
-of squares N var, and std^2 = var + eps,
+with one s, mean, m and p per channel, and sums over all N positions of the channel. The scores `l2`
+and `l2_weight` sum the squares of dy. They can do so without dy: because x - mean has the sum 0 and
+the sum of squares N var, and because std^2 = var + eps,
 
     sum(dy^2)  ->  s^2 * (sum(g^2) - m * sum(g) - p * sum(g * (x - mean)) * (1 + eps / std^2))
 
-of which `sum(g^2)` alone is new, and is read with the two sums beside it. What is left to read dy
-is the gather of the kept channels, so that those alone need be computed, and dy is never written.
-By itself Inductor writes dy where it reads many tensors, as behind a residual connection, and on a
-CPU it looks s, mean, m and p up by index at every position. So all are gathered first,
+Only `sum(g^2)` is new here, and it is computed together with the two other sums.
+
+Then only the gather of the kept channels reads dy: the other channels need not be computed, and dy
+need not be written to memory. Inductor on its own writes dy to memory when a kernel reads many
+tensors, as after a residual connection. On a CPU it also looks up s, mean, m and p by index at
+every position. So the pass gathers first,
 
     dy[:, idx]  ->  s' * (g[:, idx] - (x[:, idx] - mean') * p' - m'),   s' = s[idx] and so on
 
-on a CPU in a kernel of our own where what it reads lies in memory anyway, of Inductor's where g is
-still to be computed.
+On a CPU our kernel does this if its operands are in memory anyway. If g must still be computed,
+Inductor's kernel does it.
 """
 
 import functools
@@ -51,10 +53,10 @@ class Gather:
     """Channels gathered from a batch norm's gradient.
 
     Attributes:
-        gradient: of the norm.
-        indices: of the channels, [k].
-        order: of the gradient's dimensions, the channels last.
-        written: what the kernel of our own reads, None where the gather is not for it.
+        gradient: the norm's gradient.
+        indices: channels to gather, [k].
+        order: order of the gradient's dimensions, with the channels last.
+        written: what our kernel reads; None if our kernel does not do the gather.
     """
 
     gradient: NormGradient
@@ -64,15 +66,15 @@ class Gather:
 
 
 class BatchNormGradientPass(GraphPass):
-    """Rewrites what previous passes inserted that reads the gradient of a batch norm.
+    """Rewrites nodes that previous passes inserted to read the gradient of a batch norm.
 
     Args:
         decompositions: returns the decomposition table of the compiler that the graph is for.
 
     Attributes:
-        squares: how many sums of squares were rewritten, after a run.
-        gathers: how many gathers of channels were.
-        own: how many of them became a call of a kernel of our own.
+        squares: number of sums of squares that the last run rewrote.
+        gathers: number of gathers of channels that it rewrote.
+        own: number of these gathers that became a call of our kernel.
     """
 
     def __init__(
@@ -84,11 +86,11 @@ class BatchNormGradientPass(GraphPass):
         self.squares = self.gathers = self.own = 0
 
     def identity(self) -> str:
-        """Return the same for all: the rewrite depends on the graph alone."""
+        """Return a constant: the rewrite depends only on the graph."""
         return "gradients of batch norms"
 
     def transform(self, graph: fx.Graph) -> PassSummary:
-        """Rewrite sums over all dimensions but 1 of squared gradients, then gathers."""
+        """Rewrite sums of squared gradients over all dimensions except 1, then gathers."""
         self.squares = self.gathers = self.own = 0
         for node in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
             if not node.meta.get(INSERTED_KEY) or node.args[1] != 2:
@@ -98,7 +100,7 @@ class BatchNormGradientPass(GraphPass):
             if match is not None and total is not None:
                 self._replace(total, _squares, (match.eps,), match.of_squares)
                 self.squares += 1
-        # What read a gradient for its squares does so no longer.
+        # Remove the squares: nothing uses them any longer.
         graph.eliminate_dead_code()
         for node in graph.find_nodes(op="call_function", target=aten.index.Tensor):
             gather = _gather_maybe(node)
@@ -126,7 +128,7 @@ class BatchNormGradientPass(GraphPass):
         settings: tuple[Any, ...],
         inputs: Sequence[fx.Node],
     ) -> None:
-        """Put a function of some settings and nodes in the place of a node."""
+        """Replace a node with a function of some settings and nodes."""
         fn, key = functools.partial(function, *settings), (function, str(settings))
         (replacement,) = self._replacer.insert(node, fn, inputs, key)
         assert replacement is not None
@@ -134,11 +136,11 @@ class BatchNormGradientPass(GraphPass):
 
 
 def _squares(eps: float, *tensors: Tensor) -> tuple[Tensor]:
-    """Return the sums of the squares, [C], from what the `of_squares` of a `NormGradient` are."""
+    """Return the sums of the squares, [C], from the `of_squares` of a `NormGradient`."""
     g, scale, mean_g, projection, total, dot, inverse_std = tensors
     s, m, p, inverse = (x.reshape(-1) for x in (scale, mean_g, projection, inverse_std))
     left = (g * g).sum(all_but(g, 1)) - m * total - p * dot * (1 + eps * inverse * inverse)
-    # Rounding may leave a little less than nothing.
+    # Rounding may make it slightly negative.
     return (s * s * left.clamp(min=0),)
 
 
@@ -150,7 +152,7 @@ def _kept(
     x: Tensor,
     *constants: Tensor,
 ) -> tuple[Tensor]:
-    """Return the channels `indices` of the gradient, which are innermost in `order`."""
+    """Return the channels `indices` of the gradient; `order` puts channels last."""
     g, x = g.permute(order), x.permute(order)
     if g.is_cpu:
         columns: Sequence[Tensor] = gather_columns(constants, indices)
@@ -162,7 +164,7 @@ def _kept(
 def _kept_by_own_kernel(
     order: list[int], count: int, positions: float, indices: Tensor, *tensors: Tensor
 ) -> tuple[Tensor]:
-    """Return the same from g and x of a `Written`, `count` constants, and its excitation."""
+    """Return the same as `_kept`, from a `Written`'s g and x, `count` constants and excitation."""
     g, x, *rest = tensors
     constants, excitation = rest[:count], rest[count:]
     if excitation:
@@ -173,17 +175,17 @@ def _kept_by_own_kernel(
 
 
 def _gather_maybe(node: fx.Node) -> Gather | None:
-    """Return what a node gathers where that is better done from the gradient's parts.
+    """Return what a node gathers, if it should rather gather the gradient's parts.
 
-    None for any other node; where channels are not innermost in memory; and where the gradient is
-    written for others to read.
+    None for any other node, if channels are not innermost in memory, or if the gradient is written
+    to memory because other nodes read it.
     """
     source, (*before, indices) = cast(tuple[fx.Node, list[Any]], node.args)
     val: Tensor = source.meta["val"]
     is_of_last = len(before) == val.ndim - 1 and not any(i is not None for i in before)
     if not node.meta.get(INSERTED_KEY) or not is_of_last or indices.meta["val"].ndim != 1:
         return None
-    # A stride that is no number yet is not to be asked about.
+    # A symbolic stride must not be compared.
     if not isinstance(val.stride(-1), int) or val.stride(-1) != 1:
         return None
     order, chain = list(range(val.ndim)), [source]
@@ -199,7 +201,7 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
         return None
     written = gradient.written_maybe if val.is_cpu else None
     if written is not None and val.dtype in DTYPES:
-        # What bfloat16 is multiplied by is rounded in between, which the kernel does not do.
+        # With bfloat16 factors, products are rounded in between, which the kernel does not do.
         by_channel = *gradient.constants, *written.affine, *written.excitation
         is_single = all(part.meta["val"].dtype == torch.float32 for part in by_channel)
         read = [part.meta["val"] for part in (written.g, written.x)]
@@ -211,14 +213,14 @@ def _gather_maybe(node: fx.Node) -> Gather | None:
 
 
 def _sum_by_channel_maybe(node: fx.Node) -> fx.Node | None:
-    """Return the node that holds a tensor's sums over all dimensions but 1, None if none does."""
+    """Return the node with a tensor's sums over all dimensions except 1, None if there is none."""
     left = all_but(node.meta["val"], 1)
     while left:
         users = list(node.users)
         if len(users) != 1 or users[0].target is not aten.sum.dim_IntList or len(users[0].args) > 2:
             return None
         node = users[0]
-        # All sums but the last are over trailing dimensions, so that dimension 1 stays what it is.
+        # All sums except the last are over trailing dimensions, so dimension 1 stays in place.
         dims = cast(list[int], node.args[1])
         if not set(dims) <= set(left) or (len(dims) < len(left) and 0 in dims):
             return None

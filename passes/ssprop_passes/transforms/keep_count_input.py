@@ -1,6 +1,6 @@
-"""Keep counts: the runtime sparsity tensor in a graph, and how a slot of it is read.
+"""Keep counts: find the runtime sparsity tensor in a graph, and read its slots.
 
-Private torch: the shape environment's hint for the size that a keep count is.
+Private torch: the shape environment's size hint for a keep count.
 """
 
 from typing import Any, cast
@@ -14,7 +14,7 @@ from ssprop_passes.sites.site import MIN_KEEP_COUNT
 
 __all__ = ["find_state_inputs", "read_keep_count"]
 
-# Of what there is to keep, one in so many is what a keep count is taken for where code is chosen.
+# When Inductor chooses code, it assumes that one in this many channels or samples is kept.
 _HINTED_SHARE = 5
 
 
@@ -25,7 +25,7 @@ def find_state_inputs(
 
     Args:
         graph: the joint graph.
-        layout: which of them it has.
+        layout: which state inputs it has.
         slot_count: length of the runtime sparsity tensor.
 
     Raises:
@@ -38,20 +38,20 @@ def find_state_inputs(
         val = state.keep_counts.meta["val"]
         if not isinstance(val, Tensor) or val.dtype != torch.int64 or val.shape != (slot_count,):
             raise RuntimeError(
-                "the joint graph must end its inputs with the runtime sparsity tensor, int64"
+                "the last input of the joint graph must be the runtime sparsity tensor, int64"
                 f" [{slot_count}], got {val}"
             )
     return state
 
 
 def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int = 1) -> int:
-    """Return a slot's keep count in blocks, an unbacked SymInt while this is traced.
+    """Return a slot's keep count in blocks; an unbacked SymInt during tracing.
 
-    In blocks, so that the count of channels is known to be a multiple of their size.
+    Counting blocks tells torch that the number of channels is a multiple of the block size.
 
     Args:
         keep_counts: the runtime sparsity tensor.
-        slot: index in it.
+        slot: index in that tensor.
         limit: the largest keep count; may be a SymInt.
         block: keep counts are multiples of this.
     """
@@ -60,7 +60,7 @@ def read_keep_count(keep_counts: Tensor, slot: int, limit: int, block: int = 1) 
     typical = size_hint(limit) // block
     torch._check(count >= min(MIN_KEEP_COUNT, typical))
     torch._check(count <= limit // block)
-    # Of a size that it knows nothing of, Inductor fuses no kernel that writes with one that reads.
+    # Without a hint for this size, Inductor does not fuse a kernel that writes with one that reads.
     node: Any = cast(torch.SymInt, count).node
     node.shape_env.var_to_hint_override[node.expr] = max(typical // _HINTED_SHARE, 1)
     return count

@@ -1,4 +1,4 @@
-"""A batch norm's gradient, taken apart: found in a joint graph by what it computes."""
+"""Find a batch norm's gradient in a joint graph by what it computes, and take it apart."""
 
 import operator
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ CASTS = (torch.ops.prims.convert_element_type.default,)
 _VIEWS = (aten.unsqueeze.default, aten.squeeze.dims, aten.view.default)
 _ALIASES = (aten.alias.default, aten.detach.default)
 
-# The norm itself reads g for its sum, for its products with x and in the gradient.
+# The norm itself reads g this often: for the sum, for the products with x, and in the gradient.
 _READS = 3
 
 
 @dataclass(frozen=True)
 class Written:
-    """Tensors that a batch norm's gradient can be read from, which lie in memory anyway.
+    """Tensors that are in memory anyway, and from which a batch norm's gradient can be computed.
 
     Attributes:
-        g: gradient of the norm's output; or of what a ReLU, or squeeze and excitation, or both in
-            this order, make of that output.
+        g: gradient of the norm's output; or, if a ReLU, squeeze and excitation, or both in this
+            order follow the norm, gradient of their output.
         x: the norm's input.
-        affine: with a ReLU, what the norm multiplies its input by once that is centred: first
-            1 / std, then its weight; and its bias. One number a channel each, in any shape that
-            broadcasts. The ReLU's own output is not read: it may lie nowhere in memory.
-        excitation: what g is multiplied by, and what is then added, spread over `positions`; one
-            number a sample and channel each. Neither without squeeze and excitation.
-        positions: of a sample.
+        affine: with a ReLU, the norm's 1 / std, weight and bias, applied to the centred input in
+            this order. Each has one number per channel, in any shape that broadcasts. They replace
+            the ReLU's output, which may not be in memory.
+        excitation: a factor of g, and an addend that is spread over `positions`. Each has one
+            number per sample and channel. Empty without squeeze and excitation.
+        positions: number of positions per sample.
     """
 
     g: fx.Node
@@ -49,16 +49,16 @@ class Written:
 
 @dataclass(frozen=True)
 class NormGradient:
-    """The gradient that a batch norm in train mode hands down, taken apart.
+    """The parts of the input gradient of a batch norm in train mode.
 
     Attributes:
         g: gradient of the norm's output, [N, C, *space].
         x: the norm's input, [N, C, *space].
-        scale, mean, mean_g, projection: s, mean, m and p above, one number a channel, in any shape
-            that broadcasts.
+        scale, mean, mean_g, projection: s, mean, m and p of `BatchNormGradientPass`'s module, one
+            number per channel, in any shape that broadcasts.
         total, dot: `sum(g)` and `sum(g * (x - mean))`, [C].
-        inverse_std: 1 / std, of C elements.
-        eps: what was added to the variance.
+        inverse_std: 1 / std, C elements.
+        eps: the number added to the variance.
     """
 
     g: fx.Node
@@ -74,23 +74,23 @@ class NormGradient:
 
     @property
     def of_squares(self) -> tuple[fx.Node, ...]:
-        """What the sums of squares are made of, but for `eps`."""
+        """What the sums of squares are computed from, except `eps`."""
         parts = self.scale, self.mean_g, self.projection, self.total, self.dot, self.inverse_std
         return self.g, *parts
 
     @property
     def constants(self) -> tuple[fx.Node, ...]:
-        """The gradient's one number a channel each."""
+        """The gradient's operands with one number per channel."""
         return self.scale, self.mean, self.mean_g, self.projection
 
     @property
     def written_maybe(self) -> Written | None:
-        """What the gradient can be read from that lies in memory anyway, None if that is not so.
+        """What the gradient can be computed from that is in memory anyway, None if it is not.
 
-        That is g, if others read it as well, or an operator returns it that no compiler fuses with
-        what reads it; or such a gradient of what a ReLU, and squeeze and excitation, make of the
-        norm's output. Under autocast these are what was cast to be summed, in the dtype that it
-        has in memory.
+        g is in memory if other nodes read it too, or if it is a result of an operator that no
+        compiler fuses with the nodes that read it. Else such an operator may return the gradient
+        of a ReLU, or of squeeze and excitation, after the norm. Under autocast these are the
+        tensors before their cast for the sums, in the dtype that they have in memory.
         """
         g, x = strip(self.g, CASTS), strip(self.x, CASTS)
         if g.target is operator.getitem or self._is_read_elsewhere:
@@ -103,7 +103,7 @@ class NormGradient:
         return Written(grad, x, affine or (), excitation, positions)
 
     def _affine_maybe(self, node: Any) -> tuple[fx.Node, ...] | None:
-        """Return the `affine` of a `Written` where a node is the norm's output, else None."""
+        """Return the `affine` of a `Written` if a node is the norm's output, else None."""
         scaled, bias = operands(strip(node, CASTS), aten.add.Tensor)
         normalised, weight = operands(scaled, aten.mul.Tensor)
         centred, inverse_std = operands(normalised, aten.mul.Tensor)
@@ -116,7 +116,7 @@ class NormGradient:
 
     @property
     def _is_read_elsewhere(self) -> bool:
-        """Whether anything but this norm reads g, or what g is cast from."""
+        """Whether a node outside this norm reads g, or what g is cast from."""
         node, own_reads = self.g, _READS
         while True:
             if sum(not user.meta.get(INSERTED_KEY) for user in node.users) > own_reads:
@@ -129,8 +129,8 @@ class NormGradient:
 def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
     """Return the parts of a batch norm's gradient, None for any other node.
 
-    As the decomposition of `aten.native_batch_norm_backward` computes it. Casts are looked through:
-    under autocast the gradient is rounded at its end, and the sums are those of what was not.
+    This recognises the decomposition of `aten.native_batch_norm_backward`, and looks through casts:
+    under autocast the final gradient is rounded, but the sums are over unrounded numbers.
 
     Args:
         node: a node of a joint graph.
@@ -155,7 +155,7 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
     val: Tensor = g.meta["val"]
     count = val.numel() // val.shape[1]
     eps = _eps_maybe(x, mean, inverse_std)
-    # The sums are means of all positions of a channel, or the formula is that of something else.
+    # If the sums are not means over all positions of a channel, this is not a batch norm.
     if eps is None or not isinstance(share, float) or share != 1 / count:
         return None
     if any(part.meta["val"].numel() != val.shape[1] for part in known):
@@ -164,7 +164,7 @@ def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
 
 
 def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:
-    """Return a ReLU's input, and the gradient of its output that `g` masks; None, None if none."""
+    """Return the input and output gradient of the ReLU that masks `g`, else (None, None)."""
     condition, zero, grad = _three(g, aten.where.self)
     activation, bound = operands(condition, aten.le.Scalar)
     relu = strip(activation, _ALIASES)
@@ -175,7 +175,7 @@ def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:
 
 
 def _excited(g: Any) -> tuple[Any, tuple[fx.Node, ...], float]:
-    """Return `g` as a `Written` has it: its g, excitation and positions; itself if that is all."""
+    """Split `g` into a `Written`'s g, excitation and positions; `g`, (), 1 without excitation."""
     product, spread = operands(g, aten.add.Tensor)
     grad, factor = operands(product, aten.mul.Tensor)
     expanded, positions = operands(spread, aten.div.Scalar)
@@ -185,7 +185,7 @@ def _excited(g: Any) -> tuple[Any, tuple[fx.Node, ...], float]:
     size = grad.meta["val"].shape
     of_samples = [*size[:2], *[1] * (len(size) - 2)]
     for node in (factor, total):
-        # Sizes that are no numbers yet are not to be asked about.
+        # Symbolic sizes must be compared without a guard.
         found = node.meta["val"].shape if isinstance(node, fx.Node) else ()
         is_same = [statically_known_true(a == b) for a, b in zip(found, of_samples, strict=False)]
         if len(found) != len(size) or not all(is_same):
@@ -194,7 +194,7 @@ def _excited(g: Any) -> tuple[Any, tuple[fx.Node, ...], float]:
 
 
 def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
-    """Return what was added to the variance of `x`, None if these are not its mean and 1 / std."""
+    """Return the eps added to the variance of `x`, None if these are not its mean and 1 / std."""
     root = strip(inverse_std, _VIEWS + CASTS)
     if not isinstance(root, fx.Node) or root.target is not aten.rsqrt.default:
         return None
@@ -212,7 +212,7 @@ def _eps_maybe(x: fx.Node, mean: fx.Node, inverse_std: fx.Node) -> float | None:
 
 
 def _summed(node: Any) -> Any:
-    """Return what a node sums over all dimensions but 1, None for any other node."""
+    """Return what a node sums over all dimensions except 1, None for any other node."""
     is_sum = isinstance(node, fx.Node) and node.target is aten.sum.dim_IntList
     if not is_sum or len(node.args) > 2:
         return None
@@ -228,12 +228,12 @@ def operands(node: Any, target: Any) -> Sequence[Any]:
 
 
 def _three(node: Any, target: Any) -> Sequence[Any]:
-    """Return the three operands of a node that calls `target`, None for each of any other."""
+    """Return the three operands of a node that calls `target`, three None for any other."""
     return node.args if isinstance(node, fx.Node) and node.target is target else (None,) * 3
 
 
 def strip(node: Any, targets: Sequence[Any]) -> Any:
-    """Return what a chain of such calls begins with."""
+    """Return the node before a chain of calls of `targets` that ends in `node`."""
     while isinstance(node, fx.Node) and node.target in targets:
         node = node.args[0]
     return node

@@ -1,7 +1,7 @@
-"""SampleAxis: rewrites the sites of a joint graph to samples that are chosen once.
+"""SampleAxis: rewrites the sites of a joint graph to keep the same samples, chosen once.
 
-Apart from `ssprop_passes.selection.samples`, which is plain torch, this is what knows the graph:
-the first site that is rewritten, nearest the loss, chooses; the nodes of its choice are inputs of
+`ssprop_passes.selection.samples` is the plain torch part; this file handles the graph. The first
+site that is rewritten, nearest the loss, chooses the samples. The nodes of its choice are inputs of
 every other site's replacement.
 """
 
@@ -21,18 +21,18 @@ from ssprop_passes.transforms.keep_count_input import read_keep_count
 __all__ = ["SAMPLES_KEY", "SampleAxis"]
 
 # Key in `node.meta["custom"]`, which AOTAutograd copies from a forward node to its backward
-# nodes: "" if the samples follow one another in the leading dimension of the layer's input, else
-# why that is not known.
+# nodes. The value is "" if the samples are consecutive in the leading dimension of the layer's
+# input, else the reason why this is not known.
 SAMPLES_KEY = "ssprop_samples"
 
 
 class SampleAxis:
-    """Puts backwards of shared samples in place of the sites of one joint graph.
+    """Replaces the sites of one joint graph with backwards of shared samples.
 
     Args:
-        batch_size: samples of the batch, N; may be a SymInt.
-        selection: how they are chosen.
-        replacer: inserts what is chosen, and the sites' backwards, into the graph.
+        batch_size: number of samples in the batch, N; may be a SymInt.
+        selection: how samples are chosen.
+        replacer: inserts the choice and the sites' backwards into the graph.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SampleAxis:
 
     @property
     def typical_batch_size(self) -> int:
-        """Samples of the batch that the graph is compiled with."""
+        """Batch size that the graph is compiled with."""
         return size_hint(self.batch_size)
 
     def why_dense(self, match: SiteMatch) -> str:
@@ -60,12 +60,12 @@ class SampleAxis:
         return reason
 
     def rewrite(self, match: SiteMatch, keep_counts: fx.Node, slot: int) -> None:
-        """Make the gradients of a site from the samples that all sites share.
+        """Compute the gradients of a site from the samples that all sites share.
 
         Args:
             match: the site.
             keep_counts: the runtime sparsity tensor.
-            slot: of the site's layer: the first site's holds the count of samples to keep.
+            slot: slot of the site's layer; the first site's holds the number of samples to keep.
         """
         rows = self._rows_maybe(match)
         assert rows
@@ -80,7 +80,7 @@ class SampleAxis:
             gradients = match.backward_of_samples(
                 samples, self.selection, *tensors[: len(match.inputs)]
             )
-            # What follows in the graph may be views that only the dense gradient's layout allows.
+            # Views that follow in the graph may need the layout of the dense gradient.
             return tuple(
                 gradient if gradient is None or order is None else with_order(gradient, order)
                 for gradient, order in zip(gradients, orders, strict=True)
@@ -99,7 +99,7 @@ class SampleAxis:
         self._chosen = cast(tuple[fx.Node, ...], chosen)
 
     def _rows_maybe(self, match: SiteMatch) -> int:
-        """Return how many rows of grad_output each sample has, 0 where that is no known number."""
+        """Return how many rows of grad_output each sample has, 0 if that is not known."""
         leading = match.inputs[0].meta["val"].shape[0]
         rows = size_hint(leading) // self.typical_batch_size
         return rows if statically_known_true(leading == rows * self.batch_size) else 0

@@ -1,16 +1,17 @@
 """SparseBackwardPass: every site's backward from its k strongest channels, k read at run time.
 
-Why on the joint graph: forward and backward are partitioned afterwards, so that what the sparse
-backward does not need is not saved, and what it adds is fused with its neighbours.
+The pass rewrites the joint graph because forward and backward are partitioned afterwards. Tensors
+that the sparse backward does not need are then not saved, and its nodes are fused with their
+neighbours.
 
     before    dx, dw = backward(dy, x, w)
 
     after     k = keep_counts[slot].item()
               dx, dw = sparse_backward(dy, x, w, k)
 
-Keep counts are a state input of the graph (`StateInputs`). A memory is another, which
-`sparse_backward` writes in place; so is the telemetry table, which the graph writes at its end.
-Where keep counts are constants, k is a plain int, and the graph has no such input.
+Keep counts are a state input of the graph (`StateInputs`). So are a memory, which `sparse_backward`
+writes in place, and the telemetry table, which the graph writes at its end. If keep counts are
+constants, k is a plain int, and the graph has no such input.
 """
 
 from collections import Counter
@@ -39,25 +40,26 @@ __all__ = ["SparseBackwardPass"]
 
 
 class SparseBackwardPass(GraphPass):
-    """Makes the backward of the layers that have a slot sparse.
+    """Makes the backward of every layer with a slot sparse.
 
     Args:
-        slots: the layers that take part, by name.
-        excluded: the layers that do not, by name, with the reason.
-        layers: the layer that each marked node of the forward graph belongs to, in order: part of
-            the identity, because equal graphs of different models must not share an artifact.
+        slots: layer name -> slot, for the layers that take part.
+        excluded: layer name -> reason, for the layers that do not.
+        layers: the layer of each marked node of the forward graph, in order. This is part of the
+            identity, because equal graphs of different models must not share an artifact.
         slot_count: length of the runtime sparsity tensor.
         decompositions: returns the decomposition table of the compiler that the graph is for.
         selection: how channels are chosen, and for which gradients.
-        gate: says which sites are worth making sparse; None to make all.
-        memories: the layer that each memory of the graph belongs to, one a call.
+        gate: says which sites are worth making sparse; None makes all sparse.
+        memories: the layer of each memory of the graph, one memory per call.
         telemetry: whether the sites report what they keep.
-        constants: keep count of each slot, where they are constants.
-        batch_size: samples of the batch, maybe a SymInt, where samples are chosen, else None.
+        constants: keep count of each slot, if keep counts are constants.
+        batch_size: number of samples in the batch, an int or SymInt; None unless samples are
+            chosen.
 
     Attributes:
         sites: what became of each site, after a run.
-        total_flops: floating-point operations of all backward convolutions and matrix products.
+        total_flops: FLOPs of all backward convolutions and matrix products.
     """
 
     def __init__(
@@ -111,8 +113,8 @@ class SparseBackwardPass(GraphPass):
         )
 
     def transform(self, graph: fx.Graph) -> PassSummary:
-        """Rewrite every site that has a slot; record all of them."""
-        # What runs after this pass may ask for them.
+        """Rewrite every site that has a slot; record all sites."""
+        # Code that runs after this pass may ask for FLOPs.
         register_flops()
         state = find_state_inputs(graph, self.state_layout, self.slot_count)
         rows: dict[int, fx.Node] = {}
@@ -120,7 +122,7 @@ class SparseBackwardPass(GraphPass):
         found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
         for node, site in found:
             if not site.reason:
-                # Matched anew: what the rewrite of another site replaced may be an input of it.
+                # Match again: the rewrite of another site may have replaced an input of this one.
                 match = find_match_maybe(node)
                 assert match is not None
                 site = self._judge(match, site)
@@ -134,7 +136,7 @@ class SparseBackwardPass(GraphPass):
                         counts[site.slot] = self._read(match, state.keep_counts, site.slot)
                     row = self._rewrite(match, counts.get(site.slot), site.slot, memory)
                     if row is not None:
-                        # Of a layer that is called several times, the last call in the backward.
+                        # If a layer is called several times, the last call in the backward counts.
                         rows[site.slot] = row
             self.sites.append(site)
         if rows:
@@ -144,7 +146,7 @@ class SparseBackwardPass(GraphPass):
         return PassSummary(len(self.sites), len(self.sites) - left.total(), left)
 
     def _judge(self, match: SiteMatch, site: Site) -> Site:
-        """Return a site with what is yet to be said of it, by the gate above all."""
+        """Return a site with the final decision whether it becomes sparse, and its times."""
         if self.selection.memory and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
@@ -163,7 +165,8 @@ class SparseBackwardPass(GraphPass):
     def _read(self, match: SiteMatch, keep_counts: fx.Node, slot: int) -> fx.Node:
         """Read a slot's keep count, in blocks, before the first site of the slot.
 
-        Once for all of them: torch would merge two reads, and know nothing of the second's symbol.
+        All sites of a slot share one read: torch would merge two reads, and know nothing about the
+        second one's symbol.
         """
         limit, block = match.channels // match.groups, self.selection.block
 
@@ -181,7 +184,7 @@ class SparseBackwardPass(GraphPass):
         slot: int,
         memory: fx.Node | None,
     ) -> fx.Node | None:
-        """Put a site's sparse backward in its place; return its row of the table, if it has one."""
+        """Replace a site with its sparse backward; return its row of the table, if it has one."""
         operands = len(match.inputs)
         state = [node for node in (memory, count) if node is not None]
         inputs = [*match.inputs, *state]
@@ -198,7 +201,7 @@ class SparseBackwardPass(GraphPass):
                 selection = replace(selection, observer=lambda *seen: rows.append(observe(*seen)))
             remembered = None if memory is None else tensors[operands]
             gradients = match.backward(k, selection, *tensors[:operands], memory=remembered)
-            # What follows in the graph may be views that only the dense gradient's layout allows.
+            # Views that follow in the graph may need the layout of the dense gradient.
             laid_out = [
                 gradient if gradient is None or order is None else with_order(gradient, order)
                 for gradient, order in zip(gradients, orders, strict=True)
@@ -213,7 +216,7 @@ class SparseBackwardPass(GraphPass):
         return outputs[3] if self.telemetry else None
 
     def _write(self, graph: fx.Graph, table: fx.Node, rows: Mapping[int, fx.Node]) -> None:
-        """End the graph with a write of the sites' rows, by slot, into the table."""
+        """Write the sites' rows, by slot, into the table at the end of the graph."""
         positions = {slot: i for i, slot in enumerate(rows)}
 
         def write(table: Tensor, *rows: Tensor) -> tuple[()]:
@@ -224,5 +227,5 @@ class SparseBackwardPass(GraphPass):
 
 
 def _memory_maybe(match: SiteMatch) -> Any:
-    """Return the number of a site's call among those that have memories, None if it has none."""
+    """Return the index of a site's call among the calls with memories, None if it has none."""
     return (match.node.meta.get("custom") or {}).get(MEMORY_KEY)

@@ -1,14 +1,15 @@
-"""TwoStepSumsPass: gradients of biases and normalisation layers, summed as they lie in memory.
+"""TwoStepSumsPass: sums the gradients of biases and normalisation layers in memory order.
 
-A pass apart from the sparse backward, on a CPU. The backward of a batch norm sums [N, C, H, W] over
-all dimensions but C. In channels last, Inductor's loop for that has the channels outside: for
-every 16 of them it walks through the whole tensor, a cache line here and there. Rewritten are
+This pass is for CPUs, and independent of the sparse backward. The backward of a batch norm sums
+[N, C, H, W] over all dimensions except C. In channels last, Inductor makes the channel loop the
+outer one: for every 16 channels it walks through the whole tensor and reads scattered cache lines.
+The pass rewrites
 
     sum(x, dims)  ->  sum(sum(x, d, keepdim), dims)
 
-with d the innermost of `dims`: the sums of one row of an image read that row as it lies in memory,
-and what is left to sum is smaller by the length of a row. Only where the tensor is so large that a
-core's cache does not hold it from one walk to the next.
+where d is the innermost of `dims`. The sums over one row of an image then read that row in memory
+order, and what is left to sum is smaller by a factor, the length of a row. The pass does this only
+if the tensor is so large that a core's cache does not hold it from one walk to the next.
 """
 
 import math
@@ -24,20 +25,20 @@ __all__ = ["TwoStepSumsPass"]
 
 aten = torch.ops.aten
 
-# Bytes from which on a sum is split; smaller ones are as fast in one step or faster.
+# Smallest size in bytes of a tensor whose sum is split; smaller ones are no slower in one step.
 LARGE = 8 * 2**20
 
 
 class TwoStepSumsPass(GraphPass):
-    """Splits sums over all dimensions but the innermost, of large tensors of a backward on a CPU.
+    """Splits a backward's sums of large CPU tensors over all dimensions except the innermost.
 
-    The sums are the same except for the order of their terms. Dense training can use it, too:
+    The sums are the same except for the order of their terms. Dense training can use the pass, too:
 
         torch.compile(model, options={"joint_custom_pre_pass": TwoStepSumsPass()})
     """
 
     def identity(self) -> str:
-        """Return the same for all: the rewrite depends on the graph alone."""
+        """Return a constant: the rewrite depends only on the graph."""
         return "two steps"
 
     def transform(self, graph: fx.Graph) -> PassSummary:
@@ -53,7 +54,7 @@ class TwoStepSumsPass(GraphPass):
 
 
 def _first_step_maybe(node: fx.Node) -> int | None:
-    """Return the dimension to sum over first, None where the sum stays as it is."""
+    """Return the dimension to sum over first, None if the sum stays unchanged."""
     x: Tensor = _input(node).meta["val"]
     if node.meta.get("partitioner_tag") != "is_backward" or x.device.type != "cpu":
         return None
@@ -62,10 +63,10 @@ def _first_step_maybe(node: fx.Node) -> int | None:
     if len(kept) != 1 or len(over) < 2 or not x.is_floating_point():
         return None
     channels, strides = x.shape[kept[0]], x.stride()
-    # Sizes that are known when the graph is compiled, so that nothing depends on the others.
+    # Use only sizes and strides that are known at compile time, so nothing depends on the others.
     known = [d for d in over if isinstance(strides[d], int) and isinstance(x.shape[d], int)]
     first = min((d for d in known if x.shape[d] > 1), key=lambda d: strides[d], default=None)
-    # The channels are innermost, and the rows next.
+    # The channels must be innermost, and the rows next.
     if first is None or strides[kept[0]] != 1 or strides[first] != channels:
         return None
     sizes = [s if isinstance(s, int) else s.node.hint for s in x.shape]
@@ -77,7 +78,7 @@ def _split(replacer: Replacer, node: fx.Node, first: int) -> None:
     """Replace a sum by one over `first` and one over the rest."""
     x, (_, dims, *keepdim) = _input(node), cast(tuple[Any, ...], node.args)
     dtype = cast(torch.dtype, node.kwargs.get("dtype") or x.meta["val"].dtype)
-    # No rounding between the steps.
+    # Do not round between the steps.
     wide = torch.promote_types(dtype, torch.float32)
 
     def in_two_steps(x: Tensor) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""Replacements are traced once for all inputs of one form, and each copy has values of its own."""
+"""Replacements are traced once for all inputs of one form, and each copy has its own values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def sines(*inputs: Tensor, mode: str = "fake") -> fx.GraphModule:
 
 
 def replace_sines(traced: fx.GraphModule, key: object) -> Rows:
-    """Let the first result of `Rows` stand for each sine."""
+    """Replace each sine with the first result of `Rows`."""
     rows, replacer = Rows(), Replacer(dict)
     for node in traced.graph.find_nodes(op="call_function", target=aten.sin.default):
         first, _ = replacer.insert(node, rows, [node.args[0]], key)
@@ -71,7 +71,7 @@ def test_tensors_that_differ_in_more_than_shape_are_not_alike(other: Tensor) -> 
 
 
 def test_an_input_that_is_given_twice_is_not_like_two() -> None:
-    """Whichever comes first."""
+    """The order of the two calls does not matter."""
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     for order in ((0, 1), (1, 0)):
         traced = sines(x, y)
@@ -94,7 +94,7 @@ def test_what_has_symbols_is_traced_anew() -> None:
 
 
 def test_copies_have_fake_values_of_their_own() -> None:
-    """And views of them: later passes tell by storages what shares memory."""
+    """Views share their owner's storage: later passes use storages to see what shares memory."""
     traced = sines(torch.randn(3, 4), torch.randn(3, 4))
     replace_sines(traced, "rows")
     exps = traced.graph.find_nodes(op="call_function", target=aten.exp.default)
@@ -133,7 +133,7 @@ def test_alike_layers_get_what_they_would_each_by_itself(
     match: type,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two of the three are."""
+    """Two of the three layers are alike."""
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     traces: list[object] = []
     trace = Replacer._trace

@@ -1,4 +1,4 @@
-"""StateInputs: one order, in which a graph's state is packed and split again."""
+"""StateInputs: `pack` and `split` use the same order of a graph's state."""
 
 import pytest
 from ssprop_passes.graph.state_inputs import StateInputs

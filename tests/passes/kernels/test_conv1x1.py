@@ -1,4 +1,4 @@
-"""Gradients of a 1x1 convolution from all positions at once, against ATen's."""
+"""Gradients of a 1x1 convolution from all positions at once, compared with ATen's."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def check(
     dtype: torch.dtype = torch.float32,
     is_last: bool = True,
 ) -> None:
-    """Compare the operator with ATen in float64, of small integers, whose sums are exact."""
+    """Compare the operator with ATen in float64, on small integers, whose sums are exact."""
     torch.manual_seed(0)
     ndim = len(space)
     layout = LAYOUTS[ndim] if is_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Gradients of a reduced convolution, the weight's by our kernel, against ATen's."""
+"""Gradients of a reduced convolution, with the weight's by our kernel, compared with ATen's."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def _one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which gradients are ours depends on the processor; the kernel runs on all."""
+    """The processor decides which gradients our kernel computes; any processor can run it."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
@@ -33,7 +33,7 @@ def gradients(
     channels_last: bool = True,
     batch: int = 3,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[list[bool]]]:
-    """Return the operator's gradients, ATen's in float64, and the masks that it calls ATen with.
+    """Return the operator's gradients, ATen's in float64, and the masks of the ATen calls it makes.
 
     Values are small integers: their products and sums are exact in each precision.
     """
@@ -108,7 +108,7 @@ def test_weight_gradient_is_not_atens(
 @pytest.mark.parametrize("sources", [4, 8, 12, 24, 32, 40, 48])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_any_count_of_kept_and_input_channels(channels: int, sources: int) -> None:
-    """Blocks that are full and not, of two vectors and of taps, tiles of each size."""
+    """This covers full and partial blocks, of two vectors and of taps, and tiles of each size."""
     actual, expected, masks = gradients(channels, sources, 2, stride=(2, 2))
     assert masks == [[True, channels >= sources]]
     check(actual, expected)
@@ -124,7 +124,7 @@ def test_any_count_of_channels_without_groups(channels: int, sources: int) -> No
 
 @pytest.mark.parametrize("space", [(40, 30), (2, 600), (600, 2)])
 def test_an_image_of_several_pieces(space: tuple[int, int]) -> None:
-    """Each piece of a sample meets rows of the input that belong to its neighbours."""
+    """Each piece of a sample uses input rows that belong to its neighbours."""
     actual, expected, masks = gradients(2, 16, 1, space=space)
     assert masks == [[True, False]]
     check(actual, expected)
@@ -178,7 +178,7 @@ def test_what_the_kernel_does_not_take_is_one_call_of_atens(case: dict[str, Any]
 @pytest.mark.parametrize("groups", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_in_single_precision_are_atens(dtype: torch.dtype, groups: int) -> None:
-    """Those of 1x1 convolutions without padding have a test of their own."""
+    """1x1 convolutions without padding have their own test."""
     actual, expected, masks = gradients(
         3, 16, groups, kernel=(1, 1), padding=(1, 1), stride=(3, 3), dtype=dtype
     )

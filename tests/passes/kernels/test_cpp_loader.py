@@ -1,4 +1,4 @@
-"""Kernels of C++ are compiled on a thread while a graph with convolutions is lowered."""
+"""A thread compiles the C++ kernels while a graph with convolutions is lowered."""
 
 import ctypes
 import threading
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_kernel_yet")
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Return a list of each library asked for: a line of its source, and the thread's name."""
+    """Return a list with an entry for each requested library: kernel name and thread name."""
     asked: list[tuple[str, str]] = []
     load: Callable[..., ctypes.CDLL] = CppCodeCache.load
 

@@ -1,4 +1,4 @@
-"""Channels gathered from a batch norm's gradient: where that is found, and that they are right."""
+"""Channels gathered from a batch norm's gradient: where the pass finds them, and their values."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 def kept_of(
     norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...] | None
 ) -> Tensor:
-    """Return channels of the gradient of x, which are gathered with the dimensions in `order`."""
+    """Return channels of the gradient of x, gathered with the dimensions in `order`."""
     with torch.enable_grad():
         (dx,) = torch.autograd.grad(norm(x), x, grad)
     if order is None:
@@ -78,19 +78,19 @@ def test_kept_channels_of_a_gradient_that_is_rounded() -> None:
 
 
 def plain(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return random numbers that single precision is enough for."""
+    """Return random numbers for which single precision is enough."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def feeds(*modules: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a norm, in single precision, that feeds some modules, as autocast has them."""
+    """Return a single-precision norm that feeds modules in `dtype`, as under autocast."""
     norm = norm_of(nn.BatchNorm2d(6)).float()
     others = [copy.deepcopy(module).to(dtype) for module in modules]
     return nn.Sequential(norm, *others).to(memory_format=torch.channels_last)
 
 
 class Shift(nn.Module):
-    """Adds what gets no gradient."""
+    """Adds a number that gets no gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.5
@@ -120,7 +120,7 @@ PRECISIONS = pytest.mark.parametrize(
 def test_what_lies_in_memory_is_for_the_kernel_of_our_own(
     modules: tuple[nn.Module, ...], own: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """The gradient that a convolution hands down, and the output of the ReLU before it."""
+    """A convolution writes its input gradient to memory; a ReLU may stand before it."""
     norm, x = feeds(*modules, dtype=dtype), plain(4, 6, 5, 7, dtype=dtype)
     traced = check_kept(norm, x, own=own, rtol=tolerance, atol=tolerance)
     assert len(traced.graph.find_nodes(op="call_function", target=gather_norm_gradient)) == own
@@ -167,7 +167,7 @@ def test_excitation_that_is_rounded_is_left() -> None:
 def test_a_gradient_that_others_read_too_lies_in_memory(
     dtype: torch.dtype, tolerance: float
 ) -> None:
-    """As behind a residual connection."""
+    """This happens after a residual connection."""
 
     def kept(
         norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]
@@ -197,7 +197,7 @@ def test_kept_channels_of_other_gradients_are_left() -> None:
 
 
 def test_a_gradient_that_others_read_is_left() -> None:
-    """It is written for them, and the gather reads it."""
+    """The gradient is written to memory for the other readers, and the gather reads it there."""
 
     def kept(
         norm: Norm, x: Tensor, grad: Tensor, indices: Tensor, order: tuple[int, ...]

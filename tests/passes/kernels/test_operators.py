@@ -1,4 +1,4 @@
-"""The operators that a sparse backward calls, against what torch computes."""
+"""The operators that a sparse backward calls, compared with torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -98,7 +98,7 @@ def test_channels_of_a_norms_gradient(
 def test_channels_in_whatever_order(
     indices: list[int], is_masked: bool, dtype: torch.dtype
 ) -> None:
-    """Those in order are picked from vectors of 16 or 32 channels, where the processor can."""
+    """Channels in order are picked from vectors of 16 or 32 channels, if the processor can."""
     inputs = norm_case(
         7, 5, is_masked=is_masked, is_excited=True, dtype=dtype, channels=70, indices=indices
     )
@@ -106,7 +106,7 @@ def test_channels_in_whatever_order(
 
 
 def test_numbers_are_rounded_as_torch_rounds() -> None:
-    """Of two that are as near the even one: 1 + 2**-8 and 1 + 3 * 2**-8 lie between two each."""
+    """Ties round to even: 1 + 2**-8 and 1 + 3 * 2**-8 each lie halfway between two numbers."""
     halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), float("nan")])
     scale = torch.cat([halves, -halves, 10 * torch.randn(13)])
     none, g = torch.zeros(21), torch.randn(500, 21).to(torch.bfloat16)
@@ -126,7 +126,7 @@ def test_what_is_not_a_number_passes_the_mask_as_in_torch(dtype: torch.dtype) ->
 
 
 def test_the_mask_is_that_of_the_forward() -> None:
-    """Which rounds each product and sum: that of what cancels depends on every bit."""
+    """The forward rounds each product and sum: if they cancel, the mask depends on every bit."""
     x = torch.randn(5000, 21)
     mean, inverse_std, weight = (torch.randn(21).abs() + 0.5 for _ in range(3))
     bias = -((x[7] - mean) * inverse_std * weight)
@@ -184,7 +184,7 @@ def test_channels_of_a_norms_gradient_without_a_compiler(
     ],
 )
 def test_rows_are_gathered_and_scattered(shape: tuple[int, ...], channels_last: bool) -> None:
-    """In the layout that the fake kernel says, of which `opcheck` makes sure."""
+    """`opcheck` makes sure that the layout is the one of the fake kernel."""
     x, indices = torch.randn(shape), torch.tensor([4, 0, 3])
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -198,7 +198,7 @@ def test_rows_are_gathered_and_scattered(shape: tuple[int, ...], channels_last: 
 
 
 def test_rows_of_a_tensor_that_lies_otherwise() -> None:
-    """Such as the transposed weight of a linear layer: what is returned is contiguous."""
+    """An example is the transposed weight of a linear layer; the result is contiguous."""
     x, indices = torch.randn(5, 6).t(), torch.tensor([4, 0, 3])
     rows = gather_weight(x, indices, False)
     assert torch.equal(rows, x[indices])

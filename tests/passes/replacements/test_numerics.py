@@ -1,4 +1,4 @@
-"""What is extreme, empty, tied or not finite, and what watches a backward, on small models."""
+"""Extreme, empty, tied and non-finite values, and hooks and modes of autograd, on small models."""
 
 import math
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ def make(model: nn.Module, rate: float = 0.5, backend: str = "aot_eager", **conf
 
 
 def rows(weight: Tensor) -> list[int]:
-    """Channels whose row of a weight's gradient is not zero."""
+    """Return the channels whose row of the weight gradient is not zero."""
     return weight.grad.flatten(1).ne(0).any(1).nonzero().flatten().tolist()
 
 
 class Weighted(nn.Module):
-    """A layer whose gradient of the output is what a test says."""
+    """A layer whose output gets the gradient that a test chooses."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_a_scaler_finds_every_value_that_is_not_finite(select: str, score: str, 
     _, _, shape, dim = LAYERS["linear"]
     weights = torch.rand(shape) + 0.5
     weights.select(dim, 11)[0] = bad
-    # A finite channel that would be kept before all others, were it not for that one.
+    # Without the bad channel, this finite channel would be kept before all others.
     weights.select(dim, 3).mul_(1e6)
     layer, _ = backward("linear", weights, rate=0.93, select=select, score=score)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -101,7 +101,7 @@ def test_a_value_that_is_not_finite_is_kept_under_inductor(name: str, bad: float
 def test_scores_in_half_precision_neither_overflow_nor_vanish(
     score: str, dtype: torch.dtype
 ) -> None:
-    """The sum of a channel is beyond fp16, and its mean below."""
+    """The sum of a channel is too large for fp16, and its mean too small."""
     large = torch.full((2, 8, 64, 64), 6e4).to(dtype)
     weight = torch.ones(8, 3).to(dtype)
     assert SCORES[score](large, weight).isfinite().all()

@@ -30,7 +30,7 @@ LAYERS = {
 
 
 class Branches(nn.Module):
-    """Each kind of layer on an input of its own, for a single compile."""
+    """Each kind of layer on its own input, for a single compile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def oracle(
     dense, grad_output = scaled_gradients(branch, layer, x, loss, torch.ones(16))
     kept = None
     if select != "topk":
-        # Random selectors: what they have kept is read back from a sparse gradient.
+        # A sparse gradient shows which channels a random selector kept.
         key = "inputs" if gradients == "input" else "1.weight"
         shares = [scaled_gradients(branch, layer, x, loss, one)[0][key] for one in torch.eye(16)]
         kept = find_factors(shares, actual[key]).abs() > 1e-6
@@ -111,7 +111,8 @@ def oracle(
     }
 
 
-# One gradient alone with each selector once; the rest among the slow tests, as is all with blocks.
+# The quick tests make only one gradient sparse once per selector. The other such cases are slow
+# tests, and so are all with blocks.
 QUICK = {("topk", "l2"), ("random", "l2_weight"), ("sampled", "mean_abs")}
 CASES = [
     pytest.param(

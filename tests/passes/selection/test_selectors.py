@@ -1,4 +1,4 @@
-"""Scores and selectors by themselves: unbiasedness, fixed size, ties, zeros, what is not finite."""
+"""Scores and selectors alone: unbiasedness, fixed size, ties, zeros, non-finite values."""
 
 import math
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def choose(select: str, scores: Tensor, k: int, block: int = 1) -> tuple[Tensor, Tensor]:
-    """Indices and weights, [..., k]; weights of 1 where the selector has none."""
+    """Return indices and weights, [..., k]; weights are 1 if the selector returns none."""
     selection = Selection(select=SELECTORS[select], block=block)
     groups = scores.shape[:-1].numel()
     indices, weights = selection.choose(scores.flatten(), k, groups)
@@ -26,26 +26,26 @@ def choose(select: str, scores: Tensor, k: int, block: int = 1) -> tuple[Tensor,
 
 
 def draw_factors(select: str, scores: Tensor, k: int) -> Tensor:
-    """What channels are multiplied by in each of many draws, [DRAWS, C], 0 where not kept."""
+    """Return the channels' factors in many draws, [DRAWS, C], 0 if not kept."""
     indices, weights = choose(select, scores.expand(DRAWS, -1), k)
     return torch.zeros(DRAWS, scores.shape[-1]).double().scatter(1, indices, weights.double())
 
 
 class Site:
-    """A small linear layer's backward, whose channels differ in strength."""
+    """The backward of a small linear layer whose channels differ in strength."""
 
     def __init__(self) -> None:
         self.grad_output = torch.randn(5, 16).double() * torch.logspace(-1.5, 0.5, 16)
         self.input, self.weight = torch.randn(5, 7).double(), torch.randn(16, 7).double()
 
     def backward(self, k: int, selection: Selection) -> Tensor:
-        """All gradients, concatenated."""
+        """Return all gradients, concatenated."""
         tensors = self.grad_output, self.input, self.weight
         gradients = sparse_linear_backward(*tensors, k, ALL, selection)
         return torch.cat([g.flatten() for g in gradients])
 
     def by_channel(self) -> Tensor:
-        """Each channel's share of the dense gradients, [C, all]."""
+        """Return each channel's share of the dense gradients, [C, all]."""
         whole = self.grad_output
         shares = []
         for channel in range(16):
@@ -99,7 +99,7 @@ def test_sampled_keeps_channels_as_often_as_it_says(k: int) -> None:
 
 
 def test_sampled_rounds_small_channels_to_a_threshold() -> None:
-    # As the stochastic pruning of Ye et al. does: each one's score becomes the threshold or zero.
+    # As in the stochastic pruning of Ye et al., each small score becomes the threshold or zero.
     scores = torch.tensor([0.5, 3, 0.3, 1, 1, 40, 2, 0.1, 1, 7, 0.2, 1]).double()
     rounded = (draw_factors("sampled", scores, 6) * scores)[:100]
     threshold = rounded.max(0).values.min()
@@ -122,7 +122,7 @@ def test_all_channels(select: str, dtype: torch.dtype) -> None:
         indices, weights = choose(select, scores.to(dtype), len(scores))
         assert indices.sort().values.tolist() == list(range(len(scores)))
         assert (weights == 1).all()
-    # Whatever is rounded on the way.
+    # Rounding must not change this.
     assert (choose(select, torch.rand(1000, 31).to(dtype), 31)[1] == 1).all()
 
 
@@ -206,7 +206,7 @@ def test_groups_are_selected_from_by_themselves(select: str) -> None:
 def test_names_what_a_function_of_ones_own_got_wrong() -> None:
     site = Site()
     cases = {
-        "score must return one score a channel, shape .16,., got .5,.": Selection(
+        "score must return one score per channel, shape .16,., got .5,.": Selection(
             score=lambda grad_output, weight: grad_output.abs().mean(1)
         ),
         "select must return int64 indices, k of each group, got torch.float32": Selection(

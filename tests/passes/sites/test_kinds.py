@@ -1,4 +1,4 @@
-"""Every kind of layer through ssprop_compile, against the oracle in float64."""
+"""Every kind of layer through ssprop_compile, compared with the oracle in float64."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
 
-# Kinds that differ most in what their sparse backward does; Inductor takes long for all.
+# The kinds whose sparse backwards differ most; Inductor takes long for all kinds.
 FEW = ("depthwise, multiplied", "transposed, grouped", "linear, permuted, twice")
 
 
@@ -21,7 +21,7 @@ def test_gradients_equal_the_oracle(name: str, memory_format: torch.memory_forma
     make, shape = LAYERS[name]
     if memory_format is torch.channels_last and len(shape) != 4:
         pytest.skip("channels_last is a layout of four dimensions")
-    # Between two pointwise functions, so that grad_output and input are computed ones.
+    # The layer lies between two pointwise functions, so that grad_output and input are computed.
     model = nn.Sequential(nn.Tanh(), make(), nn.Tanh()).double()
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
     expected = oracle_gradients(model, x, 0.7, everywhere, loss)
@@ -134,7 +134,7 @@ def test_targets_choose_the_kinds() -> None:
 
 def test_a_call_with_a_layers_weight_is_that_layers() -> None:
     class Borrowing(nn.Module):
-        """As BEiT and EVA do: the weight of a layer in a functional call."""
+        """Passes the weight of a layer to a functional call, as BEiT and EVA do."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_a_call_with_a_layers_weight_is_that_layers() -> None:
 
 def test_gradients_have_the_layout_that_following_views_need() -> None:
     class Tokens(nn.Module):
-        """As PVT v2 does: a depthwise convolution between two views of a token sequence."""
+        """Has a depthwise convolution between two views of a token sequence, as PVT v2 does."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""A batch norm's gradient: where its squares and gathers are found, and that they are right."""
+"""A batch norm's gradient: where the pass finds its squares and gathers, and their values."""
 
 import functools
 
@@ -63,14 +63,14 @@ def test_squares_behind_what_the_norm_feeds() -> None:
 
 
 def test_squares_of_a_gradient_that_is_rounded() -> None:
-    """The sums are those of what was not rounded yet, so they differ by its rounding."""
+    """The sums are over numbers before they are rounded, so they differ by the rounding."""
     norm = norm_of(nn.BatchNorm2d(6)).float()
     x = data(8, 6, 9, 9, dtype=torch.bfloat16)
     check(norm, x, ((2, 3), (0,)), rtol=1e-2)
 
 
 def own_norm(factor: float, of: int = 1) -> Norm:
-    """Return a batch norm written by hand, right where factor and `of` are 1."""
+    """Return a batch norm written by hand; it is right if factor and `of` are 1."""
 
     class Own(torch.autograd.Function):
         @staticmethod
@@ -131,7 +131,7 @@ def test_squares_of_others_are_left() -> None:
 
 
 def test_what_is_not_finite_is_found() -> None:
-    """A `GradScaler` looks for it, so that a channel which holds it must be kept."""
+    """A `GradScaler` looks for such a value, so a channel that holds one must be kept."""
     x, grad = data(4, 6, 5, 7).requires_grad_(), torch.ones(4, 6, 5, 7, dtype=torch.float64)
     fn = functools.partial(squares_of, norm_of(nn.BatchNorm2d(6)), over=((2, 3), (0,)))
     traced, _ = rewrite(fn, x, grad)
@@ -141,7 +141,7 @@ def test_what_is_not_finite_is_found() -> None:
 
 
 class Net(nn.Module):
-    """Convolutions before a norm, and one before none."""
+    """Two convolutions before a norm, and one without a norm after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_gradients_under_inductor(
     dtype: torch.dtype,
     counts: tuple[int, int, int],
 ) -> None:
-    """In bfloat16 under autocast."""
+    """bfloat16 runs under autocast."""
     found: list[tuple[int, int, int]] = []
 
     class Recording(BatchNormGradientPass):

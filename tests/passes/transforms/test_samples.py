@@ -1,4 +1,4 @@
-"""Samples as the axis: against an oracle, unbiasedness, batches that change, what is refused."""
+"""Samples as the axis: an oracle, unbiasedness, changing batches, refused options."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ SITES = ("stem", "grouped", "depthwise", "up", "mlp.0", "mlp.2", "window", "last
 
 
 class Net(nn.Module):
-    """Every kind of layer, both normalisations, a path past the sites, rows of several kinds."""
+    """Every kind of layer, both normalisations, a path around the sites, rows of several kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Net(nn.Module):
         x = torch.tanh(self.up(self.depthwise(torch.tanh(self.grouped(x)))))
         x = x.flatten(2).transpose(1, 2)
         x = x + self.mlp(self.layer_norm(x))
-        # The leading dimension is four times the batch: rows of a sample follow one another.
+        # The leading dimension is four times the batch: the rows of a sample are consecutive.
         windows = torch.tanh(self.window(x.reshape(4 * x.shape[0], -1, 10)))
         x = torch.tanh(self.last(windows.reshape(x.shape)))
         return self.head(x.mean(1))
@@ -81,7 +81,7 @@ def make_input(batch: int = BATCH, layout: torch.memory_format = torch.channels_
 
 
 def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of all parameters and of the input, as "inputs"."""
+    """Return the gradients of all parameters, and of the input as "inputs"."""
     model.zero_grad()
     x.grad = None
     loss(model(x)).backward()
@@ -93,10 +93,10 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def oracle(
     model: nn.Module, x: Tensor, for_weight: Tensor, for_input: Tensor, sites: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Gradients with each site's grad_output multiplied, sample by sample, in a dense backward.
+    """Return the gradients of a dense backward with factors, by sample, on each site's grad_output.
 
-    A call's output is written as f(x, w0) + f(x0, w) - f(x0, w0), x0 and w0 constants: it has two
-    gradients, one that reaches the input alone and one that reaches the weight alone.
+    A call's output is written as f(x, w0) + f(x0, w) - f(x0, w0) with constants x0 and w0. It then
+    has two gradients: one reaches only the input, the other only the weight.
 
     Args:
         model: the model.
@@ -105,7 +105,7 @@ def oracle(
         sites: names of the layers.
 
     Returns:
-        The gradients; grad_output of the last site before it is multiplied; its input.
+        The gradients; grad_output of the last site, without factors; the input of that site.
     """
     model = copy.deepcopy(model)
     layers = [model.get_submodule(name) for name in sites]
@@ -148,7 +148,7 @@ def check(
     scheduler = SparsityScheduler(constant(0.5))
     options = {"select": select, "score": score, "gradients": gradients}
     compiled = ssprop_compile(model, scheduler, config=config(**options), backend=backend)
-    # As batch norm's statistics do not change the gradients, the model may be used again.
+    # The model can be used again, because batch norm's statistics do not change the gradients.
     actual = run(compiled, x)
     made = report(compiled)
     assert {site.name for site in made.sparse_sites} == set(SITES)
@@ -164,7 +164,7 @@ def check(
         kept[scores.argsort(descending=True)[:3]] = 1
         weights = kept
     elif gradients == "input":
-        # What a random selector has kept is read back from the sparse gradients.
+        # The sparse gradients show which samples a random selector kept.
         kept = actual["inputs"].flatten(1).any(1).double()
         weights = kept
     else:
@@ -223,7 +223,7 @@ def test_gradients_equal_the_oracle_under_inductor(
 
 
 class Residual(nn.Module):
-    """Layers that treat each sample by itself."""
+    """Layers that treat each sample separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,15 +239,15 @@ class Residual(nn.Module):
 
 
 def strong_batch(size: int) -> Tensor:
-    """Samples whose gradients differ in strength."""
+    """Return samples whose gradients differ in strength."""
     x = torch.randn(size, 5).double() * torch.logspace(-1.5, 0.5, size)[:, None]
     return x.requires_grad_()
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_expected_gradients_are_the_dense_ones(score: str) -> None:
-    # Draws of the selector, and what a sample adds to the gradients of every site's weight: that
-    # the two make a sparse backward is what the oracle says.
+    # This test combines draws of the selector with each sample's share of the weight gradients. The
+    # oracle tests show that a sparse backward combines them this way.
     model, x, k = Residual().double(), strong_batch(12), 4
     ones, sites = torch.ones(12, dtype=torch.float64), ("first", "second", "last")
     dense, grad_output, value = oracle(model, x, ones, ones, sites)
@@ -334,7 +334,7 @@ def test_keep_counts_follow_the_batch_and_the_drop_rate(backend: str) -> None:
             run(compiled, x)
             kept = max(int((1 - rate) * batch), SMALLEST)
             assert compiled.ssprop.keep_counts.tolist() == [kept] * 3
-            # The residual connection carries every sample's gradient to the first site's output.
+            # The residual connection carries all samples' gradients to the first site's output.
             assert int(x.grad.any(1).sum()) == kept
     # The second batch size compiles a graph of any size.
     assert len(compiled.ssprop.backend.graphs) == 2
@@ -390,7 +390,7 @@ class Layouts(nn.Module):
 def test_what_is_not_of_samples_stays_dense_with_a_reason() -> None:
     scheduler = SparsityScheduler(constant(0.5))
     compiled = ssprop_compile(Layouts(), scheduler, config=config(), backend="aot_eager")
-    # As long as it is wide: the size alone does not tell.
+    # The length, 8, is a multiple of the batch, 4: the size alone does not identify the batch.
     compiled(torch.randn(4, 8, 5)).sin().sum().backward()
     reasons = {site.name: site.reason for site in report(compiled).sites}
     assert reasons == {

@@ -41,7 +41,7 @@ def tensors(name: str) -> tuple[list[torch.Tensor], dict]:
 
 
 def masked_gradients(inputs: list[torch.Tensor], kwargs: dict) -> list[torch.Tensor]:
-    """Dense gradients of the sum of squares, grad_output masked to 2 of 8 channels."""
+    """Return dense gradients of the sum of squares with grad_output masked to 2 of 8 channels."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     output = functional.conv2d(*inputs, **kwargs)
     output.register_hook(lambda grad: mask_channels(grad, 0.75))
@@ -80,7 +80,7 @@ def test_computes_only_the_wanted_gradients(frozen: int) -> None:
         torch.testing.assert_close(grads[index], expected[index], rtol=1e-10, atol=1e-10)
 
 
-# gradients -> what the convolution's own node goes on computing, of input, weight and bias
+# gradients -> which of input, weight and bias gradients the convolution's own node still computes
 LEFT_DENSE = {"weight": [True, False, False], "input": [False, True, True]}
 
 
@@ -269,7 +269,7 @@ def test_a_failure_in_the_pass_is_an_error_of_ours() -> None:
 
 @pytest.mark.parametrize("gradients", ["both", "weight", "input"])
 def test_bias_gradient_split_off_by_the_compiler_follows_the_weights(gradients: str) -> None:
-    """On GPU Inductor computes the bias gradient as a dense sum beside the convolution's node."""
+    """On GPU Inductor computes the bias gradient as a dense sum outside the convolution's node."""
     inputs, kwargs = tensors("bias")
     sparse = sparse_pass(8, gradients=gradients)
 

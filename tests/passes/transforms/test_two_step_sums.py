@@ -1,4 +1,4 @@
-"""Sums in two steps: which are split, and that the gradients stay."""
+"""Sums in two steps: which sums are split, and that the gradients do not change."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scale(nn.Module):
-    """Channels times a scale, whose gradient is a sum over all dimensions but theirs."""
+    """Channels times a scale, whose gradient is a sum over all dimensions except the channels'."""
 
     def __init__(self, channels: int, dim: int = 1) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class Scale(nn.Module):
 
 
 def find_sums(graph: fx.Graph) -> list[tuple[list[int], torch.dtype]]:
-    """Return the dimensions and the dtype of the results of a graph's sums."""
+    """Return the dimensions and the result dtype of each sum in a graph."""
     sums = graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
     return [(sorted(node.args[1]), node.meta["val"].dtype) for node in sums]
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list]:
-    """Return the scale's gradient for x as that of the output, and the sums of the joint graph."""
+    """Return the scale's gradient when x is the output's, and the sums of the joint graph."""
     found: list = []
 
     class Record(TwoStepSumsPass):
@@ -123,7 +123,7 @@ def test_batch_norm_under_inductor() -> None:
 
 
 def test_rows_that_only_the_run_knows_stay() -> None:
-    """As where the kept samples of a batch are summed."""
+    """An example is a sum over the kept samples of a batch."""
 
     class Chosen(Scale):
         def forward(self, x: Tensor) -> Tensor:
