@@ -14,7 +14,7 @@ def files(package: str) -> list[Path]:
 
 
 def imported_names(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, wherever in it."""
+    """Dotted names of everything that a file imports, anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
