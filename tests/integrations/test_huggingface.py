@@ -116,5 +116,5 @@ def test_a_step_that_the_gradient_scaler_skips_is_none(tmp_path: Path) -> None:
 def test_it_wants_a_scheduler() -> None:
     from ssprop_fx.integrations.huggingface import SsPropCallback
 
-    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got bar"):
+    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got BarSchedule"):
         SsPropCallback(bar(0.75, period=2))

@@ -127,5 +127,5 @@ def test_several_optimizers_step_it_once_a_batch(tmp_path: Path) -> None:
 def test_it_wants_a_scheduler() -> None:
     from ssprop_fx.integrations.lightning import SsPropCallback
 
-    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got bar"):
+    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got BarSchedule"):
         SsPropCallback(bar(0.75, period=2))
