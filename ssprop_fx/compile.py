@@ -1,4 +1,4 @@
-"""ssprop_compile: the one verb."""
+"""ssprop_compile: compiles a model for sparse training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -27,26 +27,27 @@ def ssprop_compile(
 ) -> "SsPropModule":
     """Compile a model for training with scheduled sparse back-propagation.
 
-    Behaves as `torch.compile(model)` does, and while `scheduler.drop_rate` is 0, in `eval()` mode
-    and without gradients it is just that. In training steps whose drop rate is above 0 the
-    backward of each participating layer is computed from the channels of the gradient of its
-    output with the largest l2 norm (ssProp, arXiv 2408.12561, which ranks by mean magnitude:
-    `SparsityConfig(score="mean_abs")`). One sparse compile serves every drop rate, or, where the
-    schedule has one or two, each has its own with constant keep counts
+    The result behaves like `torch.compile(model)`. While `scheduler.drop_rate` is 0, in `eval()`
+    mode and without gradients it is exactly that. In training steps with a drop rate above 0, the
+    backward of each participating layer uses only the channels of its output gradient with the
+    largest l2 norms. (ssProp, arXiv 2408.12561, ranks channels by mean magnitude:
+    `SparsityConfig(score="mean_abs")`.) One sparse compile serves every drop rate. If the schedule
+    has only one or two, each gets its own compile with constant keep counts
     (`SparsityConfig(specialize=...)`).
 
     Args:
-        model: the model; its source and its parameters stay as they are.
-        scheduler: moves the drop rate; one scheduler may serve several models.
+        model: the model; its source and its parameters do not change.
+        scheduler: sets the drop rate; one scheduler may serve several models.
         config: which layers take part; `SparsityConfig()` by default.
         backend: `"inductor"`, or `"aot_eager"`, which compiles quickly and runs slowly.
         mode: as in `torch.compile`.
-        options: as in `torch.compile`; a `joint_custom_pre_pass` in it still runs.
+        options: as in `torch.compile`; its `joint_custom_pre_pass` still runs.
         fullgraph: as in `torch.compile`.
         dynamic: as in `torch.compile`.
-        in_place: calls of `model` itself run compiled, too, as after `model.compile()`: for
-            libraries that hold the model and save it, whose checkpoints then keep its names. What
-            is returned serves `report` and the like. Copies of `model` are not compiled.
+        in_place: calls of `model` itself run compiled too, as after `model.compile()`. Use this
+            with libraries that hold and save the model: names in their checkpoints do not change.
+            The returned module still works with `report` and the like. Copies of `model` are not
+            compiled.
 
     Returns:
         A module to use in place of `model`.
@@ -65,7 +66,7 @@ def ssprop_compile(
         >>> int((conv[0].weight.grad.flatten(1).abs().sum(1) > 0).sum())
         32
     """
-    # They import the compiler, which takes seconds.
+    # These import the compiler, which takes seconds.
     from ssprop_fx.compiler.backend import BACKENDS
     from ssprop_fx.runtime.module import SsPropModule
     from ssprop_fx.runtime.variants import Variants
@@ -82,9 +83,9 @@ def ssprop_compile(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend != "inductor" and (mode is not None or options is not None):
-        raise ValueError(f"mode and options are Inductor's; backend={backend!r} takes neither")
+        raise ValueError(f"mode and options are for Inductor; backend={backend!r} takes neither")
     if mode is not None and options is not None:
-        raise ValueError("mode and options exclude each other, as in torch.compile: give one")
+        raise ValueError("mode and options exclude each other, as in torch.compile: give only one")
     model = getattr(model, "_orig_mod", model)
     compile_kwargs: dict[str, Any] = {
         "backend": backend,

@@ -12,13 +12,13 @@ _LEVELS = ("debug", "info", "warning", "error")
 def configure_logging(environ: Mapping[str, str]) -> None:
     """Set the level of the loggers `ssprop_fx` and `ssprop_passes` from the environment.
 
-    Without the variable they are ordinary loggers, for the program to configure.
+    Without the variable they are ordinary loggers, which the program may configure.
 
     Args:
         environ: the environment; `SSPROP_LOG` is debug, info, warning or error.
 
     Raises:
-        ValueError: the variable holds something else.
+        ValueError: the variable has another value.
 
     Examples:
         >>> configure_logging({"SSPROP_LOG": "loud"})

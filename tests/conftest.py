@@ -17,7 +17,7 @@ from ssprop_fx.runtime import constant_counts as specialize
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A compile cache of the tests' own: empty at first, and the user's stays as it is."""
+    """Tests use their own compile cache, empty at first; the user's does not change."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -25,7 +25,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def freed_memory_goes_back() -> Iterator[None]:
-    """Runs and benchmarks keep freed memory, for ever: thousands of tests would hold gigabytes."""
+    """Runs and benchmarks never return freed memory: thousands of tests would hold gigabytes."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ssprop_fx.training.run", "benchmarks.machine"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: False)
@@ -34,9 +34,9 @@ def freed_memory_goes_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_edit_backend_in_use() -> Iterator[None]:
-    """Once a test has imported the no-edit backend, the others do not hear that they never call it.
+    """After a test imports the no-edit backend, others get no warning that Dynamo never calls it.
 
-    For the whole session: fixtures of the session train, too.
+    For the whole session, because session fixtures train, too.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SteppedVariant, "made", 1)
@@ -58,7 +58,7 @@ def seed() -> None:
 
 @pytest.fixture
 def no_kernel_yet() -> Iterator[None]:
-    """Kernels of C++ are loaded anew, and what a test makes of them is not kept."""
+    """Load the C++ kernels again in this test, and forget them after it."""
     for known in (kernel_maybe, start_compiling):
         known.cache_clear()
     yield
@@ -68,14 +68,14 @@ def no_kernel_yet() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers as small as those of the tests are not faster sparse: forced to be so."""
+    """Switch the gate off: layers as small as the tests' are not faster sparse."""
     if request.node.get_closest_marker("gate") is None:
         monkeypatch.setattr(SparseBackend, "_gate", lambda self: None)
 
 
 @pytest.fixture(autouse=True)
 def no_constants(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedules of one drop rate would hide keep counts that are read at run time."""
+    """Schedules with one drop rate would not test keep counts that are read at run time."""
     if request.node.get_closest_marker("specialize") is None:
         monkeypatch.setattr(specialize, "AUTO_LEVELS", -1)
 
@@ -90,6 +90,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting for the no-edit backend reaches a test from the environment."""
+    """No environment variable sets the no-edit backend in a test."""
     for variable in [name for name in os.environ if name.startswith("SSPROP_")]:
         monkeypatch.delenv(variable)

@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md, applied to a copy of the packages, work as it says."""
+"""The worked examples of CONTRIBUTING.md work as it says, applied to a copy of the packages."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from sources import ROOT
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
-# What the text says of each, beside the tests that it gives.
+# What the text claims about each example, in addition to the tests that it gives.
 CLAIMS = {
     "Add a score": """
 from ssprop_passes.selection.scores import mean_root
@@ -60,13 +60,13 @@ def test_claims():
 
 
 def blocks(title: str) -> list[tuple[str, str, str]]:
-    """Language, file and content of each block of code of a section."""
+    """Language, file and content of each code block in a section."""
     (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     return re.findall(r'^```(\w+) title="(.+?)"\n(.*?)^```$', section, re.MULTILINE | re.DOTALL)
 
 
 def apply(diff: str, source: str) -> str:
-    """Return a source with a diff applied, whose hunks must each fit in one place."""
+    """Return a source with a diff applied; each hunk must fit in exactly one place."""
     for hunk in diff.split("@@\n"):
         lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
         assert {sign for sign, _ in lines} <= {"", " ", "+", "-"}

@@ -1,4 +1,4 @@
-"""Figures in the README and in docs/performance.md are those of the saved results."""
+"""Figures in the README and in docs/performance.md match the saved results."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ COLUMNS = ("step_ms", "forward_ms", "conv_ms", "product_ms", "topk_ms", "rest_ms
 
 
 def saved(folder: Path, kind: str) -> list[list[dict]]:
-    """The rows of each saved file of a kind."""
+    """The rows of each saved file of one kind."""
     return [json.loads(p.read_text())["rows"] for p in sorted(folder.glob(f"{kind}-*.json"))]
 
 

@@ -90,7 +90,7 @@ def test_ddpm_digits(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run("ddpm_digits", "--epochs 4 --images 256 --width 32", capsys)
     losses = numbers(r"test loss (\S+)", lines)
     assert len(losses) == 2
-    # To find no noise at all costs 1.
+    # A model that predicts no noise has a loss of 1.
     assert max(losses) < 0.9
 
 

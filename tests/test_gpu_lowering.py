@@ -1,7 +1,6 @@
-"""What becomes of a sparse step on a GPU, read from its code: this needs no GPU.
+"""The code of a sparse step for a GPU: what it reads and writes, and that it compiles.
 
-That the code is right is for the tests that run on one (marker `gpu`). Here it is what it reads and
-writes, and that it can be compiled.
+This needs no GPU. Tests with the marker `gpu` run the code on one and check that it is right.
 """
 
 import math
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    # Of each stage one block, and one more, whose residual is no convolution's.
+    # One block of each stage, and one more whose residual is not a convolution.
     short = {"layers": (2, 1, 1, 1)} if name == "resnet50" else {}
     return timm.create_model(name, num_classes=10, **short).to(memory_format=torch.channels_last)
 
@@ -47,7 +46,7 @@ MODELS = pytest.mark.parametrize(
 
 @MODELS
 def test_the_backward_takes_nothing_of_the_cpu(name: str, img_size: int) -> None:
-    """Keep counts are read in the forward, on the CPU: no step waits for the GPU."""
+    """The forward reads keep counts on the CPU, so no step waits for the GPU."""
     step = lowered(name, img_size, True)
     assert step.devices == [{"cpu", "cuda"}, {"cuda"}]
     assert "ssprop" in step.graphs[1]
@@ -60,7 +59,7 @@ def test_kernels_compile(name: str, img_size: int) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_gradients_of_norms_are_not_written(autocast: bool) -> None:
-    """The dense step writes one for each norm; what the sparse step writes is the rest of it."""
+    """The dense step writes one for each norm; the sparse step writes only the other tensors."""
 
     def written(is_sparse: bool) -> int:
         of_backward = lowered("resnet50", 64, is_sparse, autocast).written[1]
@@ -83,7 +82,7 @@ def test_gradients_of_norms_are_not_written(autocast: bool) -> None:
     reason="torch 2.11 writes some in single precision first",
 )
 def test_kept_channels_are_written_once() -> None:
-    """In the precision that the reduced convolution reads, by the kernel that gathers them."""
+    """The kernel that gathers them writes the precision that the reduced convolution reads."""
     step = lowered("test_resnet", 64, True)
     kept = [
         dtype

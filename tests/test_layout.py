@@ -1,4 +1,4 @@
-"""How the code hangs together: what may import what, and documentation that is there and runs."""
+"""Structure of the code: what may import what, and that documentation exists and runs."""
 
 import doctest
 import importlib
@@ -11,8 +11,8 @@ from sources import FOLDERS, ROOT, files, imported_names, used_names
 
 import ssprop_fx
 
-# Torch's private names, and the files that may use them: a new release of torch touches these.
-# What they rely on is in `torch_api.py`.
+# Torch's private names, and the files that may use them: a new torch release may break these.
+# `torch_api.py` states what they rely on.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/cache_files.py",
@@ -26,7 +26,7 @@ USES_PRIVATE_TORCH = {
     "ssprop_fx/named_backend/plugin.py",
 }
 
-# Modules that cannot be imported without an extra that not everyone has, and what of it they need.
+# Modules that need an optional extra, and the package of the extra that they import.
 NEEDS_EXTRA = {
     "ssprop_fx.integrations.huggingface": "transformers",
     "ssprop_fx.integrations.lightning": "lightning",
@@ -40,7 +40,7 @@ def is_private_torch(name: str) -> bool:
 
 
 def module_paths() -> list[Path]:
-    """Files of both packages; `__main__` would run if it were imported."""
+    """Files of both packages, except `__main__`, which would run if imported."""
     return [path for package in FOLDERS for path in files(package) if path.stem != "__main__"]
 
 
@@ -85,7 +85,7 @@ def test_rooms_import_only_what_stands_below_them(monkeypatch):
 
 
 def test_no_files_import_each_other_in_a_circle():
-    """Imports for type checking count, too."""
+    """Imports for type checking count as well."""
     modules = dict(zip(module_names(), module_paths(), strict=True))
     imports = {
         name: {
@@ -115,7 +115,7 @@ def test_private_torch_stays_in_few_files():
 def test_public_names_have_a_docstring(name):
     docstring = getattr(ssprop_fx, name).__doc__
     assert docstring
-    # A dataclass without one is given its signature.
+    # A dataclass without a docstring gets its signature as one.
     assert not docstring.startswith(f"{name}(")
 
 

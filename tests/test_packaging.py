@@ -1,4 +1,4 @@
-"""What a release holds: the wheel, the source archive and their metadata, built as `pip` would."""
+"""What a release contains: wheel, source archive and metadata, built as `pip` builds them."""
 
 import re
 import tarfile
@@ -32,7 +32,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 def test_the_version_is_the_packages(metadata: Message) -> None:
     assert metadata["Version"] == ssprop_fx.__version__
-    assert version("ssprop-fx") == ssprop_fx.__version__, "install anew: the version has changed"
+    assert version("ssprop-fx") == ssprop_fx.__version__, "install again: the version has changed"
 
 
 def test_the_wheel_holds_every_file_of_both_packages_and_no_other(wheel: zipfile.ZipFile) -> None:

@@ -1,4 +1,4 @@
-"""What `make docs` makes: its first page runs, and its reference leaves out nothing public."""
+"""What `make docs` builds: its first page runs, and its reference has everything public."""
 
 import pkgutil
 import re
@@ -11,12 +11,12 @@ import ssprop_fx
 
 
 def documented() -> set[int]:
-    """Ids of all objects that a page names, or that a module named by one exports."""
+    """Ids of all objects that a page names, and of the exports of modules that it names."""
     pages = [path.read_text() for path in sorted((ROOT / "docs").glob("reference-*.md"))]
     assert len(pages) > 1
     found: set[int] = set()
     for name in re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE):
-        # Those of an extra, which not everyone has, export nothing that the package does.
+        # Modules of optional extras export nothing that the package exports.
         if name.endswith((".lightning", ".huggingface")):
             continue
         value = pkgutil.resolve_name(name)
@@ -40,6 +40,6 @@ def test_the_program_of_the_first_page_runs(capsys: pytest.CaptureFixture[str]) 
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     call = "ssprop_compile(network, scheduler)"
     assert call in program
-    # Quick to compile.
+    # This compiles quickly.
     exec(program.replace(call, f'{call[:-1]}, backend="aot_eager")'), {})
     assert "1 of 2 sites sparse" in capsys.readouterr().out

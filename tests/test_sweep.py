@@ -9,7 +9,7 @@ from sweep import MODELS, SKIPPED, TOLERANCE, check_apart
 
 
 def test_the_table_names_every_timm_module_and_only_models_that_exist() -> None:
-    # Without those that are registered from elsewhere, as the study does.
+    # Without modules that other packages register, as the study does.
     modules = {name for name in timm.list_modules() if find_spec(f"timm.models.{name}")}
     assert set(MODELS) | set(SKIPPED) == modules
     for module, names in MODELS.items():

@@ -1,4 +1,4 @@
-"""Torch's private names: all that the packages use are listed, and do what is relied on."""
+"""Torch's private names: all that the packages use are listed, and work as we rely on."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(tree: ast.AST) -> set[str]:
-    """Names that a file defines: of functions, classes, arguments, variables and attributes."""
+    """Names of functions, classes, arguments, variables and attributes that a file defines."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -56,7 +56,7 @@ def private_names(path: Path, own: set[str]) -> set[str]:
 
 
 def meta_key_maybe(node: ast.Subscript | ast.Call) -> str | None:
-    """The key that `x.meta[key]` or `x.meta.get(key)` names, if in so many letters."""
+    """The key in `x.meta[key]` or `x.meta.get(key)`, if it is a literal."""
     if isinstance(node, ast.Subscript):
         owner, key = node.value, node.slice
     elif isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
@@ -74,7 +74,7 @@ def all_private_names() -> set[str]:
 
 
 def users(name: str) -> list[str]:
-    """Files in whose text a listed name stands."""
+    """Files whose text contains a listed name."""
     word = re.compile(rf"\b{name.split('.')[-1]}\b")
     paths = [path for package in FOLDERS for path in files(package)]
     return [path.relative_to(ROOT).as_posix() for path in paths if word.search(path.read_text())]
@@ -86,7 +86,7 @@ def test_every_private_name_is_listed() -> None:
 
 
 def test_every_listed_name_is_used() -> None:
-    # By the text: some carry no underscore, such as attributes of fake modes.
+    # Search the text: some names have no underscore, such as attributes of fake modes.
     assert [name for name in LISTED if not users(name)] == []
 
 

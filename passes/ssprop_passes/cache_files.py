@@ -1,4 +1,4 @@
-"""Small JSON files beside Inductor's compile cache, written whole or not at all.
+"""Small JSON files next to Inductor's compile cache, written completely or not at all.
 
 Private torch: the folder of that cache.
 """
@@ -18,14 +18,14 @@ def cache_file(kind: str, key: str) -> Path:
     """Return the path of one file.
 
     Args:
-        kind: folder of all files of one kind.
+        kind: the folder for files of one kind.
         key: a hash of everything that the content depends on.
     """
     return Path(cache_dir()) / kind / f"{key}.json"
 
 
 def read_maybe(path: Path) -> Any:
-    """Return the content, None if there is no such file, or none that can be read."""
+    """Return the content; None if the file is missing or unreadable."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -33,15 +33,15 @@ def read_maybe(path: Path) -> Any:
 
 
 def write(path: Path, content: Any) -> None:
-    """Write the content, in place of what is there."""
+    """Write the content; replace an existing file."""
     os.replace(_write_beside(path, content), path)
 
 
 def write_first(path: Path, content: Any) -> Any:
-    """Write the content unless another process was first; return what is there then.
+    """Write the content unless another process was first; return the content of the file.
 
-    Processes that measure at the same time must all decide alike, because each of them will find
-    what another compiled.
+    Processes that measure at the same time must all decide alike, because each will find what
+    another has compiled.
     """
     name = _write_beside(path, content)
     try:
@@ -49,7 +49,7 @@ def write_first(path: Path, content: Any) -> Any:
     except OSError:
         known = read_maybe(path)
         if known is None:
-            # What is there cannot be read, or the file system has no links.
+            # The file there cannot be read, or the file system has no links.
             os.replace(name, path)
             return content
         content = known

@@ -1,1 +1,1 @@
-"""Analysis: what is, or would be, sparse in a model."""
+"""Analysis: shows what is, or would be, sparse in a model."""

@@ -1,4 +1,4 @@
-"""Drop rates by depth: more is dropped next to the input, less next to the output."""
+"""Drop rates by depth: higher near the input, lower near the output."""
 
 from glob import escape
 
@@ -8,30 +8,30 @@ __all__ = ["by_depth"]
 
 
 def by_depth(inspection: Inspection, rate: float, slope: float) -> dict[str, float]:
-    """Return drop rates that fall with depth and save the FLOPs that one rate would.
+    """Return drop rates that fall with depth and save as many FLOPs as one rate for all layers.
 
-    What a backward leaves out is missing in the gradients of all layers before it, so that an error
-    next to the input reaches few layers and one next to the output nearly all. With x, the place of
-    a layer, being the share of the sparse FLOPs that lie between the input and the middle of it,
+    What a layer's backward leaves out is missing from the gradients of all layers before it. So an
+    error near the input reaches few layers, and one near the output nearly all. Let x be the
+    position of a layer: the share of the sparse FLOPs between the input and the layer's middle.
 
         drop rate = rate + slope * (1 - 2 x)
 
-    The mean of x over the FLOPs is exactly 1/2, so that the mean of the drop rates over the FLOPs
-    is exactly `rate`, but for the rounding of keep counts.
+    The FLOP-weighted mean of x is exactly 1/2, so the FLOP-weighted mean of the drop rates is
+    exactly `rate`, except for the rounding of keep counts.
 
     Args:
-        inspection: `inspect_sites` of the model; tells order and FLOPs of its layers.
+        inspection: `inspect_sites` of the model; gives the order and FLOPs of its layers.
         rate: mean drop rate, in (0, 1).
-        slope: what the first layers drop more than `rate`, and the last ones less; at most the
-            smaller of `rate` and `1 - rate`. Below 0 it is the other way round.
+        slope: how much more than `rate` the first layers drop, and how much less the last ones; at
+            most the smaller of `rate` and `1 - rate`. A negative slope drops more near the output.
 
     Returns:
-        Drop rate by name, for `SparsityConfig(rates=...)`. They stand in place of the scheduler's
-        drop rate wherever that is above 0.
+        Drop rate by layer name, for `SparsityConfig(rates=...)`. They replace the scheduler's drop
+        rate when that is above 0.
 
     Raises:
-        TypeError: `inspection` is no inspection.
-        ValueError: a number is out of its range, or no layer would be sparse.
+        TypeError: `inspection` is not an Inspection.
+        ValueError: a number is out of range, or no layer would be sparse.
 
     Examples:
         >>> import torch
@@ -55,7 +55,7 @@ def by_depth(inspection: Inspection, rate: float, slope: float) -> dict[str, flo
             f"slope must be within {min(rate, 1 - rate):g} of 0, so that drop rates around"
             f" rate={rate!r} stay in (0, 1), got {slope!r}"
         )
-    # Sites are in backward order. A layer that is called several times has several of them.
+    # Sites are in backward order. A layer that is called several times has several sites.
     sites = inspection.sparse_sites[::-1]
     total = sum(site.sparse_flops for site in sites)
     if not total:

@@ -1,4 +1,4 @@
-"""Capture a model's joint graphs from fake tensors: shapes without memory and without arithmetic.
+"""Capture a model's joint graphs with fake tensors: shapes, without memory or arithmetic.
 
 Private torch: fake tensors, and Dynamo's record of the code that it has compiled.
 """
@@ -34,16 +34,16 @@ def capture_joint_graphs(
     kwargs: Mapping[str, Any],
     visit: Callable[[fx.Graph], None],
 ) -> frozenset[str]:
-    """Call `visit` with each joint graph of a training step of `model`; nothing is run.
+    """Call `visit` with each joint graph of a training step of `model`, without running it.
 
-    The step is that of a copy of the model in train mode whose tensors are fake. Nodes carry the
+    The step belongs to a copy of the model, in train mode and with fake tensors. Nodes carry the
     names of their layers (`SITE_KEY`), as in the sparse variant.
 
     Args:
-        model: the model; it stays as it is.
+        model: the model; it does not change.
         args: positional inputs; tensors may be real, fake or on the meta device.
         kwargs: keyword inputs.
-        visit: takes a joint graph.
+        visit: called with each joint graph.
 
     Returns:
         Names of the layers that are in any graph.
@@ -59,7 +59,7 @@ def capture_joint_graphs(
     model.train()
     backend = _Backend(model, visit)
     step = _fresh_function(lambda model, args, kwargs: model(*args, **kwargs))
-    # Static shapes, so that Dynamo does not note these sizes against later ones of the user's.
+    # Static shapes, so that Dynamo does not compare these sizes with later ones of the user.
     compiled = torch.compile(step, backend=backend, dynamic=False, **_isolated())
     try:
         with _no_traces_in_dynamo(), torch.enable_grad(), mode:
@@ -67,18 +67,18 @@ def capture_joint_graphs(
     except Exception as error:
         raise _trace_error(backend.error or error) from error
     if backend.error is not None:
-        # Dynamo swallowed it and ran eagerly.
+        # Dynamo swallowed the error and ran eagerly.
         raise _trace_error(backend.error) from backend.error
     if not backend.was_called:
         raise CaptureError(
             "Dynamo captured no graph of the model: is compilation disabled"
-            " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or its recompile limit hit?"
+            " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or was the recompile limit hit?"
         )
     return frozenset(backend.captured)
 
 
 class _Backend:
-    """A torch.compile backend that shows each joint graph to `visit`."""
+    """A torch.compile backend that calls `visit` with each joint graph."""
 
     compiler_name = "ssprop_capture"
 
@@ -96,7 +96,7 @@ class _Backend:
             return compile_aot_eager(gm, example_inputs, self._visit_joint, {})
         except Exception as error:
             self.error = error
-            # Of a class that Dynamo does not take for a reason to run eagerly.
+            # Dynamo does not take this class as a reason to run eagerly.
             raise CaptureError(_line(error)) from error
 
     def _visit_joint(self, graph: fx.Graph) -> None:
@@ -105,10 +105,10 @@ class _Backend:
 
 
 def _fake_copies(model: nn.Module, inputs: Any) -> tuple[FakeTensorMode, nn.Module, Any]:
-    """Return copies of model and inputs whose tensors are fake, with the mode of these.
+    """Return the fake mode, and copies of model and inputs whose tensors are fake.
 
-    Meta tensors become fake tensors of the device that the others are on, by default the CPU: what
-    a model computes may depend on its device.
+    Meta tensors become fake tensors on the device of the others, by default the CPU: what a model
+    computes may depend on its device.
     """
     everything = chain(model.parameters(), model.buffers(), tree_leaves(inputs))
     tensors = [t for t in everything if isinstance(t, Tensor)]
@@ -144,24 +144,24 @@ def _fake_copies(model: nn.Module, inputs: Any) -> tuple[FakeTensorMode, nn.Modu
 
 
 def _fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a copy of a function with code of its own, whose compiled forms die with it."""
+    """Return a copy of a function with its own code object; compiled forms are freed with it."""
     function = cast(types.FunctionType, function)
     return types.FunctionType(function.__code__.replace(), function.__globals__)
 
 
 def _isolated() -> dict[str, Any]:
-    """Return what keeps this use of `torch.compile` from counting as a recompile of another."""
+    """Return `torch.compile` arguments that keep this compile out of other recompile counts."""
     is_known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if is_known else {}
 
 
 @contextmanager
 def _no_traces_in_dynamo() -> Iterator[None]:
-    """Forget afterwards what Dynamo compiles meanwhile.
+    """Make Dynamo forget what it compiles inside this context.
 
-    Behind a graph break Dynamo compiles the code of the model's classes, which the user's own
-    compiled models share. Code that they have compiled already is left alone: there, on torch
-    releases whose `torch.compile` cannot isolate recompiles, each capture counts as one.
+    After a graph break Dynamo compiles the code of the model's classes, which the user's own
+    compiled models share. Code that they have already compiled keeps its entries. If this torch
+    release cannot isolate recompiles, each capture of such code counts as a recompile.
     """
     compiled: set[types.CodeType] = set()
 
@@ -183,8 +183,8 @@ def _trace_error(error: BaseException) -> CaptureError:
 
 
 def _line(error: BaseException) -> str:
-    """Return the first line of the message of what is at the root of an error, with its class."""
-    # Dynamo raises some of its errors "from None", and says little in them.
+    """Return the class of an error's root cause and the first line of its message."""
+    # Dynamo raises some of its errors "from None", with little information.
     while deeper := error.__cause__ or (
         error.__context__ if isinstance(error, TorchDynamoException) else None
     ):

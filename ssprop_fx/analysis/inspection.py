@@ -1,4 +1,4 @@
-"""inspect_sites: what sparse back-propagation would do to a model, without running it."""
+"""inspect_sites: predicts what sparse back-propagation does to a model, without running it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ __all__ = ["Inspection", "inspect_sites"]
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites that a model would have; prints as a table.
+    """The predicted sites of a model; prints as a table.
 
     Attributes:
-        sites: what would become of each site, in backward order.
+        sites: the predicted sites, in backward order.
         backward_flops: floating-point operations of all backward convolutions and matrix products
-            of one batch, were they dense.
-        channel_multiple: what keep counts are rounded to a multiple of; see `keep_count`.
-        uncaptured: layers that take part but are called in no graph that Dynamo captured: the
-            model does not call them, or does so where Dynamo cannot follow. They train dense, and
-            in the latter case `backward_flops` is without theirs.
+            for one batch if they were dense.
+        channel_multiple: keep counts are rounded to multiples of this; see `keep_count`.
+        uncaptured: layers that take part but are in no graph that Dynamo captured. Either the model
+            does not call them, or Dynamo cannot follow the call. They train dense. If the model
+            does call them, `backward_flops` lacks their FLOPs.
         block: keep counts are multiples of this as well.
-        rates: drop rate of each layer that has one of its own, by name.
+        rates: drop rate of each layer that has its own, by name.
     """
 
     sites: tuple[Site, ...]
@@ -40,30 +40,31 @@ class Inspection:
 
     @property
     def sparse_sites(self) -> tuple[Site, ...]:
-        """The sites that would be made sparse."""
+        """The sites that would become sparse."""
         return tuple(site for site in self.sites if not site.reason)
 
     @property
     def covered(self) -> float:
-        """Share of the backward's operations that its sparse gradients take at full size."""
+        """FLOPs of the gradients that become sparse, at full size, as a share of the backward's."""
         return self.share(sum(site.sparse_flops for site in self.sites))
 
     def share(self, flops: int) -> float:
-        """Return a number of operations as a share of the backward's."""
+        """Return a number of FLOPs as a share of the backward's."""
         return flops / self.backward_flops if self.backward_flops else 0.0
 
     def kept_at(self, site: Site, drop_rate: float) -> int:
-        """Return how many channels a site keeps, of all its groups together.
+        """Return how many channels a site keeps, in all its groups together.
 
         Args:
             site: one of `sites`.
-            drop_rate: fraction in [0, 1) left out, but where the layer has a rate of its own.
+            drop_rate: fraction in [0, 1) left out. If it is above 0, a layer's own rate replaces
+                it.
 
         Returns:
-            Channels kept: as many as there are where the site stays dense or the drop rate is 0.
+            Channels kept; all channels if the site stays dense or `drop_rate` is 0.
 
         Raises:
-            ValueError: `drop_rate` is out of its range.
+            ValueError: `drop_rate` is out of range.
         """
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate!r}")
@@ -74,16 +75,16 @@ class Inspection:
         return of_group * site.groups
 
     def saved_at(self, drop_rate: float) -> float:
-        """Return the share of the backward's operations that a drop rate leaves out.
+        """Return the share of the backward's FLOPs that a drop rate saves.
 
         Args:
             drop_rate: fraction in [0, 1).
 
         Returns:
-            The share, in [0, 1): after keep counts are rounded, and what stays dense included.
+            The share, in [0, 1), with rounded keep counts. Dense sites count in the total.
 
         Raises:
-            ValueError: `drop_rate` is out of its range.
+            ValueError: `drop_rate` is out of range.
         """
         return self.share(
             sum(site.saved_flops(self.kept_at(site, drop_rate)) for site in self.sites)
@@ -93,7 +94,7 @@ class Inspection:
         """Return a table of the sites and their totals.
 
         Args:
-            drop_rates: a column of keep counts for each, and a line of what it saves.
+            drop_rates: each adds a column of keep counts, and a line with the FLOPs saved.
         """
         kept_columns = "".join(f" {f'k@{rate:g}':>7}" for rate in drop_rates)
         names = [site.name or "(no layer)" for site in self.sites]
@@ -117,7 +118,7 @@ class Inspection:
             for kind, sites in self.by_kind().items()
         ]
         is_auto = self.channel_multiple == "auto"
-        multiples = "8, from 256 channels on of 16" if is_auto else self.channel_multiple
+        multiples = "8, or 16 from 256 channels on" if is_auto else self.channel_multiple
         lines += [
             f"drop rate {rate:g}: {self.saved_at(rate):.1%} of the backward's FLOPs saved"
             f" (keep counts in multiples of {multiples})"
@@ -131,7 +132,7 @@ class Inspection:
         return "\n".join(lines)
 
     def by_kind(self) -> dict[str, tuple[Site, ...]]:
-        """Return the sites of each kind, the kind of most sites first."""
+        """Return the sites of each kind; the kind with the most sites comes first."""
         kinds = Counter(site.kind for site in self.sites)
         return {
             kind: tuple(site for site in self.sites if site.kind == kind)
@@ -145,18 +146,18 @@ class Inspection:
 def inspect_sites(
     model: nn.Module, inputs: Any, *, config: SparsityConfig | None = None
 ) -> Inspection:
-    """Return what sparse back-propagation would do to a model, without running it.
+    """Predict what sparse back-propagation does to a model, without running the model.
 
-    A copy of the model whose tensors are fake is put in train mode and captured as
-    `ssprop_compile` would capture it: no arithmetic is done and no code is compiled, so that the
-    largest model takes seconds, and no memory for its parameters if these are on the meta device.
-    The model stays as it is. Where Dynamo splits it into several graphs, all are counted.
+    A copy of the model, in train mode and with fake tensors, is captured as `ssprop_compile` would
+    capture it. This does no arithmetic and compiles no code, so the largest model takes seconds;
+    parameters on the meta device take no memory. The model does not change. If Dynamo splits it
+    into several graphs, all of them count.
 
     Args:
         model: the model; its tensors may be real, fake or on the meta device.
-        inputs: what the model is called with: a tensor, a tuple of positional arguments or a dict
-            of keyword arguments. Tensors may be real, fake or on the meta device. Batch norm wants
-            a batch of 2 or more in train mode.
+        inputs: the model's inputs: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments. Tensors may be real, fake or on the meta device. Batch norm needs a batch of
+            at least 2 in train mode.
         config: which layers take part; `SparsityConfig()` by default.
 
     Returns:
@@ -164,7 +165,8 @@ def inspect_sites(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model has layers whose weights do not exist yet, or `config` is of samples.
+        ValueError: the model has layers whose weights do not exist yet, or `config` has
+            `axis="sample"`.
         CaptureError: the model cannot be captured without the values of its tensors.
 
     Examples:
@@ -176,7 +178,7 @@ def inspect_sites(
         >>> round(inspection.saved_at(0.75), 3)
         0.75
     """
-    # They import the compiler, which takes seconds.
+    # These import the compiler, which takes seconds.
     from ssprop_passes.sites.find import find_sites
 
     from ssprop_fx.analysis.fake_capture import capture_joint_graphs
@@ -189,8 +191,8 @@ def inspect_sites(
     config = config or SparsityConfig()
     if config.axis != "channel":
         raise ValueError(
-            'config must have axis="channel": with samples every layer saves the drop rate, at'
-            f" any batch size, and there is nothing to predict; got {config.axis!r}"
+            'config must have axis="channel": with axis="sample" every layer saves the drop rate at'
+            f" any batch size, so there is nothing to predict; got {config.axis!r}"
         )
     table = find_slots(model, config)
     slots = {slot.name: slot for slot in table.slots}

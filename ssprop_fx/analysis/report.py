@@ -1,4 +1,4 @@
-"""report: which sites are sparse, at which keep counts, what that saves, and why others are not."""
+"""report: which sites are sparse, their keep counts and savings, and why other sites are dense."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ class SiteReport:
     """One site of a compiled model.
 
     Attributes:
-        name: the layer's name, "" where the site belongs to none.
+        name: the layer's name; "" if the site belongs to no layer.
         kind: such as `conv2d`.
         channels: output channels, C.
-        kept: keep count in force, k; C for a site left dense.
+        kept: channels kept now, in all groups together; C if the site stays dense.
         flops: floating-point operations of its dense backward, for one batch.
-        reason: why it was left dense, "" for a sparse one.
-        sparse_flops: those of `flops` that its sparse gradients take at full size.
-        saved_flops: those that its backward leaves out at the keep count in force.
+        reason: why it stayed dense; "" if it is sparse.
+        sparse_flops: FLOPs of the gradients that became sparse, at full size; 0 if the site stays
+            dense.
+        saved_flops: FLOPs that its backward saves at the keep count in force.
     """
 
     name: str
@@ -43,9 +44,9 @@ class Report:
     """The sites of a compiled model at the keep counts in force; prints as a table.
 
     Attributes:
-        sites: every convolution backward of the sparse variant, in backward order.
+        sites: every site of the sparse variant, in backward order.
         backward_flops: floating-point operations of all backward convolutions and matrix products
-            of one batch, were they dense.
+            for one batch if they were dense.
         specialized: whether the keep counts were compiled in as constants.
     """
 
@@ -55,12 +56,12 @@ class Report:
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
-        """The sites that were made sparse."""
+        """The sites that became sparse."""
         return tuple(site for site in self.sites if not site.reason)
 
     @property
     def saved_flops(self) -> int:
-        """Floating-point operations that one backward leaves out at the keep counts in force."""
+        """FLOPs that one backward saves at the keep counts in force."""
         return sum(site.saved_flops for site in self.sparse_sites)
 
     def __str__(self) -> str:
@@ -86,8 +87,8 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Return what sparse back-propagation does to a compiled model.
 
-    Sites are known once a training step at a drop rate above 0 has run. Where several sparse
-    graphs were compiled for the same layers (for another batch size, say), the newest is shown.
+    Sites are known after the first training step at a drop rate above 0. If the same layers have
+    several sparse graphs (for another batch size, say), the report shows the newest.
 
     Args:
         model: what `ssprop_compile` returned, or a model compiled with the backend "ssprop" that
@@ -97,7 +98,7 @@ def report(model: nn.Module) -> Report:
         The report; `print` it.
 
     Raises:
-        TypeError: `model` is neither.
+        TypeError: `model` is neither of these.
 
     Examples:
         >>> import torch
@@ -109,7 +110,7 @@ def report(model: nn.Module) -> Report:
         >>> report(model).sites[0].kept
         32
     """
-    # They import the compiler, which takes seconds.
+    # These import the compiler, which takes seconds.
     from ssprop_fx.named_backend.autostep import stepped_variant_maybe
     from ssprop_fx.runtime.module import SsPropModule
 
@@ -119,8 +120,8 @@ def report(model: nn.Module) -> Report:
         variant = stepped_variant_maybe(getattr(model, "_orig_mod", model))
     if variant is None:
         raise TypeError(
-            f"model must come from ssprop_compile, got {type(model).__name__}; or it must have run"
-            ' a training step after torch.compile(model, backend="ssprop")'
+            "model must come from ssprop_compile, or must have run a training step after"
+            f' torch.compile(model, backend="ssprop"), got {type(model).__name__}'
         )
     keep_counts, graphs = variant.keep_counts.tolist(), variant.graphs
     return Report(

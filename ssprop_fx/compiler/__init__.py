@@ -1,1 +1,1 @@
-"""Compiler: from a graph that Dynamo captured to a compiled graph with keep counts."""
+"""Compiler: turns a graph that Dynamo captured into a compiled graph with keep counts."""

@@ -1,6 +1,6 @@
-"""The torch.compile backend of the sparse variant: adds the runtime tensor, then compiles.
+"""The torch.compile backend of the sparse variant: adds state inputs to a graph, then compiles it.
 
-Private torch lives in what it calls, `dynamo_graph` and `compilers`, and in `ssprop_passes`.
+Private torch is in the modules that it calls: `dynamo_graph`, `inductor` and `ssprop_passes`.
 """
 
 import copy
@@ -67,14 +67,14 @@ class SparseBackend:
         memory: what its layers have left out so far.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
-        constants: keep count of each slot, to compile in as constants; by default they are read
-            from the runtime sparsity tensor.
+        constants: keep count of each slot, to compile in as constants. By default the graph reads
+            keep counts from the runtime sparsity tensor.
 
     Attributes:
-        instances: those of each graph compiled so far.
+        instances: the instances of each graph compiled so far.
         captured: names of the layers that Dynamo captured in any graph.
-        ranks: those that the graphs share their selection with, None being no other.
-        error: the first failure, for the caller to raise whatever Dynamo makes of it.
+        ranks: the ranks that graphs share their selection with; None stands for no other rank.
+        error: the last failure. The caller raises it, whatever Dynamo does with it.
     """
 
     compiler_name = "ssprop"
@@ -90,7 +90,7 @@ class SparseBackend:
         options: dict[str, Any],
         constants: tuple[int, ...] | None = None,
     ) -> None:
-        # Weakly: Dynamo keeps its backends, and with them the model would live for ever.
+        # A weak reference: Dynamo keeps its backends, so the model would live for ever.
         self._model = weakref.ref(model)
         self.config = config
         self.table = table
@@ -108,23 +108,23 @@ class SparseBackend:
 
     @property
     def selection(self) -> Selection:
-        """How channels are chosen, and by which ranks together."""
+        """How channels are chosen, and which ranks choose together."""
         ranks = find_ranks_maybe() if self.config.ranks == "shared" else None
         return replace(self.config.selection, ranks=ranks)
 
     @property
     def graphs(self) -> list[GraphRecord]:
-        """The graphs compiled so far, one for each group of layers that they were called for."""
+        """Records of the graphs compiled so far, one for each group of layers that they serve."""
         return [i.graph for instances in self.instances for i in instances.found.values()]
 
     @property
     def missing(self) -> list[str]:
-        """Names of the layers that have a slot and are in no graph that makes them sparse."""
+        """Names of the layers that have a slot but that no graph captured or made sparse."""
         sparse = {site.name for graph in self.graphs for site in graph.sites if not site.reason}
         return [s.name for s in self.table.slots if s.name not in self.captured | sparse]
 
     def specialized(self, constants: tuple[int, ...] | None) -> "SparseBackend":
-        """Return a backend for the same model with these constants, which has compiled nothing."""
+        """Return a backend for the same model with these constants and no compiled graphs."""
         other = copy.copy(self)
         other.constants = constants
         other._forget()
@@ -140,13 +140,13 @@ class SparseBackend:
         """Compile one graph that Dynamo captured.
 
         Raises:
-            SsPropCompileError: on any failure. Some exceptions raised inside a backend make Dynamo
-                fall back to eager, dense execution without a word; this one does not.
+            SsPropCompileError: on any failure. Some exceptions inside a backend make Dynamo run
+                eagerly, and so dense, without a message; this one does not.
         """
         try:
             return self._compile(gm, example_inputs)
         except RestartAnalysis:
-            # No failure: Dynamo is to trace again, with a Python number as a constant.
+            # Not a failure: Dynamo must trace again, with a Python number as a constant.
             raise
         except Exception as error:
             self.error = compile_error(error)
@@ -155,15 +155,15 @@ class SparseBackend:
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CompiledGraph:
         if find_slots(self.model, self.config) != self.table:
             raise RuntimeError(
-                "the model's layers have changed since ssprop_compile: call it again, on the"
-                " changed model"
+                "the model's layers have changed since ssprop_compile: call it again on the changed"
+                " model"
             )
         self.ranks.add(self.selection.ranks)
         if gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
             raise RuntimeError(
                 "the model has a torch.compiler.nested_compile_region, whose backward is compiled"
-                " apart, without keep counts: set torch._dynamo.config.inline_invoke_subgraph ="
-                " True (from torch 2.12 on) or leave the region out"
+                " separately, without keep counts: set torch._dynamo.config.inline_invoke_subgraph"
+                " = True (torch 2.12 and newer) or remove the region"
             )
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else []
@@ -195,7 +195,7 @@ class SparseBackend:
             batch_size = None if batch_input is None else input_sizes(gm, batch_input)[0]
             sparse_pass = self._sparse_pass(layers, memories, batch_size)
             passes = build_passes(sparse_pass, self.kind, passes_in_force(options))
-            # Both compilers take ownership of the graph, and it may be needed a second time.
+            # Copy the graph: both compilers change it, and a second compile may need it.
             compile_with = compile_inductor if self.kind == "inductor" else compile_aot_eager
             return compile_with(copy_graph(gm), inputs, passes, options), sparse_pass
 
@@ -205,7 +205,7 @@ class SparseBackend:
             # A hit in Inductor's compile cache, or an inference graph.
             known = load_record_maybe(key)
             if known is None:
-                # The cache was brought from elsewhere, without its records.
+                # The cache was copied here without its records.
                 compiled, sparse_pass = compile_graph(
                     {**self.options, "force_disable_caches": True}
                 )
@@ -220,7 +220,7 @@ class SparseBackend:
     def _batch_input_maybe(
         self, gm: fx.GraphModule, inputs: Sequence[Any], layers: tuple[str, ...]
     ) -> int | None:
-        """Return the position of the input that has the batch, None where channels are chosen."""
+        """Return the position of the input that has the batch; None if channels are chosen."""
         if self.config.axis == "channel":
             return None
         sparse = {slot.name for slot in self.table.slots}
@@ -261,7 +261,7 @@ class SparseBackend:
         )
 
     def _gate(self) -> Gate | None:
-        # Speed is not what AOT eager is for, and ranks that time layers would not always agree.
+        # AOT eager is not for speed. Ranks that each time layers would not always agree.
         if not self.config.gate or self.kind != "inductor" or self.selection.ranks is not None:
             return None
         return Gate(dict(enumerate(self.keep_counts.smallest)))
@@ -285,7 +285,7 @@ class SparseBackend:
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
-    """Return the device of a graph's parameters, of its first tensor if it has none."""
+    """Return the device of a graph's parameters, or of its first tensor if it has none."""
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     parameters = [value for value in tensors if isinstance(value, nn.Parameter)]
     return (parameters or tensors)[0].device

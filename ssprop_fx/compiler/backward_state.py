@@ -1,4 +1,4 @@
-"""Memory: what sparse backwards have left out so far, a tensor for each call of a layer."""
+"""Memory: what sparse backwards have left out so far, one tensor for each call of a layer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ __all__ = ["Memory", "MemoryInput"]
 
 @dataclass(frozen=True)
 class MemoryInput:
-    """A memory as a compiled graph takes it.
+    """A memory as an input of a compiled graph.
 
     Attributes:
         layer: name of the layer that the graph was compiled for.
         call: number of the layer's call in the graph, from 0.
         shape: [C] for a linear layer, [C, *out_space] for a convolution.
-        strides: of the same length; channels lie last where they do in the layer's output.
-        dtype: that of the gradient, at least float32.
-        device: that of the gradient.
+        strides: one for each dimension; channels last if the layer's output is.
+        dtype: dtype of the gradient, at least float32.
+        device: device of the gradient.
     """
 
     layer: str
@@ -31,22 +31,22 @@ class MemoryInput:
     device: torch.device
 
     def zeros(self) -> Tensor:
-        """Return a memory of nothing."""
+        """Return an empty memory: all zeros."""
         empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
         return empty.zero_()
 
 
 class Memory:
-    """What the sparse backwards of a model remember, by layer.
+    """What the sparse backwards of a model have left out so far, by layer.
 
-    That is what they have left out so far (`SparsityConfig.memory`). A tensor is made when a graph
-    that needs it is first called, follows its layer's device and dtype at the next call, and is
-    zero at first and where its shape has changed: what a convolution has left out is bound to the
-    resolution, nothing to the batch size. A layer that one graph calls several times has a tensor
-    for each call. Dense steps leave all as they are.
+    See `SparsityConfig.memory`. The first call of a graph that needs a tensor makes it, with zeros.
+    At later calls the tensor follows its layer's device and dtype. It starts again from zeros if
+    its shape changes: for a convolution the shape depends on the resolution, but never on the
+    batch size. A layer that one graph calls several times has a tensor for each call. Dense steps
+    change nothing.
 
     Args:
-        layers: names of the layers that may have one.
+        layers: names of the layers that may have a memory.
 
     Examples:
         >>> from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
@@ -64,37 +64,37 @@ class Memory:
         self._tensors: dict[str, Tensor] = {}
 
     def find(self, wanted: MemoryInput, layer: str) -> Tensor:
-        """Return the memory of a layer, to be written by a backward.
+        """Return the memory of a layer, for a backward to write.
 
         Args:
-            wanted: the memory as the graph takes it.
+            wanted: the memory as an input of the graph.
             layer: name of the layer that the graph is called for.
         """
         key = layer if wanted.call == 0 else f"{layer}@{wanted.call}"
         held = self._tensors.get(key)
         if held is None or not _fits(held, wanted):
-            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
             with outside_modes():
                 made = wanted.zeros()
             if held is not None and held.shape == made.shape:
                 made.copy_(held)
             held = self._tensors[key] = made
-        # An alias with a version counter of its own: a backward writes what another forward, whose
-        # backward is yet to come, has saved, and is meant to.
+        # An alias with its own version counter: a backward may, on purpose, write a tensor that
+        # another forward has saved for a backward that is still to run.
         return held.data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors themselves, by name of the layer.
+        """Return the tensors themselves, not copies, by layer name.
 
-        Calls of a layer after the first are numbered, as in `"head@1"`.
+        Later calls of a layer in the same graph are numbered, as in `"head@1"`.
         """
         return dict(self._tensors)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Put copies of the tensors that `state_dict()` returned in place of all there are.
+        """Replace all memories with copies of the tensors that `state_dict()` returned.
 
         Args:
-            state_dict: the tensors; before the first step as well as later.
+            state_dict: the tensors. They may be loaded before the first step or later.
 
         Raises:
             ValueError: the model has no memory for one of the names.
@@ -103,7 +103,7 @@ class Memory:
         if unknown:
             raise ValueError(
                 f"state_dict must come from the memory of the same model and SparsityConfig:"
-                f" this one has none for {', '.join(map(repr, unknown))}"
+                f" the model has none for {', '.join(map(repr, unknown))}"
             )
         self._tensors = {key: tensor.detach().clone() for key, tensor in state_dict.items()}
 

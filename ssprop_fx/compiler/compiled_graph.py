@@ -1,9 +1,9 @@
-"""Instances: the layers that one compiled graph is called for.
+"""Instances: one compiled graph, called for different groups of layers.
 
-Dynamo compiles a module's code once for all modules of the same shapes and takes their parameters
-as inputs. Behind a graph break in a block that a model repeats, the graph compiled for the first
-block serves the others, each with keep counts of its own; under one backend, the graph compiled
-for one model serves others of its kind.
+Dynamo compiles a module's code once for all modules with the same shapes, and takes their
+parameters as inputs. If a model repeats a block with a graph break, the graph compiled for the
+first block serves the other blocks, each with its own keep counts. Under one backend, the graph
+compiled for one model also serves other models of the same kind.
 """
 
 import copy
@@ -31,30 +31,30 @@ __all__ = ["SEVERAL_GRAPHS", "CompiledGraph", "Instance", "Instances"]
 
 
 SEVERAL_GRAPHS = (
-    'axis="sample" needs the whole model in one graph, because its samples are chosen once in a'
-    " backward: the model is cut by a graph break (TORCH_LOGS=graph_breaks shows where) or by"
-    " DistributedDataParallel (torch._dynamo.config.optimize_ddp = False forbids it)"
+    'axis="sample" needs the whole model in one graph, because a backward chooses its samples'
+    " once: a graph break (TORCH_LOGS=graph_breaks shows where) or DistributedDataParallel"
+    " (torch._dynamo.config.optimize_ddp = False prevents it) splits the model"
 )
 
 
 class Instance:
-    """A compiled graph as called for one group of layers.
+    """A compiled graph, called for one group of layers.
 
     Args:
-        graph: the graph, its sites under the names of these layers.
+        graph: the graph's record; its sites have the names of these layers.
         slots: slot of the layer that the graph was compiled for -> slot of the layer that it is
-            called for, or `~C` for C output channels of a layer that stays dense. None if they
+            called for, or `~C` if that layer stays dense and has C output channels. None if they
             are the same layers.
         slot_count: number of slots of the model that the graph was compiled for.
-        names: name of each layer that the graph was compiled for -> name of the layer that it is
-            called for, where that is another.
+        names: name of a layer that the graph was compiled for -> name of the layer that it is
+            called for. Empty if they are the same layers.
 
     Attributes:
-        is_own: whether they are the layers that the graph was compiled for.
-        table: what the backward reports of its sites, a row a slot of the model that the graph was
-            compiled for; None before the first call, and without telemetry.
+        is_own: whether these are the layers that the graph was compiled for.
+        table: what the backward reports about its sites, one row for each slot of the model that
+            the graph was compiled for. None before the first call and without telemetry.
         rows: the row of each layer that the graph is called for, by name.
-        last_run: number of the last call, among all calls of all instances.
+        last_run: number of the last call; calls of all instances are numbered together.
     """
 
     _runs = itertools.count(1)
@@ -84,30 +84,34 @@ class Instance:
 
     @property
     def sparse_flops(self) -> tuple[tuple[str, int], ...]:
-        """Layer and FLOPs, at full size, of the sparse gradients of each site."""
+        """For each site its layer, and the FLOPs of its sparse gradients at full size."""
         return tuple((site.name, site.sparse_flops) for site in self.graph.sites)
 
     @property
     def total_flops(self) -> int:
-        """FLOPs of all backward convolutions and matrix products of the graph, were they dense."""
+        """FLOPs of all backward convolutions and matrix products of the graph if dense."""
         return self.graph.total_flops
 
     def count_run(self) -> None:
-        """Note a call."""
+        """Count a call."""
         self.graph.runs += 1
         self.last_run = next(self._runs)
 
     def find_table(self, device: torch.device) -> Tensor:
-        """Return the table, to be written by a backward on a device."""
+        """Return the table, for a backward on `device` to write."""
         if self.table is None or self.table.device != device:
-            # Under DistributedDataParallel, Dynamo itself makes the first call, on fake tensors.
+            # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
             with outside_modes():
                 self.table = empty_table(self._slot_count, device)
-        # An alias with a version counter of its own, as a memory.
+        # An alias with its own version counter, as in `Memory.find`.
         return self.table.data
 
     def keep_counts(self, counts: Tensor) -> Tensor:
-        """Return the model's keep counts, int64 [slots], as the graph is to see them."""
+        """Return the keep counts to pass to the graph, int64 [slots].
+
+        Args:
+            counts: the model's keep counts, int64 [slots].
+        """
         if self.is_own:
             return counts
         seen = counts.new_ones(self._slot_count)
@@ -117,28 +121,28 @@ class Instance:
         return seen
 
     def agrees(self, keep_counts: Tensor, constants: Tensor) -> bool:
-        """Say whether constants are the keep counts that the graph is to see for these layers.
+        """Return whether the graph's constants are right for these layers.
 
-        Always for the layers that the graph was compiled for.
+        They always are for the layers that the graph was compiled for.
 
         Args:
-            keep_counts: as the graph is to see them, int64 [slots].
-            constants: what it was compiled with, int64 [slots].
+            keep_counts: keep counts for the graph, as `keep_counts` returns them, int64 [slots].
+            constants: keep counts that the graph was compiled with, int64 [slots].
         """
         return self.is_own or torch.equal(keep_counts[self._read], constants[self._read])
 
 
 class Instances:
-    """All instances of one compiled graph, found by the weights that it is called with.
+    """All instances of one compiled graph, found by the weights in its arguments.
 
     Args:
         model: the model.
         table: its slots.
-        graph: the graph, as compiled.
-        inputs: what it was compiled for.
+        graph: the record of the graph as compiled.
+        inputs: the example inputs that it was compiled for.
 
     Attributes:
-        found: the instances met so far, by the names of their layers.
+        found: the instances seen so far, by the names of their layers.
     """
 
     _owners: dict[int, str]
@@ -161,10 +165,10 @@ class Instances:
         return other
 
     def find(self, args: Sequence[Any]) -> Instance:
-        """Return the instance that a call with these arguments is of."""
+        """Return the instance for a call with these arguments."""
         layers = self._layers(args)
         if layers not in self.found:
-            # Parameters may have been replaced, as by `load_state_dict(..., assign=True)`.
+            # Parameters may have been replaced, for example by `load_state_dict(assign=True)`.
             self._owners = weight_owners(cast(nn.Module, self._model()))
             layers = self._layers(args)
         instance = self.found.get(layers)
@@ -173,7 +177,7 @@ class Instances:
         return instance
 
     def _set_model(self, model: nn.Module, table: SlotTable) -> None:
-        # Weakly: Dynamo keeps compiled code, and with it the model would live for ever.
+        # A weak reference: Dynamo keeps compiled code, so the model would live for ever.
         self._model = weakref.ref(model)
         self._owners = weight_owners(model)
         self._slots = {slot.name: slot for slot in table.slots}
@@ -209,13 +213,13 @@ class CompiledGraph:
 
     Args:
         compiled: takes the graph's own inputs, then its state inputs (`StateInputs`).
-        instances: those of the graph for the model.
+        instances: the graph's instances for the model.
         keep_counts: the model's part of the runtime sparsity tensor, read at every call.
-        memories: the memories that the graph takes.
-        memory: those of the model.
-        constants: the keep count of each slot that was compiled in, None where they are read.
-        table_device: the device of the graph's telemetry table, None without telemetry.
-        batch_input: position of the input whose leading dimension is the batch, None where channels
+        memories: the memories that the graph takes as inputs.
+        memory: the memories of the model.
+        constants: the compiled-in keep count of each slot; None if the graph reads keep counts.
+        table_device: device of the graph's telemetry table; None without telemetry.
+        batch_input: position of the input whose leading dimension is the batch; None if channels
             are chosen.
     """
 
@@ -243,8 +247,8 @@ class CompiledGraph:
         """Run the graph for the layers whose weights are among its inputs.
 
         Raises:
-            SsPropCompileError: keep counts are constants, and those of these layers are others,
-                or samples are chosen, and the graph has been called for other layers.
+            SsPropCompileError: the graph's constant keep counts are not those of these layers, or
+                samples are chosen and the graph was also called for other layers.
         """
         instance = self.instances.find(args)
         if self.batch_input is not None:
@@ -257,8 +261,8 @@ class CompiledGraph:
         if self.constants is not None and not instance.agrees(keep_counts, self.constants):
             layers = ", ".join(repr(site.name) for site in instance.graph.sites)
             raise SsPropCompileError(
-                f"a graph with constant keep counts serves several layers, and those of {layers}"
-                " differ from those that it was compiled with; use"
+                "one graph with constant keep counts serves several layers, but the keep counts of"
+                f" {layers} differ from those it was compiled with: use"
                 " SparsityConfig(specialize=False), or fullgraph=True, which allows no graph break"
             )
         names = instance.names

@@ -1,7 +1,7 @@
-"""Dynamo's graphs: further inputs, copies, sizes of inputs.
+"""Dynamo's graphs: add inputs, copy graphs, read input sizes.
 
-Private torch: the attributes and metadata that Dynamo leaves for AOTAutograd, the fake mode of the
-compile.
+Private torch: the attributes and metadata that Dynamo passes to AOTAutograd, and the fake mode of
+the compile.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,21 @@ __all__ = ["copy_graph", "input_sizes", "is_differentiable", "with_extra_inputs"
 
 
 def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
-    """Return a copy of Dynamo's graph with more placeholders, after all others.
+    """Return a copy of Dynamo's graph with more placeholders after the existing ones.
 
     Args:
         gm: the graph.
-        tensors: what they stand for, as `StateInputs.pack` returns it.
+        tensors: the tensors of the new placeholders, as `StateInputs.pack` returns them.
+
+    Raises:
+        RuntimeError: no input of the graph has a fake tensor.
     """
     gm = copy_graph(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     fake_mode = detect_fake_mode([p.meta.get("example_value") for p in placeholders])
     if fake_mode is None:
         raise RuntimeError("Dynamo's graph has no fake tensors among its inputs")
-    # Reading a keep count makes an unbacked symbol. No global `capture_scalar_outputs`.
+    # Reading a keep count makes an unbacked symbol. This needs no global `capture_scalar_outputs`.
     fake_mode.allow_scalar_outputs = True
     last = placeholders[-1] if placeholders else gm.graph._root
     for number, tensor in enumerate(tensors):
@@ -45,9 +48,9 @@ def input_sizes(gm: fx.GraphModule, position: int) -> Sequence[int]:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a Dynamo graph module with what AOTAutograd reads from it.
+    """Return a copy of a Dynamo graph module, with all that AOTAutograd reads from it.
 
-    Without the sources every parameter would count as an ordinary input.
+    Without the sources AOTAutograd would treat every parameter as an ordinary input.
     """
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
@@ -66,7 +69,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def is_differentiable(inputs: Sequence[Any]) -> bool:
-    """Say whether a graph of these inputs has a backward."""
+    """Return whether a graph with these inputs has a backward."""
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in inputs
     )

@@ -1,4 +1,4 @@
-"""The two compilers that the sparse variant's graphs are handed to, with a pass on the joint graph.
+"""The two compilers of the sparse variant's graphs, with a pass on the joint graph.
 
 Private torch: Inductor's `compile_fx`, and the hooks of Inductor and AOTAutograd for that pass.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def compile_error(error: Exception) -> SsPropCompileError:
-    """Return the error that the user sees for a failure inside the compiler, its cause set."""
+    """Return the error that the user sees for a failure inside the compiler, with its cause."""
     if isinstance(error, SsPropCompileError):
         return error
     ours = SsPropCompileError(
@@ -44,23 +44,23 @@ def compile_inductor(
     passes: PassList,
     options: dict[str, Any],
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor, the passes in its joint-graph hook."""
+    """Compile a graph with Inductor; the passes run in its joint-graph hook."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    # Two dimensions of a kernel: the weight of a convolution that our own kernels may be for.
+    # The weight of a 2d convolution on a CPU: our C++ kernels may serve it.
     if any(isinstance(i, nn.Parameter) and i.ndim == 4 and i.is_cpu for i in inputs):
         start_compiling()
 
     @functools.wraps(compile_fx_inner)
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
-        # The backward compiles later, out of `SparseBackend.__call__`.
+        # The backward compiles later, outside `SparseBackend.__call__`.
         try:
             return compile_fx_inner(*args, **kwargs)
         except Exception as error:
             failure = compile_error(error)
             raise failure from failure.__cause__
 
-    # As patches and not as an ambient setting, because the backward compiles later.
+    # As patches, not as a global setting, because the backward compiles later.
     patches = {**options, "joint_custom_pre_pass": passes}
     compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
     return cast(Callable[..., Any], compiled)
@@ -84,7 +84,7 @@ def compile_aot_eager(
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return the decompositions that Inductor traces joint graphs with."""
+    """Return the decompositions with which Inductor traces joint graphs."""
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
@@ -93,7 +93,7 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
 def inductor_options(
     mode: str | None, options: dict[str, Any] | None, dynamic: bool | None = None
 ) -> dict[str, Any]:
-    """Return the Inductor configuration patches that `torch.compile` arguments stand for."""
+    """Return the Inductor configuration patches for arguments of `torch.compile`."""
     from torch._inductor import list_mode_options
 
     if mode is not None:
@@ -102,10 +102,10 @@ def inductor_options(
 
 
 def is_inductor_option(name: str) -> bool:
-    """Say whether Inductor's configuration has an entry of this name."""
+    """Return whether Inductor's configuration has an entry with this name."""
     return name.replace("-", "_") in torch._inductor.config.get_config_copy()
 
 
 def passes_in_force(options: Mapping[str, Any]) -> Any:
-    """Return what the user put in Inductor's `joint_custom_pre_pass`: a pass, several or None."""
+    """Return the user's `joint_custom_pre_pass` for Inductor: a pass, several passes or None."""
     return options.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)

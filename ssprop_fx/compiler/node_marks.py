@@ -1,7 +1,7 @@
-"""Node marks: what AOTAutograd carries from a forward node to its backward nodes.
+"""Node marks: metadata that AOTAutograd copies from a forward node to its backward nodes.
 
-Each mark is an entry of `node.meta["custom"]` in the graph that Dynamo captured: the layer that a
-node belongs to, the number of a call that has a memory, and whether its samples are known.
+Each mark is an entry of `node.meta["custom"]` in the graph that Dynamo captured: the layer of a
+node, the number of a call that has a memory, and whether its samples are known.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ __all__ = [
     "weight_owners",
 ]
 
-# What takes the weight of a layer in the graph that Dynamo captures.
+# Calls that take the weight of a layer in the graph that Dynamo captures.
 LAYER_CALLS = (
     functional.linear,
     *(getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
@@ -47,12 +47,12 @@ def weight_owners(model: nn.Module) -> dict[int, str]:
 def mark_layers(
     gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
 ) -> tuple[str, ...]:
-    """Write into each node's metadata the name of the layer that it belongs to.
+    """Write the name of its layer into each node's metadata.
 
     AOTAutograd copies `meta["custom"]` to the backward nodes. A node that takes a layer's weight
-    belongs to that layer, any other node to the innermost module whose forward it stems from.
-    Both are found by the identity of an object: the paths in Dynamo's metadata start at whatever
-    frame is being compiled, and after a graph break that is not the model.
+    belongs to that layer, any other node to the innermost module whose forward made it. Both are
+    found by object identity: paths in Dynamo's metadata start at the frame being compiled, which
+    after a graph break is not the model's.
 
     Args:
         gm: the graph that Dynamo captured; subgraphs are marked as well.
@@ -60,7 +60,7 @@ def mark_layers(
         model: the model.
 
     Returns:
-        The names, in order of the marked nodes.
+        The names, in the order of the marked nodes.
     """
     modules = {id(module): name for name, module in model.named_modules()}
     owners = weight_owners(model)
@@ -84,7 +84,10 @@ def mark_layers(
 
 
 def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
-    """Return the name of the innermost module whose forward a node stems from."""
+    """Return the name of the innermost module whose forward made a node.
+
+    "" if Dynamo recorded no module, None if `names` does not have it.
+    """
     # Keys are `id(module)`, or `id(module)@n` from the second call of the module on.
     stack = [str(key).split("@")[0] for key in node.meta.get("nn_module_stack") or {}]
     return names.get(int(stack[-1])) if stack and stack[-1].isdigit() else ""
@@ -98,8 +101,8 @@ def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
         table: the model's slots.
 
     Returns:
-        The memories, one a call. Sizes of theirs that Dynamo takes for dynamic are fixed, with a
-        guard.
+        The memories, one for each call. If Dynamo treats one of their sizes as dynamic, a guard
+        fixes it.
     """
     slots = {slot.name for slot in table.slots}
     calls: Counter[str] = Counter()
@@ -121,7 +124,7 @@ def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
 
 
 def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryInput:
-    """Return a memory of a call, given the fake value of its output."""
+    """Return the memory of a call, given the fake value of its output."""
     if call is functional.linear:
         dims = [-1]
     else:
@@ -146,10 +149,10 @@ def find_batch_input_maybe(
     Args:
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
-        model: the model; its parameters and buffers are inputs as well, and not meant.
+        model: the model; its parameters and buffers are inputs as well, and are skipped.
 
     Returns:
-        That of the first tensor that has a dimension, None where there is none.
+        The position of the first tensor with at least one dimension; None if there is none.
     """
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for position, value in enumerate(example_inputs):
@@ -159,11 +162,11 @@ def find_batch_input_maybe(
 
 
 def mark_samples(gm: fx.GraphModule, batch_size: int) -> None:
-    """Write into the metadata of each layer's calls whether its rows can be told by sample.
+    """Write into the metadata of each layer call why its samples are unknown, "" if they are known.
 
     Args:
         gm: the graph that Dynamo captured; subgraphs are marked as well.
-        batch_size: samples of the batch; may be a SymInt.
+        batch_size: samples in the batch; may be a SymInt.
     """
     for graph_module in gm.modules():
         for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
@@ -175,13 +178,13 @@ def mark_samples(gm: fx.GraphModule, batch_size: int) -> None:
 
 
 def _why_unknown(call: object, output: Tensor, batch: int) -> str:
-    """Return why the samples of a call's output are not known, "" if they are.
+    """Return why the samples of a call's output are not known; "" if they are.
 
     Args:
         call: the function called.
-        output: its fake value; of the dimensions of the input but for the last, or for channels
-            and space.
-        batch: samples of the batch.
+        output: its fake value. Its leading dimensions are those of the input: all except the last
+            for a linear layer, all except channels and space for a convolution.
+        batch: samples in the batch.
     """
     if call is functional.linear:
         outer = output.shape[:-1]
@@ -193,9 +196,10 @@ def _why_unknown(call: object, output: Tensor, batch: int) -> str:
     if statically_known_true(outer[0] == batch):
         return ""
     if any(statically_known_true(size == batch) for size in outer[1:]):
-        return f"the batch of {batch} may be another dimension than the leading one of its input"
+        return f"the batch of {batch} may be a later dimension of its input, not the leading one"
     if not statically_known_true(outer[0] % batch == 0):
         return (
-            f"the leading dimension of its input, {outer[0]}, is not made of the batch of {batch}"
+            f"the leading dimension of its input, {outer[0]}, is not a multiple of the batch of"
+            f" {batch}"
         )
     return ""

@@ -18,9 +18,9 @@ def build_passes(sparse: SparseBackwardPass, kind: str, user_hook: Any = None) -
 
     Args:
         sparse: makes the sites of the graph sparse.
-        kind: the compiler, `"inductor"` or `"aot_eager"`. The latter is not for speed, and so runs
-            no pass but the sparse one.
-        user_hook: pass or passes that the user put in Inductor's `joint_custom_pre_pass`.
+        kind: the compiler, `"inductor"` or `"aot_eager"`. AOT eager is not for speed, so it runs
+            only the sparse pass.
+        user_hook: the user's pass or passes in Inductor's `joint_custom_pre_pass`.
     """
     if kind != "inductor":
         return PassList([sparse])
@@ -31,7 +31,7 @@ def build_passes(sparse: SparseBackwardPass, kind: str, user_hook: Any = None) -
             sparse,
             # It rewrites scores and gathers that the sparse pass inserted.
             BatchNormGradientPass(inductor_decompositions),
-            # Last, because the pass before looks for sums that this one splits.
+            # Last, because the previous pass looks for sums that this one splits.
             TwoStepSumsPass(),
         ]
     )

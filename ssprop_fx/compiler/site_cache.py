@@ -1,7 +1,7 @@
-"""What the pass did to each compiled graph, kept beside Inductor's compile cache.
+"""Records of what the pass did to each compiled graph, stored next to Inductor's compile cache.
 
-A hit in the compile cache skips the pass, and with it everything that the pass knows: which sites
-it rewrote and why others stayed dense. So it is written down under a key of the same inputs.
+A hit in the compile cache skips the pass. Then nobody knows which sites the pass rewrote and why
+others stayed dense. So a record is stored, under a key made from the same inputs.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ class GraphRecord:
     """What the pass did to one compiled graph of the sparse variant.
 
     Attributes:
-        sites: every convolution backward of the graph.
+        sites: every site of the graph.
         total_flops: floating-point operations of all its backward convolutions and matrix
-            products, were they dense.
-        runs: how often it was called.
+            products if they were dense.
+        runs: number of calls.
     """
 
     def __init__(self, sites: Sequence[Site] = (), total_flops: int = 0) -> None:
@@ -33,23 +33,23 @@ class GraphRecord:
         self.runs = 0
 
     def __str__(self) -> str:
-        """Such as `20 sites sparse, 1 dense`."""
+        """Return a text such as `20 sites sparse, 1 dense`."""
         dense = sum(bool(site.reason) for site in self.sites)
         return f"{len(self.sites) - dense} sites sparse, {dense} dense"
 
     @property
     def is_sparse(self) -> bool:
-        """Whether any site of the graph was rewritten."""
+        """Whether the pass rewrote any site of the graph."""
         return any(not site.reason for site in self.sites)
 
 
 def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
-    """Return a key of a graph, its inputs' shapes and the identity of the pass on it.
+    """Return a cache key for a graph, the shapes of its inputs and the pass.
 
     Args:
-        gm: the graph as Dynamo captured it.
+        gm: the graph that Dynamo captured.
         inputs: its example inputs.
-        identity: what else the pass's result depends on.
+        identity: everything else that the pass's result depends on.
     """
     shapes = [
         (str(x.dtype), tuple(map(str, x.shape)), tuple(map(str, x.stride())), x.requires_grad)
@@ -62,13 +62,13 @@ def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
 
 
 def save_record(key: str, graph: GraphRecord) -> None:
-    """Write a graph's record to the disk."""
+    """Write a graph's record to disk."""
     content = {"sites": [asdict(s) for s in graph.sites], "total_flops": graph.total_flops}
     write(cache_file("ssprop", key), content)
 
 
 def load_record_maybe(key: str) -> GraphRecord | None:
-    """Return the graph's record, None if there is none that can be read."""
+    """Return a graph's record; None if it is missing or unreadable."""
     content = read_maybe(cache_file("ssprop", key))
     try:
         sites = [_site(**site) for site in content["sites"]]

@@ -1,8 +1,7 @@
-"""Slots: the places of a model's layers in the runtime sparsity tensor.
+"""Slots: the indices of a model's layers in the runtime sparsity tensor.
 
-Slots are numbered from the model and not from the compiled graph, because a warm compile cache
-skips every graph pass, graph breaks cut a model into several graphs, and all of them share one
-tensor.
+Slots are numbered from the model, not from the compiled graph: a warm compile cache skips every
+graph pass, and graph breaks split a model into several graphs that share one tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,12 @@ __all__ = ["SlotTable", "find_slots"]
 
 @dataclass(frozen=True)
 class SlotTable:
-    """A model's layers that can take part, and why the others do not.
+    """The layers of a model that take part, and why the others do not.
 
     Attributes:
-        slots: one entry a participating layer, in `named_modules()` order.
+        slots: one entry for each participating layer, in `named_modules()` order.
         excluded: name of each layer that stays dense -> the reason.
-        rates: name of each layer whose drop rate is its own -> that rate.
+        rates: name of each layer with its own drop rate -> that rate.
     """
 
     slots: tuple[Slot, ...]
@@ -46,8 +45,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         The table of slots.
 
     Raises:
-        ValueError: a layer's weight does not exist yet, or a pattern of `config.rates` gives no
-            layer its rate.
+        ValueError: a layer's weight does not exist yet, or a pattern in `config.rates` applies to
+            no layer.
     """
     slots: list[Slot] = []
     excluded: dict[str, str] = {}
@@ -78,12 +77,12 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
 
 
 def _find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return each layer that owns a weight, and its kind, by name."""
+    """Return each convolution and linear layer that owns a weight, with its kind, by name."""
     layers: dict[str, tuple[nn.Module, str]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
             raise ValueError(
-                f"model must have all its weights, but {name!r} is a lazy layer that has none yet:"
+                f"model must have all its weights, but {name!r} is a lazy layer without a weight:"
                 " run one forward before ssprop_compile"
             )
         if (target := _target_maybe(module)) is not None:
@@ -92,7 +91,7 @@ def _find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _match_rates(layers: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
-    """Return the rate that the first matching pattern gives a layer, by the layer's name."""
+    """Return the rate of each layer that a pattern matches, by name; the first match counts."""
     matched: dict[str, str] = {}
     for pattern in rates:
         names = [name for name in layers if fnmatchcase(name, pattern)]
@@ -104,20 +103,20 @@ def _match_rates(layers: Sequence[str], rates: Mapping[str, float]) -> dict[str,
         new = [name for name in names if name not in matched]
         if not new:
             raise ValueError(
-                f"rates has the pattern {pattern!r} behind others that match all of its layers,"
-                f" such as {matched[names[0]]!r}: the first that matches counts"
+                f"rates has the pattern {pattern!r} after others that match all of its layers,"
+                f" such as {matched[names[0]]!r}: the first match counts"
             )
         matched.update(dict.fromkeys(new, pattern))
     return {name: rates[pattern] for name, pattern in matched.items()}
 
 
 def _target_maybe(module: nn.Module) -> str | None:
-    """Return the kind of layer that owns a weight of a convolution or linear layer, else None."""
+    """Return the kind of a convolution or linear layer; None for any other module."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
-    # By attributes, because some libraries' layers do not derive from torch's. Two dimensions
-    # alone may also be an embedding, three a bilinear layer or a normalisation.
+    # Attributes decide, because some libraries' layers do not derive from torch's. A weight of two
+    # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's.
     if weight.ndim == 2:
         return "linear" if hasattr(module, "in_features") else None
     if weight.ndim not in (3, 4, 5) or (weight.ndim == 3 and not hasattr(module, "kernel_size")):
@@ -126,7 +125,7 @@ def _target_maybe(module: nn.Module) -> str | None:
 
 
 def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
-    """Return a layer's output channels and the number of groups that they are selected in."""
+    """Return a layer's output channels and the number of groups in which they are selected."""
     outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
     groups = int(getattr(module, "groups", 1))
     channels = inputs * groups if getattr(module, "transposed", False) else outputs
@@ -134,7 +133,7 @@ def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_depthwise(module: nn.Module) -> bool:
-    """Say whether each output channel of a convolution reads one input channel of several."""
+    """Return whether each output channel of a convolution reads only one of several inputs."""
     outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
     groups = int(getattr(module, "groups", 1))
     inputs_of_group = outputs // groups if getattr(module, "transposed", False) else inputs
@@ -142,7 +141,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _classifier_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the modules of the layer that gives a timm model's classes, none for other models."""
+    """Return the modules of a timm model's classifier; none for other models."""
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
     heads = classifier if isinstance(classifier, (list, tuple)) else [classifier]

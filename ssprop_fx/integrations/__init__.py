@@ -1,1 +1,1 @@
-"""Callbacks that step the scheduler inside other libraries' trainers; each a module of its own."""
+"""Integrations with other libraries' trainers, DistributedDataParallel and optimizers."""

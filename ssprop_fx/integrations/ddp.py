@@ -1,6 +1,6 @@
-"""Communication of kept rows: what no rank has computed is not sent.
+"""Communication of kept rows: ranks do not send gradient rows that are zero on all of them.
 
-A sparse backward leaves the rows of a weight's gradient that it did not keep at zero. Where all
+In a weight's gradient, a sparse backward leaves the rows that it did not keep at zero. If all
 ranks keep the same rows, an all-reduce of whole gradients sends mostly zeros:
 
     before    grad = all_reduce(grad) / ranks
@@ -8,9 +8,9 @@ ranks keep the same rows, an all-reduce of whole gradients sends mostly zeros:
     after     rows = all_reduce(any(grad != 0, of each row), max)
               grad[rows] = all_reduce(grad[rows]) / ranks
 
-The rows are agreed on by what the gradients hold, one byte a row, and not by what a selection
-chose. So it holds for accumulated gradients, for weights that several layers share, for dense
-steps and for ranks that keep channels of their own; these only send more.
+The ranks agree on the rows from the gradients themselves, with one byte a row, not from the
+selection. So the result is right for accumulated gradients, shared weights, dense steps and ranks
+that keep different channels; these only send more.
 """
 
 from typing import cast
@@ -24,12 +24,12 @@ __all__ = ["KeptRows", "kept_rows_hook"]
 
 
 class KeptRows:
-    """State of `kept_rows_hook`: what was handed to collectives so far, by this rank.
+    """State of `kept_rows_hook`: counts the bytes that this rank has passed to collectives.
 
     Attributes:
         group: the processes that average their gradients; None for the default group.
-        sent_bytes: of kept rows, other parameters and the bytes that rows are agreed on with.
-        dense_bytes: of the whole gradients.
+        sent_bytes: bytes of kept rows, of other parameters and of the agreement on rows.
+        dense_bytes: bytes of the whole gradients, for comparison.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -39,19 +39,18 @@ class KeptRows:
 
 
 def kept_rows_hook(state: KeptRows, bucket: GradBucket) -> Future[Tensor]:
-    """Average a bucket of gradients over the ranks, sending only rows that are not zero on all.
+    """Average a bucket of gradients over the ranks; send only rows that are nonzero on some rank.
 
-    A communication hook of DistributedDataParallel:
-    `ddp.register_comm_hook(KeptRows(), kept_rows_hook)`. Between two ranks the result is that of
-    the plain all-reduce bit for bit; between more, sums of floating-point numbers may be taken in
-    another order.
+    A communication hook for DistributedDataParallel:
+    `ddp.register_comm_hook(KeptRows(), kept_rows_hook)`. With two ranks the result equals the plain
+    all-reduce bit for bit. With more, floating-point sums may have another order.
 
     Args:
-        state: counts bytes.
+        state: the group, and the byte counts.
         bucket: the gradients.
 
     Returns:
-        The bucket's buffer, averaged.
+        A future of the bucket's buffer, averaged.
     """
     buffer, gradients = bucket.buffer(), bucket.gradients()
     state.dense_bytes += buffer.nbytes

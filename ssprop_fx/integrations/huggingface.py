@@ -8,23 +8,23 @@ from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["SsPropCallback"]
 
-# Of `TrainerState.stateful_callbacks`, which is part of each checkpoint. The library's own way of
-# filling it is no way for us: it makes a callback anew from what is saved, and so a scheduler that
-# no model was compiled with.
+# Our key in `TrainerState.stateful_callbacks`, which is part of each checkpoint. We fill it
+# ourselves: the library would restore a new callback with a new scheduler, but no model was
+# compiled with that scheduler.
 _KEY = "ssprop"
 
 
 class SsPropCallback(TrainerCallback):  # type: ignore[misc]
-    """Steps a scheduler once an optimizer step of `transformers.Trainer`.
+    """Steps a scheduler once for each optimizer step of `transformers.Trainer`.
 
-    Accumulated batches are one step, and a step that a gradient scaler skips is none (but for
-    fused optimizers, Trainer's default, which are called all the same). The scheduler's state is
-    in Trainer's checkpoints (`trainer_state.json`), so `train(resume_from_checkpoint=...)`
-    continues the schedule.
+    Accumulated batches count as one step. A step that a gradient scaler skips does not count,
+    except with fused optimizers (Trainer's default), which are called anyway. The scheduler's
+    state is in Trainer's checkpoints (`trainer_state.json`), so
+    `train(resume_from_checkpoint=...)` continues the schedule.
 
-    Compile the model in place: Trainer then sees the model itself, and the names in its
-    checkpoints stay as they are, so that `from_pretrained` loads them. What
-    `SparsityConfig(memory=...)` keeps is not saved here.
+    Compile the model in place. Trainer then sees the model itself, and names in its checkpoints do
+    not change, so `from_pretrained` loads them. This callback does not save the memory of
+    `SparsityConfig(memory=...)`.
 
     Args:
         scheduler: the scheduler that the model was compiled with.
@@ -38,7 +38,7 @@ class SsPropCallback(TrainerCallback):  # type: ignore[misc]
         >>> model = ViTForImageClassification(ViTConfig(num_hidden_layers=1, hidden_size=48))
         >>> scheduler = SparsityScheduler(constant(0.8))
         >>> compiled = ssprop_compile(model, scheduler, in_place=True)
-        >>> callbacks = [SsPropCallback(scheduler)]  # of Trainer(model, callbacks=callbacks, ...)
+        >>> callbacks = [SsPropCallback(scheduler)]  # for Trainer(model, callbacks=callbacks, ...)
     """
 
     def __init__(self, scheduler: SparsityScheduler) -> None:
@@ -51,7 +51,7 @@ class SsPropCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Continue the schedule, if training continues from a checkpoint."""
+        """Continue the schedule if training continues from a checkpoint."""
         if _KEY in state.stateful_callbacks:
             self.scheduler.load_state_dict(state.stateful_callbacks[_KEY])
 
@@ -59,7 +59,7 @@ class SsPropCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Step the scheduler, before a checkpoint of this step is written."""
-        # Accelerate's optimizer says so; any other has no gradient scaler.
+        # Only Accelerate's optimizer has this attribute; any other has no gradient scaler.
         if not getattr(kwargs["optimizer"], "step_was_skipped", False):
             self.scheduler.step()
         state.stateful_callbacks[_KEY] = self.scheduler.state_dict()

@@ -10,23 +10,22 @@ from ssprop_fx.scheduling.scheduler import SparsityScheduler
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:
-    # The same library under its older name.
+    # The same library under its old name.
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 __all__ = ["SsPropCallback"]
 
 
 class SsPropCallback(Callback):  # type: ignore[misc]
-    """Steps a scheduler once a training step of Lightning's `Trainer`.
+    """Steps a scheduler once for each training step of Lightning's `Trainer`.
 
-    A training step ends with a batch in which an optimizer stepped: accumulated batches are one
-    step, and so are the steps of several optimizers in one batch. A step that a gradient scaler
-    skips is none (but for fused optimizers, which are called all the same). The scheduler's state
-    is in Lightning's checkpoints, so `fit(ckpt_path=...)` continues the schedule.
+    A training step ends with a batch in which an optimizer stepped. So accumulated batches count as
+    one step, and so do the steps of several optimizers in one batch. A step that a gradient scaler
+    skips does not count, except with fused optimizers, which are called anyway. The scheduler's
+    state is in Lightning's checkpoints, so `fit(ckpt_path=...)` continues the schedule.
 
-    Compile the network inside of the LightningModule, in place, so that the names in its
-    checkpoints stay as they are. What `SparsityConfig(memory=...)` keeps is not
-    saved here.
+    Compile the network inside the LightningModule, in place, so that names in its checkpoints do
+    not change. This callback does not save the memory of `SparsityConfig(memory=...)`.
 
     Args:
         scheduler: the scheduler that the network was compiled with.
@@ -43,7 +42,7 @@ class SsPropCallback(Callback):  # type: ignore[misc]
         ...         super().__init__()
         ...         self.net = nn.Linear(64, 64)
         ...         ssprop_compile(self.net, scheduler, in_place=True)
-        >>> callbacks = [SsPropCallback(scheduler)]  # of Trainer(callbacks=callbacks, ...)
+        >>> callbacks = [SsPropCallback(scheduler)]  # for Trainer(callbacks=callbacks, ...)
         >>> list(Classifier().state_dict())
         ['net.weight', 'net.bias']
     """
@@ -59,26 +58,26 @@ class SsPropCallback(Callback):  # type: ignore[misc]
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the optimizers: Lightning counts a step that the gradient scaler skips, too."""
+        """Hook the optimizers, because Lightning also counts steps that a gradient scaler skips."""
         self._stepped = False
         self._hooks = [o.register_step_post_hook(self._note_step) for o in trainer.optimizers]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Step the scheduler, if an optimizer has stepped."""
+        """Step the scheduler if an optimizer has stepped."""
         if self._stepped:
             self._stepped = False
             self.scheduler.step()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizers; also after an exception."""
+        """Remove the hooks; Lightning calls this after an exception, too."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state, for a checkpoint."""
+        """Return the scheduler's state for a checkpoint."""
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""freeze_dropped: optimizer steps leave alone what a sparse backward has given no gradient."""
+"""freeze_dropped: optimizer steps do not change weights that a sparse backward has dropped."""
 
 from typing import Any, cast
 
@@ -13,23 +13,23 @@ __all__ = ["freeze_dropped"]
 
 
 def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
-    """Let an optimizer leave alone the weights that a sparse step has dropped.
+    """Keep an optimizer from changing weights that a sparse step has dropped.
 
-    A channel that is not selected has a gradient of zero, and an optimizer still moves its weights,
-    by momentum and weight decay, and lets its moments decay. With this hook, a step in a sparse
-    phase changes neither weights nor the optimizer's own tensors where the gradient is exactly
-    zero, in the layers that take part: the meaning of `torch.optim.SparseAdam`. Dense steps are
-    what they were. It works with every optimizer that keeps its state in tensors of the shape of
-    the weights, and with gradient scalers, clipping and accumulated batches.
+    A dropped channel has a gradient of zero, but an optimizer still moves its weights by momentum
+    and weight decay, and decays its moments. With this hook, a step in a sparse phase changes
+    neither weights nor optimizer state if the gradient is exactly zero, in the layers that take
+    part. `torch.optim.SparseAdam` has the same meaning. Dense steps do not change. The hook works
+    with every optimizer whose state tensors have the shape of the weights, and with gradient
+    scalers, clipping and accumulated batches.
 
-    A step takes copies of the layers' weights and state: as much memory again.
+    A step copies the layers' weights and state, which takes the same memory again.
 
     Args:
-        optimizer: holds the model's parameters.
+        optimizer: the optimizer of the model's parameters.
         model: what `ssprop_compile` returned.
 
     Returns:
-        A handle; `handle.remove()` ends it.
+        A handle; `handle.remove()` removes the hook.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -47,7 +47,7 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         >>> int((layer.weight != before).any(1).sum())
         32
     """
-    # It imports the compiler, which takes seconds.
+    # This imports the compiler, which takes seconds.
     from ssprop_fx.runtime.module import SsPropModule
 
     if not isinstance(optimizer, Optimizer):
@@ -70,12 +70,12 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
 
 
 class _Hooks:
-    """Puts back, after a step, what was there before it.
+    """Restores weights and state without a gradient after a step.
 
     Args:
         optimizer: the optimizer.
-        scheduler: tells whether a step is sparse.
-        weights: those of the layers that take part.
+        scheduler: gives the drop rate, and so whether a step is sparse.
+        weights: weights of the layers that take part.
     """
 
     def __init__(
@@ -84,20 +84,20 @@ class _Hooks:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._weights = weights
-        # Where the step is going to change something: a weight and, but for the weight itself, the
-        # key of its state. With the values before it, and 1 where these stay.
+        # What the step may change: a weight, and the key of its state (None for the weight itself).
+        # `_before` has the values before the step; `_stays` is 1 where they are restored.
         self._places: list[tuple[nn.Parameter, str | None]] = []
         self._before: list[Tensor] = []
         self._stays: list[Tensor] = []
 
     @torch.no_grad()
     def before(self, *_args: Any) -> None:
-        """Keep what the step may change."""
+        """Save what the step may change."""
         self._places, self._stays = [], []
         weights = [p for p in self._weights if p.grad is not None]
         if self._scheduler.drop_rate == 0 or not weights:
             return
-        # Now: optimizers may change gradients in place, by weight decay for one.
+        # Before the step, because optimizers may change gradients in place, as by weight decay.
         has_gradient = torch._foreach_sign(
             torch._foreach_abs([cast(Tensor, p.grad) for p in weights])
         )
@@ -112,9 +112,9 @@ class _Hooks:
 
     @torch.no_grad()
     def after(self, *_args: Any) -> None:
-        """Put it back where there was no gradient."""
+        """Restore the values that had no gradient."""
         if self._places:
-            # With a weight of 0 or 1, lerp returns one of its ends exactly.
+            # With a weight of 0 or 1, lerp returns exactly one of its ends.
             now = [self._at(*place) for place in self._places]
             torch._foreach_lerp_(now, self._before, self._stays)
         self._places, self._before, self._stays = [], [], []
@@ -124,12 +124,12 @@ class _Hooks:
 
 
 class _Both(RemovableHandle):
-    """Removes two hooks."""
+    """A handle for several hooks."""
 
     def __init__(self, *handles: RemovableHandle) -> None:
         self._handles = handles
 
     def remove(self) -> None:
-        """Remove them."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()

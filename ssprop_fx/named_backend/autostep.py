@@ -1,4 +1,4 @@
-"""Stepping: schedules that advance with the optimizer, where no script calls `scheduler.step()`."""
+"""Stepping: schedules advance with the optimizer, because no script calls `scheduler.step()`."""
 
 import functools
 import itertools
@@ -27,25 +27,25 @@ __all__ = [
 
 _variants: "weakref.WeakKeyDictionary[nn.Module, SteppedVariant]" = weakref.WeakKeyDictionary()
 
-# Training forwards of one graph without an optimizer step, and steps of optimizers while there is
-# no variant at all, before we say that something is wrong.
+# We warn after this many training forwards of one graph without an optimizer step, and after this
+# many optimizer steps without any variant.
 _FORWARDS_PATIENCE = 1000
 _STEPS_PATIENCE = 10
 
 
 class SteppedVariant(SparseVariant):
-    """A sparse variant whose scheduler steps by itself, once for each step of an optimizer.
+    """A sparse variant whose scheduler steps by itself, once for each optimizer step.
 
-    Several optimizers may hold parameters of one model, or wrap one another: the schedule steps
-    with whichever steps first after a forward.
+    Several optimizers may hold parameters of one model or wrap one another. The schedule steps with
+    the first optimizer that steps after a forward.
 
     Args:
-        model: the model; it is not kept alive.
+        model: the model; this does not keep it alive.
         settings: its settings.
         scheduler: its scheduler; by default a new one.
 
     Attributes:
-        made: number of these that were ever made.
+        made: number of variants made so far.
     """
 
     made: ClassVar[int] = 0
@@ -64,20 +64,20 @@ class SteppedVariant(SparseVariant):
         SteppedVariant.made += 1
 
     def count_forward(self, graph: object) -> None:
-        """Note that a training step runs a graph."""
+        """Count a training forward of a graph."""
         self.agree()
         self._forwards[graph] += 1
         if self._forwards[graph] == _FORWARDS_PATIENCE:
             message = (
                 f"the schedule stands still at step {self.scheduler.last_step}, drop rate"
-                f" {self.scheduler.drop_rate:g}: {_FORWARDS_PATIENCE} training forwards and no step"
-                " of a torch.optim.Optimizer that holds parameters of the model. Unless so many"
-                " batches are accumulated, use ssprop_compile and call scheduler.step()."
+                f" {self.scheduler.drop_rate:g}: {_FORWARDS_PATIENCE} training forwards ran, and no"
+                " step of a torch.optim.Optimizer that holds parameters of the model. Unless you"
+                " accumulate so many batches, use ssprop_compile and call scheduler.step()."
             )
             self._warn(Problem("stands still", message))
 
     def end_step(self, optimizer: Optimizer) -> None:
-        """Advance the schedule, if this step of an optimizer ends a training step of the model."""
+        """Advance the schedule if this optimizer step ends a training step of the model."""
         leads = self._leader is not None and self._leader() is optimizer
         if not leads and not (self._forwards and _holds(optimizer, self.backend.model)):
             return
@@ -90,11 +90,11 @@ class SteppedVariant(SparseVariant):
 
 
 def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant:
-    """Return the variant of a model, a new one if its settings or its layers are new.
+    """Return the variant of a model; a new one if its settings or layers have changed.
 
     Args:
         model: the model.
-        settings: its settings; where they differ from those before, the schedule starts anew.
+        settings: its settings. If they have changed, the schedule starts again.
     """
     variant = _variants.get(model)
     if variant is None or variant.settings != settings:
@@ -105,20 +105,20 @@ def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant
 
 
 def stepped_variant_maybe(model: nn.Module) -> SteppedVariant | None:
-    """Return the variant of a model under the no-edit backend, None if it has none yet."""
+    """Return the variant of a model under the no-edit backend; None if it has none yet."""
     return _variants.get(model)
 
 
 def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Say whether an optimizer has a parameter of a model."""
+    """Return whether an optimizer holds a parameter of a model."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return any(id(p) in held for p in model.parameters())
 
 
 @functools.cache
 def follow_optimizers() -> None:
-    """Let every step of an optimizer end the training step of the model whose parameters it has."""
-    # Not to be traced where the optimizer is compiled: it would compile anew at each step.
+    """Let every optimizer step end the training step of the model whose parameters it holds."""
+    # A compiled optimizer must not trace the hook: it would recompile at each step.
     hook = torch.compiler.disable(_end_steps)  # type: ignore[no-untyped-call]
     register_optimizer_step_post_hook(hook)
 
@@ -131,8 +131,8 @@ def _end_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         variant.end_step(optimizer)
     if not SteppedVariant.made and next(_steps_without_variant) == _STEPS_PATIENCE:
         warn_no_effect(
-            f"{_STEPS_PATIENCE} optimizer steps, and Dynamo has handed the ssprop backend no graph"
-            " of a training step, so they were dense. Likely causes: compilation is disabled"
+            f"{_STEPS_PATIENCE} optimizer steps were dense, because Dynamo has not called the"
+            " ssprop backend for a training step. Likely causes: compilation is disabled"
             " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or Dynamo runs the whole model"
-            " eagerly, as it does DistributedDataParallel(torch.nn.Sequential(...)).",
+            " eagerly, for example DistributedDataParallel(torch.nn.Sequential(...)).",
         )

@@ -1,17 +1,17 @@
-"""The no-edit backend: `torch.compile(model, backend="ssprop")`, with no line of ours in a script.
+"""The no-edit backend: `torch.compile(model, backend="ssprop")`, without our code in a script.
 
-An entry point in the group `torch_dynamo_backends` makes the name known to torch. Where
-`ssprop_compile` chooses between two compiled forms of the model outside of `torch.compile`, a
-backend sees Dynamo's graphs alone. So each graph is compiled twice and chooses at each call:
+An entry point in the group `torch_dynamo_backends` makes the name known to torch. `ssprop_compile`
+chooses between two compiled forms of the model outside `torch.compile`, but a backend sees only
+Dynamo's graphs. So each graph is compiled twice, and chooses a form at each call:
 
     model(x) -> Dynamo's guards -> PhasedGraph -> dense: as by plain torch.compile
                                                -> sparse: with the keep counts of the model
 
-Both are compiled at once. Later, Dynamo would not guard on what the second of them assumes about
-symbolic shapes.
+Both forms are compiled at once. If the second were compiled later, Dynamo would not guard on what
+it assumes about symbolic shapes.
 
-What a backend is not told is looked up where it can be seen: the model in the frames of the call,
-and the end of a training step in torch's hook on every optimizer.
+Torch does not tell a backend everything. The backend finds the model in the call's stack frames,
+and the end of a training step through torch's hook on every optimizer.
 """
 
 import os
@@ -44,14 +44,14 @@ __all__ = ["PhasedGraph", "ssprop"]
 
 
 class PhasedGraph:
-    """A compiled graph in both forms, which chooses between them at each call.
+    """A compiled graph in a dense and a sparse form; each call chooses one.
 
     Args:
-        dense: the graph as by plain `torch.compile`.
+        dense: the graph as plain `torch.compile` compiles it.
         sparse: the sparse graph, for the model that it was compiled for.
         variant: the sparse variant of that model.
-        read: reads the settings of another model; Dynamo calls compiled code for all models whose
-            guards it passes.
+        read: reads the settings for another model; Dynamo runs compiled code for every model that
+            passes its guards.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PhasedGraph:
         self._sparse = weakref.WeakKeyDictionary({variant: sparse})
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph: dense, or in a sparse training step sparse."""
+        """Run the graph: its sparse form in a sparse training step, else its dense form."""
         model = _compiled_model()
         variant = stepped_variant_maybe(model) or find_stepped_variant(model, self._read())
         if model.training:
@@ -99,20 +99,20 @@ def ssprop(
 
     Raises:
         TypeError: a setting has the wrong type.
-        ValueError: there is no schedule, or a setting is unknown or out of its range.
-        SsPropCompileError: the graph could not be compiled, or is of no model.
+        ValueError: there is no schedule, or a setting is unknown or out of range.
+        SsPropCompileError: the graph could not be compiled, or does not belong to a model.
     """
     try:
         return _compile(gm, example_inputs, lambda: read_settings(mode, options, os.environ))
     except RestartAnalysis:
-        # No failure: Dynamo is to trace again, with a Python number as a constant.
+        # Not a failure: Dynamo must trace again, with a Python number as a constant.
         raise
     except Exception as error:
         is_settings = isinstance(error, (TypeError, ValueError))
         if not is_settings and not _is_trained(example_inputs):
-            # As plain torch.compile: there is no backward that could be dense in silence.
+            # Behave as plain torch.compile: no backward could be silently dense.
             raise
-        # For some exceptions Dynamo would run the graph eagerly, and so dense.
+        # On some exceptions Dynamo would run the graph eagerly, and so dense.
         failure = error if is_settings else compile_error(error)
         if not torch._dynamo.config.suppress_errors:
             raise failure from failure.__cause__
@@ -141,7 +141,7 @@ def _compile(
 
 
 def _is_trained(example_inputs: Sequence[Any]) -> bool:
-    """Say whether a graph of these inputs has weights and a backward."""
+    """Return whether a graph with these inputs has weights and a backward."""
     has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs)
     return has_weights and is_differentiable(example_inputs)
 
@@ -149,18 +149,18 @@ def _is_trained(example_inputs: Sequence[Any]) -> bool:
 def _called_first(is_first: bool) -> AbstractContextManager[None]:
     """Tell AOTAutograd whether the form compiled in this context is called before the other.
 
-    Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors, and what it
-    calls returns fake tensors that one time.
+    Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors. The form
+    that it calls must return fake tensors that once.
     """
     is_faked = TracingContext.get().fakify_first_call
     return TracingContext.patch(fakify_first_call=is_faked and is_first)
 
 
 def _compiled_model() -> nn.Module:
-    """Return the model that `torch.compile` was called on, from the frames of the present call.
+    """Return the model that `torch.compile` was called on, found in the current stack frames.
 
     Raises:
-        SsPropCompileError: it was not called on a model.
+        SsPropCompileError: `torch.compile` was not called on a model.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -172,20 +172,20 @@ def _compiled_model() -> nn.Module:
         frame = frame.f_back
     raise SsPropCompileError(
         "the ssprop backend compiles models: call torch.compile(model, backend='ssprop') on the"
-        " torch.nn.Module itself and not on a function that calls it"
+        " torch.nn.Module itself, not on a function that calls it"
     )
 
 
 def _module_maybe(fn: Any) -> nn.Module | None:
-    """Return the module that a function compiled by Dynamo is or belongs to."""
+    """Return the module that a compiled function is or belongs to; None if there is none."""
     while fn is not None:
         for module in (fn, getattr(fn, "__self__", None)):
             if isinstance(module, nn.Module):
-                # Its `forward` only calls the model, and hides what kind of model it is.
+                # DistributedDataParallel's `forward` only calls the model, and hides its kind.
                 return module.module if isinstance(module, DistributedDataParallel) else module
         fn = getattr(fn, "__wrapped__", None)
     return None
 
 
-# On import, which `torch.compile` does, to notice where Dynamo never calls the backend.
+# `torch.compile` imports this file. Start now, to notice if Dynamo never calls the backend.
 follow_optimizers()

@@ -1,1 +1,1 @@
-"""Runtime: which compiled form of a model runs in a step, and whether it was sparse."""
+"""Runtime: chooses the compiled form of a model for each step, and checks that it was sparse."""

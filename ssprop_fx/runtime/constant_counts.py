@@ -1,7 +1,7 @@
 """Specialization: which keep counts are compiled in as constants.
 
-A schedule such as `bar` has one drop rate above 0. With its keep counts as plain ints Inductor
-knows every size, and the graph has no input on the CPU, which CUDA graphs need; the price is a
+A schedule such as `bar` has one drop rate above 0. If its keep counts are plain ints, Inductor
+knows every size, and the graph has no input on the CPU, as CUDA graphs require. The price is one
 compile for each drop rate.
 """
 
@@ -14,10 +14,10 @@ from ssprop_fx.scheduling.keep_counts import KeepCounts
 
 __all__ = ["AUTO_LEVELS", "MAX_LEVELS", "constant_levels"]
 
-# Drop rates above 0 up to which "auto" specializes: each costs a compile.
+# "auto" specializes schedules with at most this many drop rates above 0. Each costs a compile.
 AUTO_LEVELS = 2
 
-# Dynamo's recompile limit, 8, is shared by dense and sparse forms, for each batch size.
+# Dense and sparse forms of every batch size share Dynamo's recompile limit of 8.
 MAX_LEVELS = 6
 
 
@@ -28,7 +28,7 @@ def constant_levels(
     table: SlotTable,
     fullgraph: bool,
 ) -> frozenset[tuple[int, ...]]:
-    """Return the keep counts, one a slot, that are to be compiled in where they are in force.
+    """Return the keep counts to compile in as constants: a tuple per drop rate, a count per slot.
 
     Args:
         specialize: as in `SparsityConfig`.
@@ -38,7 +38,7 @@ def constant_levels(
         fullgraph: whether the model is one graph, as in `torch.compile`.
 
     Raises:
-        ValueError: True, and the schedule has too many drop rates.
+        ValueError: `specialize` is True, and the schedule has too many drop rates.
     """
     levels = part.levels
     if specialize is True:
@@ -55,9 +55,9 @@ def constant_levels(
 
 
 def is_uniform(model: nn.Module, table: SlotTable) -> bool:
-    """Say whether layers with weights of one shape have one drop rate.
+    """Return whether all layers with the same weight shape have the same drop rate.
 
-    Behind a graph break Dynamo may run the graph compiled for one of them for another as well.
+    After a graph break Dynamo may run the graph compiled for one such layer for another as well.
     """
     slots = {slot.name for slot in table.slots}
     rates: dict[object, object] = {}

@@ -1,4 +1,4 @@
-"""SsPropModule: stands for a compiled model as `torch.compile`'s module does."""
+"""SsPropModule: stands in for a compiled model, as `torch.compile`'s module does."""
 
 import copy
 from typing import Any
@@ -15,10 +15,10 @@ __all__ = ["SsPropModule"]
 
 
 class SsPropModule(nn.Module):
-    """What `ssprop_compile` returns, to use in place of the model.
+    """What `ssprop_compile` returns; use it in place of the model.
 
-    Parameters, buffers, submodules, mode and attributes are those of the model itself, under the
-    names that `torch.compile`'s module gives them (`_orig_mod.` in the state dict).
+    It shares the model's parameters, buffers, submodules, mode and attributes, under the names
+    that `torch.compile`'s module gives them (`_orig_mod.` in the state dict).
 
     Args:
         model: the model.
@@ -28,7 +28,7 @@ class SsPropModule(nn.Module):
         ssprop: the compiled variants, with their scheduler, keep counts and memory.
     """
 
-    # The last one goes with the hooks, which are its own.
+    # `_is_full_backward_hook` belongs to the hooks, which this module has for itself.
     _own = frozenset({"_orig_mod", "ssprop", "training", "_is_full_backward_hook"})
 
     def __init__(self, model: nn.Module, variants: Variants) -> None:
@@ -37,7 +37,7 @@ class SsPropModule(nn.Module):
         self.ssprop = variants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: dense, or in a sparse training step sparse."""
+        """Run the model: its sparse form in a sparse training step, else its dense form."""
         return self.ssprop.run(*args, **kwargs)
 
     @property
@@ -47,7 +47,7 @@ class SsPropModule(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        # Not there yet while nn.Module's own __init__ runs.
+        # nn.Module's own __init__ runs before the model is set.
         if "_orig_mod" in self.__dict__.get("_modules", {}):
             self._orig_mod.training = mode
 

@@ -1,7 +1,7 @@
-"""RankAgreement: ranks that share a selection must be about to take the same step.
+"""RankAgreement: checks that ranks that share a selection are about to take the same step.
 
-Otherwise one of them would wait for another in a collective that the other never calls, or worse,
-take part in a different one.
+Otherwise a rank would wait in a collective that another never calls or, worse, both would meet in
+different collectives.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ __all__ = ["RankAgreement"]
 class RankAgreement:
     """Compares the keep counts of all ranks at every training forward.
 
-    That is one all-reduce of six numbers. Only a rank whose keep counts have changed waits for its
-    result: ranks that disagree have not done so before, so one of them has changed.
+    The comparison is one all-reduce of six numbers. Only a rank whose keep counts have changed
+    waits for the result: if ranks that agreed before disagree now, one of them has changed.
 
     Args:
-        scheduler: moves the drop rate.
+        scheduler: sets the drop rate.
         keep_counts: the model's part of the runtime sparsity tensor.
-        layers: what else must be equal on all ranks, as a text.
+        layers: a text that identifies everything else that must be equal on all ranks.
         device: returns the device that the model is on.
     """
 
@@ -51,16 +51,16 @@ class RankAgreement:
             compiled_for: the ranks that the model's graphs share their selection with.
 
         Raises:
-            RuntimeError: the ranks disagree, or are not those of the graphs.
+            RuntimeError: the ranks disagree, or the graphs were compiled for other ranks.
         """
         ranks = find_ranks_maybe()
         if set(compiled_for) - {ranks}:
             before = ", ".join(sorted(map(_in_words, compiled_for)))
             raise RuntimeError(
                 f"the model was first run in a sparse step with {before}, and runs with"
-                f' {_in_words(ranks)} now, but SparsityConfig(ranks="shared") is compiled for the'
-                " ranks that there are: call init_process_group before the first training step, or"
-                " ssprop_compile again after it"
+                f' {_in_words(ranks)} now, but SparsityConfig(ranks="shared") compiles for the'
+                " ranks at that time: call init_process_group before the first training step, or"
+                " call ssprop_compile again after init_process_group"
             )
         if ranks is None:
             return
@@ -69,8 +69,8 @@ class RankAgreement:
         digest = hashlib.sha256(repr((counts, self._layers)).encode()).digest()
         # As many bits as float64 holds exactly.
         state = [float(int.from_bytes(digest[:6])), float(step), rate]
-        # On NCCL a collective takes a tensor of the rank's device. Under DistributedDataParallel,
-        # Dynamo may be the caller, with fake tensors.
+        # NCCL collectives need a tensor on the rank's device. Under DistributedDataParallel, Dynamo
+        # may be the caller, with fake tensors.
         with outside_modes():
             bounds = torch.tensor([*state, *(-value for value in state)], dtype=torch.float64)
             bounds = bounds.to(self._device())
@@ -82,11 +82,11 @@ class RankAgreement:
             smallest = [-value for value in bounds[3:].tolist()]
         if largest[0] != smallest[0]:
             raise RuntimeError(
-                'the ranks do not agree on this step, which SparsityConfig(ranks="shared") needs:'
-                f" this one is at step {step} of its schedule, drop rate {rate:g}; over all ranks"
-                f" steps are from {smallest[1]:.0f} to {largest[1]:.0f} and drop rates from"
-                f" {smallest[2]:g} to {largest[2]:g}. Give all of them the same model, config and"
-                " schedule, and call scheduler.step() on all or none"
+                'SparsityConfig(ranks="shared") needs all ranks to take the same step, but they'
+                f" differ: this one is at step {step} of its schedule, drop rate {rate:g}; over all"
+                f" ranks steps are from {smallest[1]:.0f} to {largest[1]:.0f} and drop rates from"
+                f" {smallest[2]:g} to {largest[2]:g}. Give all ranks the same model, config and"
+                " schedule, and call scheduler.step() on all ranks or on none"
             )
         self._agreed = counts
 

@@ -1,4 +1,4 @@
-"""SparseVariant: a model's sparse form, and when it is to run."""
+"""SparseVariant: a model's sparse form, and the decision when to run it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,26 +21,27 @@ from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = ["SparseVariant", "saved_share"]
 
-# Share of its layers' dense time that a sparse step must save by the gate's times. These leave out
-# top-k, scatters and the code around them, which at low drop rates cost more than is saved.
+# Share of its layers' dense time that a sparse step must save by the gate's times. Those do not
+# include top-k, scatters and the code around them, which cost more than is saved at low drop rates.
 _SMALLEST_GAIN = 0.1
 
 
 class SparseVariant:
-    """A model's sparse variant: its layers, their keep counts, and when it is to run.
+    """A model's sparse variant: its layers, their keep counts, and the decision when to run it.
 
     Args:
-        model: the model; it is not kept alive.
-        scheduler: moves the drop rate.
+        model: the model; this does not keep it alive.
+        scheduler: sets the drop rate.
         config: which layers take part.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
-        keep_counts: the part of the runtime sparsity tensor to use, where the model is the copy
-            of another; by default a new part is registered with the scheduler.
-        memory: what the sparse backwards remember; by default nothing.
+        keep_counts: the part of the runtime sparsity tensor to use if the model is a copy. By
+            default a new part is registered with the scheduler.
+        memory: what the sparse backwards have left out so far; empty by default.
 
     Attributes:
-        backend: what compiles, and has compiled, the sparse graphs; of several the last one used.
+        backend: the backend that compiles the sparse graphs; the last one used if there are
+            several.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -57,7 +58,7 @@ class SparseVariant:
         memory: Memory | None = None,
     ) -> None:
         if scheduler.controller is not None:
-            # Telemetry is what it goes by.
+            # A controller decides from telemetry.
             config = replace(config, telemetry=True)
         self.scheduler = scheduler
         self.config = config
@@ -92,26 +93,26 @@ class SparseVariant:
         return self.part.tensor
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
-        """Return what sparse backwards report of each layer; see `SparsityScheduler.telemetry`."""
+        """Return the telemetry of each layer; see `SparsityScheduler.telemetry`."""
         return self.part.telemetry.latest()
 
     @property
     def graphs(self) -> tuple[GraphRecord, ...]:
-        """The compiled graphs of the sparse variant, the newest of each group of layers."""
+        """Records of the sparse variant's compiled graphs, the newest for each group of layers."""
         newest = {tuple(site.name for site in graph.sites): graph for graph in self.backend.graphs}
         return tuple(newest.values())
 
     def agree(self) -> None:
-        """Before a training forward with a shared selection, compare the ranks' keep counts.
+        """Compare the ranks' keep counts before a training forward with a shared selection.
 
         Raises:
-            RuntimeError: they differ, or the process group came after the sparse graphs.
+            RuntimeError: they differ, or the sparse graphs are older than the process group.
         """
         if self._agreement and self.backend.model.training and torch.is_grad_enabled():
             self._agreement.check(self.backend.ranks)
 
     def is_due(self) -> bool:
-        """Say whether scheduler, mode of the model, autograd and gate ask for a sparse step."""
+        """Return whether scheduler, the model's mode, autograd and gate ask for a sparse step."""
         return (
             self.scheduler.drop_rate > 0
             and self.backend.model.training
@@ -121,7 +122,7 @@ class SparseVariant:
         )
 
     def _is_faster_sparse(self) -> bool:
-        """Say whether the gate's times promise a gain at the drop rate in force."""
+        """Return whether the gate's times predict a gain at the drop rate in force."""
         state = self.scheduler.drop_rate, len(self.backend.graphs)
         if state != self._judged:
             self._judged = state
@@ -130,9 +131,9 @@ class SparseVariant:
             if not self._faster:
                 message = (
                     f"at drop rate {state[0]:g} the sparse backward of the model's layers would"
-                    f" save {cast(float, saved):.0%} of the dense one's time, less than what the"
-                    f" sparse step costs beside ({_SMALLEST_GAIN:.0%}), so the step runs dense;"
-                    " SparsityConfig(gate=False) makes it sparse all the same"
+                    f" save {cast(float, saved):.0%} of the dense backward's time, less than the"
+                    f" sparse step's extra cost ({_SMALLEST_GAIN:.0%}), so the step runs dense;"
+                    " SparsityConfig(gate=False) makes it sparse anyway"
                 )
                 self._warn(Problem("slower", message))
         return self._faster
@@ -142,9 +143,9 @@ class SparseVariant:
         return torch.device("cpu") if parameter is None else parameter.device
 
     def check_step(self) -> None:
-        """Warn where a step that was due, and ends now, was not sparse in every layer.
+        """Warn if a sparse step that ends now was not sparse in every layer.
 
-        Once for each problem; that a whole step was dense, again when it happens again.
+        Each problem gives one warning. A dense step warns again after a step without problems.
         """
         problem = self.tripwire.problem_maybe()
         if problem is None:
@@ -164,11 +165,11 @@ def _multiple(config: SparsityConfig) -> int | Literal["auto"]:
 
 
 def saved_share(graphs: Sequence[GraphRecord], keep_counts: Sequence[int]) -> float | None:
-    """Return the share of their dense time that sparse sites save, None if some are not measured.
+    """Return the share of their dense time that sparse sites save; None if any is not measured.
 
     Args:
-        graphs: the compiled graphs.
-        keep_counts: of each slot.
+        graphs: records of the compiled graphs.
+        keep_counts: keep count of each slot.
     """
     sites = [site for graph in graphs for site in graph.sites if not site.reason]
     if not sites or any(site.times is None for site in sites):

@@ -1,6 +1,6 @@
-"""Tripwire: judges whether the sparse step that has just run was sparse in every layer.
+"""Tripwire: checks whether the sparse step that has just run was sparse in every layer.
 
-Dynamo runs whatever it does not compile eagerly, and so dense, and says nothing. The tripwire does.
+Dynamo silently runs eagerly, and so dense, whatever it does not compile. The tripwire reports it.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Problem:
     """What is wrong with a step.
 
     Attributes:
-        kind: the same for the same problem, however often it is met.
-        message: what the user is told.
+        kind: identifies the problem; equal each time it occurs.
+        message: the warning for the user.
     """
 
     kind: str
@@ -25,10 +25,10 @@ class Problem:
 
 
 class Tripwire:
-    """Judges the steps of a model by the graphs that ran in them.
+    """Checks the steps of a model by the graphs that ran in them.
 
     Args:
-        backend: what compiles the graphs.
+        backend: the backend that compiles the graphs.
     """
 
     def __init__(self, backend: SparseBackend) -> None:
@@ -37,14 +37,14 @@ class Tripwire:
         self._judged: dict[tuple[int, frozenset[int]], Problem | None] = {}
 
     def start(self) -> None:
-        """Begin a step: what ran until now is not of it."""
+        """Begin a step: graphs that ran before do not count for it."""
         self._runs = {id(graph): graph.runs for graph in self._backend.graphs}
 
     def problem_maybe(self) -> Problem | None:
-        """Return what is wrong with a sparse step that ends now, None if nothing is."""
+        """Return what is wrong with a sparse step that ends now; None if nothing is."""
         graphs = self._backend.graphs
         ran = [graph for graph in graphs if graph.runs != self._runs.get(id(graph), 0)]
-        # Graphs live as long as the backend, and a step is mostly like others before it.
+        # Ids are safe keys, because graphs live as long as the backend. Most steps are alike.
         key = len(graphs), frozenset(map(id, ran))
         if key not in self._judged:
             self._judged[key] = _judge(self._backend, graphs, ran)
@@ -60,8 +60,8 @@ def _judge(
         message = (
             f"{len(missing)} layers are in no sparse graph and train dense: {', '.join(missing)}."
             " Either the model does not use them, or Dynamo runs them eagerly or in the compiled"
-            " code of a layer that does not take part: see"
-            " TORCH_LOGS=graph_breaks, and fullgraph=True to forbid it."
+            " code of a layer that does not take part: TORCH_LOGS=graph_breaks shows graph breaks,"
+            " and fullgraph=True makes them an error."
         )
         return Problem(f"missing {missing}", message)
     present = {site.name for graph in ran for site in graph.sites}
@@ -70,7 +70,7 @@ def _judge(
         message = (
             f"{len(lost)} layers that were sparse before were in no sparse graph in this step:"
             f" {', '.join(lost)}. Either the model did not use them this time, or Dynamo ran them"
-            " eagerly, and they trained dense: see torch._dynamo.config.recompile_limit and"
+            " eagerly and they trained dense: see torch._dynamo.config.recompile_limit and"
             " TORCH_LOGS=recompiles."
         )
         return Problem(f"lost {lost}", message)
@@ -96,10 +96,10 @@ def _why_dense(graphs: list[GraphRecord]) -> Problem:
 
 
 def why_no_layer(excluded: dict[str, str]) -> Problem:
-    """Return what to say of a model none of whose layers takes part.
+    """Return the problem of a model without a participating layer.
 
     Args:
-        excluded: why each layer does not.
+        excluded: name of each layer -> why it does not take part.
     """
     reasons = sorted(set(excluded.values())) or ["it has no convolution and no linear layer"]
     message = (

@@ -12,7 +12,7 @@ _NOT_THE_USERS = ("ssprop_fx", "ssprop_passes", "torch")
 
 
 def warn_no_effect(message: str) -> None:
-    """Give a NoEffectWarning at the innermost frame outside of torch and these packages."""
+    """Give a NoEffectWarning at the innermost frame outside torch and these packages."""
     level, frame = 1, sys._getframe()
     while _is_not_the_users(frame) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back

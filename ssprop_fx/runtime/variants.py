@@ -19,20 +19,20 @@ __all__ = ["Variants"]
 
 
 class Variants(SparseVariant):
-    """A model's dense and sparse variant, each compiled when first needed.
+    """A model's dense and sparse variants, each compiled when first needed.
 
-    Dense is plain `torch.compile`, sparse the rewritten graph: one that reads its keep counts, and
-    one for each of `constant_levels`. The choice is made outside
-    `torch.compile` at each call, so that a dense phase costs nothing.
+    The dense variant is plain `torch.compile`. The sparse variant is the rewritten graph: one that
+    reads keep counts, and one for each of `constant_levels`. Each call chooses a variant outside
+    `torch.compile`, so a dense phase costs nothing.
 
     Args:
         model: the model.
-        scheduler: moves the drop rate.
+        scheduler: sets the drop rate.
         config: which layers take part.
         compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
             Inductor, mode and options.
-        in_place: the model's own calls run the variants, which so must not call the model.
-        shared: `keep_counts` and `memory` of `SparseVariant`, for the copy of a model.
+        in_place: calls of the model itself run the variants, so the variants must not call it.
+        shared: `keep_counts` and `memory` of `SparseVariant`, for a copy of a model.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -54,19 +54,19 @@ class Variants(SparseVariant):
         self.compile_kwargs = compile_kwargs
         self._called = _call_in_place(model) if in_place else model
         if in_place:
-            # What `nn.Module.compile` sets: `model(...)` calls it in place of `_call_impl`.
+            # `nn.Module.compile` sets this too: `model(...)` calls it instead of `_call_impl`.
             model._compiled_call_impl = self.run
         self._dense = self._compile(**compile_kwargs)
         self._sparse: dict[
             tuple[int, ...] | None, tuple[Callable[..., Any], SparseBackend, Tripwire]
         ] = {None: (self._compile_sparse(self.backend), self.backend, self.tripwire)}
-        # Of samples the counts are those of a batch that is not known yet, and may change.
+        # Keep counts of samples depend on the batch size, which is not known yet and may change.
         specialize = config.specialize if config.axis == "channel" else False
         fullgraph = compile_kwargs["fullgraph"]
         self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
 
     def for_copy(self, model: nn.Module, memory: Memory) -> "Variants":
-        """Return those of a copy of the model: same scheduler, slots and settings.
+        """Return the variants of a copy of the model, with the same scheduler, slots and settings.
 
         Args:
             model: the copy.
@@ -81,7 +81,7 @@ class Variants(SparseVariant):
             memory=memory,
         )
 
-    # Traced into another compiled function, the model would become part of that, and dense.
+    # If another compiled function traced this, the model would become part of it, and dense.
     @torch.compiler.disable(reason="ssprop_compile has compiled it already")  # type: ignore[no-untyped-call, untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
@@ -90,7 +90,7 @@ class Variants(SparseVariant):
 
     def _compile(self, **kwargs: Any) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(self._called, **kwargs)
-        # Lightning, where imported, notes them on the model, whose copies would then hold them.
+        # Lightning, if imported, stores the arguments on the model; its copies would hold them.
         vars(self.backend.model).pop("_compile_kwargs", None)
         return compiled
 
@@ -99,7 +99,7 @@ class Variants(SparseVariant):
         return self._compile(backend=backend, **kwargs)
 
     def _use_backend(self) -> Callable[..., Any]:
-        """Let the backend for the keep counts in force be the current one; return its model."""
+        """Make the backend for the keep counts in force current; return its compiled model."""
         counts = tuple(self.keep_counts.tolist())
         key = counts if counts in self._levels else None
         if key not in self._sparse:
@@ -116,24 +116,24 @@ class Variants(SparseVariant):
         try:
             output = sparse(*args, **kwargs)
         except Exception:
-            # Dynamo wraps what its backend raises; the user gets our error and its cause.
+            # Dynamo wraps errors of its backend; the user gets our error and its cause.
             if backend.error is not None:
                 raise backend.error from backend.error.__cause__
             raise
         if backend.error is not None:
-            # Dynamo swallowed it and ran eager, as with `suppress_errors`.
+            # Dynamo swallowed the error and ran eagerly, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
         self.check_step()
         return output
 
 
 def _call_in_place(model: nn.Module) -> Callable[..., Any]:
-    """Return what to compile in place of a model whose own calls run the compiled variants."""
+    """Return what to compile instead of a model whose own calls run the compiled variants."""
     if not type(model).__module__.startswith("torch.nn."):
         return model._call_impl
 
-    # Before torch 2.15 Dynamo looks for the model's `forward` below `_call_impl`, and skips that of
-    # torch's own modules, such as Sequential, unless something else calls it.
+    # Before torch 2.15 Dynamo looks for the model's `forward` below `_call_impl`. It skips the
+    # forward of torch's own modules, such as Sequential, unless something else calls it.
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 

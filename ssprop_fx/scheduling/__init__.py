@@ -1,1 +1,1 @@
-"""Scheduling: schedules, and the scheduler that moves keep counts by them."""
+"""Scheduling: schedules, and the scheduler that sets keep counts from them."""

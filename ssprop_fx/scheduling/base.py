@@ -1,4 +1,4 @@
-"""What all schedules share: the base class, checks of arguments, and how they print."""
+"""What all schedules share: the base class, argument checks and printing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,19 +18,19 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have; None, the default, where they are many."""
+        """All drop rates above 0 that occur; None, the default, if there are many."""
         return None
 
 
 def as_call(name: str) -> Callable[[Any], str]:
-    """Return a `__repr__` that prints a dataclass as a call of a function.
+    """Return a `__repr__` that prints a dataclass as a function call.
 
     Args:
-        name: name of the function, whose parameters are the fields of the dataclass.
+        name: name of the function. Its parameters are the fields of the dataclass.
 
     Returns:
         The method.
@@ -69,7 +69,7 @@ def check_steps(name: str, steps: int, minimum: int) -> None:
     Args:
         name: name of the argument, for the message.
         steps: its value.
-        minimum: the smallest that is right.
+        minimum: the smallest valid value.
 
     Raises:
         TypeError: `steps` is not an int.

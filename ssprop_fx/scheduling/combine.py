@@ -1,4 +1,4 @@
-"""Schedules made of others: `warmup` and `join`.
+"""Schedules made from other schedules: `warmup` and `join`.
 
 Examples:
     >>> from ssprop_fx import bar
@@ -21,11 +21,11 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     """Return `steps` dense steps, then `schedule`, which starts at its own step 0.
 
     Args:
-        schedule: what follows the dense steps.
+        schedule: the schedule that follows the dense steps.
         steps: number of dense steps, at least 0.
 
     Raises:
-        TypeError: `schedule` is not a schedule, or `steps` not an int.
+        TypeError: `schedule` is not a schedule, or `steps` is not an int.
         ValueError: `steps` is negative.
 
     Examples:
@@ -55,12 +55,12 @@ class WarmupSchedule(Schedule):
 
     @property
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
         return self.schedule.highest
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
+        """All drop rates above 0 that occur; None if there are many."""
         return self.schedule.levels
 
 
@@ -69,11 +69,11 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
     Args:
         schedules: the parts, at least one.
-        boundaries: the step at which each part after the first begins, strictly increasing: one
-            fewer than `schedules`.
+        boundaries: the step at which each part after the first begins; strictly increasing, one
+            entry fewer than `schedules`.
 
     Raises:
-        TypeError: a part is not a schedule, or an argument not a sequence.
+        TypeError: a part is not a schedule, or an argument is not a sequence.
         ValueError: the numbers of parts and boundaries do not fit, or boundaries do not increase.
 
     Examples:
@@ -118,12 +118,12 @@ class JoinSchedule(Schedule):
 
     @property
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
         return max(schedule.highest for schedule in self.schedules)
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
+        """All drop rates above 0 that occur."""
         parts = [schedule.levels for schedule in self.schedules]
         known = [part for part in parts if part is not None]
         return frozenset().union(*known) if len(known) == len(parts) else None

@@ -12,17 +12,17 @@ __all__ = ["ControllerState"]
 
 
 class ControllerState:
-    """What a controller was told last of a model, and what it decided.
+    """The telemetry that a controller last received for a model, and what it decided.
 
-    The telemetry of a step is sent for after it and read `LAG` sparse steps later, always: what is
-    decided does not depend on when a GPU is done.
+    The copy of a step's telemetry starts after the step and is always read `LAG` sparse steps
+    later, so decisions do not depend on when a GPU finishes.
 
     Args:
-        controller: decides.
+        controller: makes the decisions.
         counts: the model's keep counts.
 
     Attributes:
-        rates: drop rate of each layer that it has decided on, by name.
+        rates: drop rate of each layer that the controller has decided on, by name.
     """
 
     def __init__(self, controller: Controller, counts: KeepCounts) -> None:
@@ -35,7 +35,7 @@ class ControllerState:
         self._told: Snapshot | dict[str, SiteTelemetry] = {}
 
     def end_step(self) -> None:
-        """Note that a step has ended, and decide if it is time to. Dense steps do not count."""
+        """Record the end of a step, and decide when a decision is due. Dense steps do not count."""
         last_run = self._counts.telemetry.last_run
         if last_run == self._last_run:
             return
@@ -70,7 +70,7 @@ class ControllerState:
         return self._told.values() if isinstance(self._told, Snapshot) else self._told
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values; waits for telemetry that is under way."""
+        """Return the state as plain values; waits for telemetry that is still being copied."""
         return {
             "rates": dict(self.rates),
             "steps": self._steps,

@@ -1,8 +1,9 @@
-"""Controllers: drop rates of single layers, from what their sparse backwards tell.
+"""Controllers: set the drop rate of each layer from the telemetry of its sparse backwards.
 
-A controller is a frozen dataclass, a pure function from what was seen of each layer to its drop
-rate; `SparsityScheduler` calls it every few steps and holds what came of it. The pattern is VCAS
-(Wang et al., ICLR 2024), which adapts sampling ratios to a bound on the variance that they add.
+A controller is a frozen dataclass, a pure function from observations of each layer to its drop
+rate. `SparsityScheduler` calls it every few steps and holds the resulting rates. The pattern is
+VCAS (Wang et al., ICLR 2024), which adapts sampling ratios to a bound on the variance that they
+add.
 """
 
 from abc import ABC, abstractmethod
@@ -14,29 +15,29 @@ from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = ["LAG", "AddedError", "Controller", "KeptMass", "Seen"]
 
-# Steps between a backward and the decision on what it told: on a GPU, it has arrived by then.
+# Steps from a backward to the decision that uses its telemetry: by then a GPU has delivered it.
 LAG = 2
 
-# Share of the way, in the logarithm, from what is kept to what a decision takes to be right. All of
-# it would swing for ever between too much and too little where channels are dead, and the others
-# alike: what holds the target there lies far from where a curve through one point has it.
+# How far a decision moves from the share kept to the share it computes, on a logarithmic scale.
+# With a gain of 1 it would swing for ever between too much and too little if some channels are
+# dead and the others alike: the right share is then far from the curve through one point.
 _GAIN = 1 / 2
 
-# Halvings of the interval in which the level is looked for that a budget allows.
+# Bisection steps in the search for the level that a budget allows.
 _HALVINGS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What was seen of a layer.
+    """Observations of one layer.
 
     Attributes:
         kept: share of its channels that were kept, in (0, 1].
         aimed: the same before rounding.
-        telemetry: what the backward that kept these told.
-        flops: share of the dense backward's FLOPs that the layer's sparse gradients take at full
-            size.
-        kept_at: drop rate -> share of its channels that are kept at it, rounded as they will be.
+        telemetry: telemetry of the backward that kept these channels.
+        flops: FLOPs of the layer's sparse gradients at full size, as a share of the dense
+            backward's.
+        kept_at: drop rate -> share of the layer's channels kept, after rounding.
     """
 
     kept: float
@@ -60,14 +61,14 @@ class Controller(ABC):
         """Return drop rates in [0, 1).
 
         Args:
-            layers: what was seen of each layer, by name; at least one.
-            rest: share of the dense backward's FLOPs that all others take.
+            layers: observations of each layer, by name; at least one.
+            rest: share of the dense backward's FLOPs that everything else takes.
         """
 
 
 @dataclass(frozen=True)
 class _Target(Controller):
-    """Holds every layer at one level, the target's or, if a budget forbids that, the nearest."""
+    """Holds every layer at one level: the target, or the nearest that the budget allows."""
 
     target: float
     budget: float | None = None
@@ -83,12 +84,12 @@ class _Target(Controller):
             raise TypeError(f"every must be an int, got {self.every!r}")
         if self.every <= LAG:
             raise ValueError(
-                f"every must be at least {LAG + 1}, because what is decided on is {LAG} steps old,"
-                f" got {self.every}"
+                f"every must be at least {LAG + 1}, because telemetry is {LAG} steps old at a"
+                f" decision, got {self.every}"
             )
 
     def decide(self, layers: Mapping[str, Seen], rest: float) -> dict[str, float]:
-        """Return drop rates in [0, 1), half of the way to where each layer is at the level."""
+        """Return drop rates in [0, 1), half of the way to those that bring layers to the level."""
 
         def rates_at(strictness: float) -> dict[str, float]:
             level = self._level(strictness)
@@ -113,28 +114,30 @@ class _Target(Controller):
 
     @abstractmethod
     def _level(self, strictness: float) -> float:
-        """Return the level that is the target at strictness 1 and the loosest of all at 0."""
+        """Return the level for a strictness: the target at 1, the loosest level at 0."""
 
     @abstractmethod
     def _share(self, seen: Seen, level: float) -> float:
-        """Return the share of a layer's channels to keep for the level."""
+        """Return the share of a layer's channels to keep so that it is at the level."""
 
 
 @dataclass(frozen=True)
 class KeptMass(_Target):
-    """Keeps as many channels of each layer as hold a share of its score.
+    """Keeps as many channels of each layer as hold the target share of its score.
 
-    Of a layer that kept a share f of its channels with a mass m, a share g is taken to hold
-    g ** (log m / log f): exact at what was seen, at 0 and at 1. Keep counts stay rounded to
-    `SparsityConfig.channel_multiple`, to the nearest, so that a layer of few channels misses the
-    target by what one multiple holds, and the mean over layers by little.
+    If a share f of a layer's channels held the mass m, the controller estimates that a share g
+    holds g ** (log m / log f): exact at the observation, at 0 and at 1. Keep counts are still
+    rounded to the nearest multiple of `SparsityConfig.channel_multiple`. So a layer with few
+    channels misses the target by the mass of one multiple; the mean over layers misses it by
+    little.
 
     Args:
-        target: kept mass to hold, in (0, 1); of the l2 norms of gradients, with the default score.
-        budget: most of the dense backward's FLOPs that a sparse step may take, in (0, 1]: what no
-            layer's rate can save counts as well. Where the target takes more, all layers are held
-            at the highest kept mass that does not; where no such is, at the smallest keep counts.
-            None for no bound.
+        target: kept mass to hold, in (0, 1). With the default score it is a share of the l2 norms
+            of the gradients.
+        budget: largest share of the dense backward's FLOPs that a sparse step may take, in (0, 1].
+            FLOPs that no layer's rate can save count as well. If the target takes more, all layers
+            are held at the highest kept mass within the budget; if there is none, at the smallest
+            keep counts. None for no bound.
         every: sparse steps from one decision to the next, at least 3.
 
     Raises:
@@ -158,7 +161,7 @@ class KeptMass(_Target):
 
     def _share(self, seen: Seen, level: float) -> float:
         if seen.kept == 1:
-            # It tells nothing; of a flat gradient, so many channels would hold the level.
+            # The telemetry carries no information. With a flat gradient this share is right.
             return level
         mass = min(max(seen.telemetry.kept_mass, 1e-6), 1 - 1e-6)
         exponent = log(mass) / log(seen.kept)
@@ -167,16 +170,17 @@ class KeptMass(_Target):
 
 @dataclass(frozen=True)
 class AddedError(_Target):
-    """Keeps as many channels of each layer as bound the error that the others leave.
+    """Keeps as many channels of each layer as bound the error of leaving out the others.
 
-    The error is `SiteTelemetry.error`: squared, and a share of the gradient's squared norm. Of an
-    unbiased selector it is the variance added. Of a layer that kept a share f of its channels with
-    an error v, a share g is taken to leave v * odds(g) / odds(f), with odds(f) = (1 - f) / f: right
-    for unbiased selectors at a flat gradient, and a step towards the target for all others.
+    The error is `SiteTelemetry.error`: squared, as a share of the gradient's squared norm. For an
+    unbiased selector it is the added variance. If keeping a share f of a layer's channels left the
+    error v, the controller estimates that a share g leaves v * odds(g) / odds(f), with
+    odds(f) = (1 - f) / f. This is right for unbiased selectors and a flat gradient, and a step
+    towards the target in all other cases.
 
     Args:
         target: error to hold, above 0.
-        budget: as of `KeptMass`, with the smallest error that it allows.
+        budget: as in `KeptMass`; layers are held at the smallest error within the budget.
         every: sparse steps from one decision to the next, at least 3.
 
     Raises:

@@ -11,12 +11,12 @@ from ssprop_fx.scheduling.telemetry import Telemetry
 
 __all__ = ["KeepCounts", "RateSource", "keep_count"]
 
-# From here on rounding to a multiple of 16 is at most a 32nd of the channels off.
+# From this size on, rounding to a multiple of 16 is off by at most a 32nd of the channels.
 _MANY_CHANNELS = 256
 
 
 class RateSource(Protocol):
-    """What keep counts follow: a scheduler, which owns the runtime sparsity tensor."""
+    """The scheduler that keep counts follow; it owns the runtime sparsity tensor."""
 
     @property
     def highest_drop_rate(self) -> float:
@@ -24,29 +24,29 @@ class RateSource(Protocol):
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that the schedule visits, None where they are many."""
+        """All drop rates above 0 that the schedule visits; None if there are many."""
 
     @property
     def keep_counts(self) -> torch.Tensor:
         """The runtime sparsity tensor: int64, CPU, [slots of all models]."""
 
     def refresh(self) -> None:
-        """Write the keep counts of the drop rate in force into the tensor."""
+        """Write the keep counts at the drop rate in force into the tensor."""
 
 
 class KeepCounts:
     """One model's part of a scheduler's runtime sparsity tensor.
 
-    Made by `SparsityScheduler.register`.
+    `SparsityScheduler.register` makes it.
 
     Attributes:
-        channels: output channels of each of the model's slots; where samples are chosen, those
-            of the batch, and 1 before the first sparse step.
-        groups: number of groups that each selects them in.
-        rates: drop rate of each where it has one of its own, else None.
+        channels: output channels of each slot of the model. With `axis="sample"` the batch size,
+            and 1 before the first sparse step.
+        groups: number of groups in which each slot selects channels.
+        rates: drop rate of each slot that has its own, None for the others.
         block: keep counts are multiples of this.
         multiple: keep counts are rounded to multiples of this; see `keep_count`.
-        names: name of the layer of each slot.
+        names: layer name of each slot.
         telemetry: what the model's sparse backwards report.
     """
 
@@ -72,7 +72,7 @@ class KeepCounts:
         self.telemetry = Telemetry()
 
     def follow_batch(self, size: int) -> None:
-        """Count samples of a batch of this size, in every slot, in place of channels."""
+        """Count the samples of a batch of this size instead of channels, in every slot."""
         if any(channels != size for channels in self.channels):
             self.channels = (size,) * len(self.channels)
             self._source.refresh()
@@ -83,7 +83,7 @@ class KeepCounts:
         Args:
             drop_rate: the schedule's.
             controlled: drop rate of each layer that a controller has decided on, by name. It
-                stands in place of the schedule's wherever that is above 0.
+                replaces the schedule's if that is above 0.
         """
         rates = [drop_rate if rate is None or drop_rate == 0 else rate for rate in self.rates]
         if controlled and drop_rate > 0:
@@ -91,19 +91,19 @@ class KeepCounts:
         return [self._keep_count(slot, rate) for slot, rate in enumerate(rates)]
 
     def shares(self) -> dict[str, float]:
-        """Return the share of each layer's channels that is kept now, by name."""
+        """Return the share of channels that each layer keeps now, by name."""
         kept = zip(self.names, self.tensor.tolist(), self.groups, self.channels, strict=True)
         return {name: count * groups / channels for name, count, groups, channels in kept}
 
     def rounding(self, name: str) -> Callable[[float], float]:
-        """Return a function from a drop rate to the share of a layer's channels kept at it."""
+        """Return a function: drop rate -> share of channels that the layer keeps."""
         slot = self.names.index(name)
         whole = self.channels[slot] // self.groups[slot]
         return lambda drop_rate: self._keep_count(slot, drop_rate) / whole
 
     @property
     def adjustable(self) -> list[str]:
-        """Names of the layers whose drop rate is not their own."""
+        """Names of the layers that have no drop rate of their own."""
         return [n for n, rate in zip(self.names, self.rates, strict=True) if rate is None]
 
     def _keep_count(self, slot: int, drop_rate: float) -> int:
@@ -117,7 +117,7 @@ class KeepCounts:
 
     @property
     def levels(self) -> frozenset[tuple[int, ...]] | None:
-        """The keep counts of each slot at each drop rate of the schedule, None if too many."""
+        """The keep counts of all slots at each drop rate of the schedule; None if too many."""
         rates = self._source.levels
         return None if rates is None else frozenset(tuple(self.at(rate)) for rate in rates)
 
@@ -136,18 +136,19 @@ def keep_count(
 ) -> int:
     """Return how many channels of each group a backward keeps at `drop_rate`.
 
-    Multiple 1 is the published code's rule, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
-    arXiv 2408.12561), in each group. With others, or blocks, the kept channels of all groups
-    together are the nearest multiple, at least one of each group. On torch releases below 2.15 the
-    smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
+    Multiple 1 is the rule of the published code, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
+    arXiv 2408.12561), in each group. With other multiples or blocks, the kept channels of all
+    groups together are rounded to the nearest multiple, with at least one channel of each group.
+    On torch releases below 2.15 the smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
 
     Args:
         channels: output channels of the layer.
         drop_rate: fraction in [0, 1) left out.
-        multiple: channels are kept in multiples of this; `"auto"` stands for 8, and for 16 in
-            layers of 256 channels or more.
-        groups: number of groups that channels are selected in.
-        block: channels of a group are kept in multiples of this as well, which they must be one of.
+        multiple: channels are kept in multiples of this; `"auto"` means 8, or 16 in layers of 256
+            channels or more.
+        groups: number of groups in which channels are selected.
+        block: channels of a group are kept in multiples of this as well. It must divide the number
+            of channels in a group.
 
     Returns:
         The keep count, in [1, channels / groups].

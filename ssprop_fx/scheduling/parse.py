@@ -1,6 +1,6 @@
 """Schedules as text, such as `bar:rate=0.8,period=2ep`.
 
-Parts follow one another as in `constant:rate=0.8 until 5ep then none`.
+A text may join several, as in `constant:rate=0.8 until 5ep then none`.
 """
 
 import difflib
@@ -30,19 +30,19 @@ def parse_schedule(
     """Return the schedule that `text` describes.
 
     Args:
-        text: `name` or `name:key=value,key=value`; the names are those of `EXAMPLES`, the keys
-            the parameters of the function of that name. Lengths (`steps`, `period`) are a number
-            of steps or, with `ep` after it, of epochs. `A until 5ep then B` is `join`: B begins at
-            its own step 0 where A ends, and more parts may follow.
-        steps_per_epoch: steps in one epoch; None where that is not known, and `ep` is an error.
+        text: `name` or `name:key=value,key=value`. Names are the keys of `EXAMPLES`; keys are the
+            parameters of the function of that name. Lengths (`steps`, `period`) are numbers of
+            steps or, if `ep` follows, of epochs. `A until 5ep then B` is `join`: B begins at its
+            own step 0 when A ends. More parts may follow.
+        steps_per_epoch: steps in one epoch. None if not known; `ep` is then an error.
         warmup_epochs: dense epochs before the schedule begins.
 
     Returns:
         The schedule, counting steps. `none` is a drop rate of 0 throughout.
 
     Raises:
-        ValueError: `text` describes no schedule; the message is one line that begins with it and
-            says what would be right. Or `warmup_epochs` is given without `steps_per_epoch`.
+        ValueError: `text` is not a schedule; the message is one line that begins with `text` and
+            gives a correct example. Or `warmup_epochs` is given without `steps_per_epoch`.
 
     Examples:
         >>> parse_schedule("bar:rate=0.8,period=2ep", steps_per_epoch=100)
@@ -114,7 +114,7 @@ def _parse_arguments(
             raise ValueError(f"{key} is given twice")
         is_length = key in lengths
         if is_length and value.endswith("ep") and steps_per_epoch is None:
-            raise ValueError(f"{key}={value} is in epochs, whose length is not known here")
+            raise ValueError(f"{key}={value} is in epochs, but steps per epoch are not known here")
         try:
             values[key] = _parse_steps(value, steps_per_epoch) if is_length else float(value)
         except (ValueError, OverflowError):

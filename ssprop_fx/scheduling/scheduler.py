@@ -14,20 +14,20 @@ __all__ = ["SparsityScheduler"]
 
 
 class SparsityScheduler:
-    """Moves the drop rate of every model compiled with it, in the manner of an LR scheduler.
+    """Sets the drop rate of every model compiled with it, much like an LR scheduler.
 
-    The step in force begins at 0; call `step()` after each optimizer step (or once an epoch, if
+    The step in force begins at 0. Call `step()` after each optimizer step (or once an epoch, if
     the schedule counts epochs).
 
     Args:
         schedule: step -> drop rate in [0, 1), such as `bar(0.8, period=2 * len(loader))`.
-        controller: sets the drop rate of each layer from what its backwards tell, such as
-            `KeptMass(0.9)`, wherever the schedule's is above 0 and `SparsityConfig.rates` gives the
-            layer none. Until its first decision the schedule's drop rate holds. Under
-            DistributedDataParallel each process decides for itself.
+        controller: sets the drop rate of each layer from its telemetry, such as `KeptMass(0.9)`.
+            It applies when the schedule's drop rate is above 0, to layers that
+            `SparsityConfig.rates` gives none. Until its first decision the schedule's drop rate
+            holds. Under DistributedDataParallel each process decides for itself.
 
     Raises:
-        TypeError: `schedule` is not callable, or `controller` is no controller.
+        TypeError: `schedule` is not callable, or `controller` is not a controller.
         ValueError: `schedule` returns a drop rate outside [0, 1).
 
     Examples:
@@ -68,15 +68,12 @@ class SparsityScheduler:
 
     @property
     def highest_drop_rate(self) -> float:
-        """The schedule's highest drop rate; at least 0.8 where the schedule cannot tell."""
+        """The schedule's highest drop rate; at least 0.8 if the schedule does not state it."""
         return max(self._drop_rate, getattr(self.schedule, "highest", 0.8))
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that the schedule visits, None where they are many.
-
-        Or where a controller sets others.
-        """
+        """All drop rates above 0 that occur; None if there are many or a controller sets them."""
         if self.controller is not None:
             return None
         return getattr(self.schedule, "levels", None)
@@ -95,13 +92,13 @@ class SparsityScheduler:
         self._set_step(self._last_step + 1)
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
-        """Return the last values that the sparse backwards have left behind, by name of the layer.
+        """Return the latest telemetry of sparse backwards, by layer name, without waiting.
 
-        Those of models compiled with `SparsityConfig(telemetry=True)`; nothing waits for them. On
-        a CPU they are those of the last backward, on a GPU some steps older. A layer that a step
-        calls several times tells of the last of its backwards, several micro-batches of the last
-        one. Layers whose gradient was not finite are missing. Where models have layers of the same
-        name, those of the model compiled last count; `model.ssprop.telemetry()` tells of one.
+        It covers models compiled with `SparsityConfig(telemetry=True)`. On a CPU the values come
+        from the last backward; on a GPU they are some steps older. If a step calls a layer several
+        times or runs several micro-batches, the last backward counts. Layers whose gradient was
+        not finite are missing. If several models have layers of the same name, the model compiled
+        last counts; `model.ssprop.telemetry()` covers one model.
 
         Examples:
             >>> from ssprop_fx import SparsityConfig, constant, ssprop_compile
@@ -120,7 +117,7 @@ class SparsityScheduler:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values; schedule and controller themselves are not in it."""
+        """Return the state as plain values, without the schedule and the controller themselves."""
         state: dict[str, Any] = {"last_step": self._last_step}
         if self.controller is not None:
             state["control"] = [c.state_dict() for _, c in self._models if c is not None]
@@ -133,7 +130,7 @@ class SparsityScheduler:
             state_dict: the state.
 
         Raises:
-            ValueError: it is not a state of a SparsityScheduler.
+            ValueError: `state_dict` is not the state of a SparsityScheduler.
         """
         last_step = state_dict.get("last_step") if isinstance(state_dict, dict) else None
         if not isinstance(last_step, int) or isinstance(last_step, bool) or last_step < 0:
@@ -141,7 +138,7 @@ class SparsityScheduler:
                 "state_dict must come from SparsityScheduler.state_dict() and hold last_step >= 0,"
                 f" got {state_dict!r}"
             )
-        # Models that are compiled later find theirs when they are.
+        # A model that is compiled later loads its state then.
         self._loaded = list(state_dict.get("control", ()))
         for number, (_, control) in enumerate(self._models):
             self._load_control(number, control)
@@ -161,16 +158,16 @@ class SparsityScheduler:
         Args:
             channels: output channels of each slot.
             multiple: keep counts are rounded to multiples of this.
-            groups: number of groups that each slot selects channels in; one by default.
-            rates: drop rate of each slot that does not follow the schedule's, None for the others.
+            groups: number of groups in which each slot selects channels; one by default.
+            rates: drop rate of each slot that has its own, None for the others.
             block: keep counts are multiples of this.
-            names: name of the layer of each slot; the slots' numbers by default.
+            names: layer name of each slot; slot numbers by default.
 
         Returns:
             The model's part of the tensor.
         """
         start = self._keep_counts.numel()
-        # In place, so that whoever holds the tensor or a part of it goes on seeing the counts.
+        # In place, so that every holder of the tensor or of a part of it still sees the counts.
         self._keep_counts.resize_(start + len(channels))
         groups, rates = groups or [1] * len(channels), rates or [None] * len(channels)
         names = names or [str(number) for number in range(len(channels))]
@@ -182,7 +179,7 @@ class SparsityScheduler:
         return counts
 
     def refresh(self) -> None:
-        """Write the keep counts of the drop rate in force into the runtime sparsity tensor."""
+        """Write the keep counts at the drop rate in force into the runtime sparsity tensor."""
         values = [
             k
             for counts, control in self._models

@@ -1,8 +1,8 @@
 """Schedules: pure functions from a step to a drop rate.
 
-Each public function returns a frozen dataclass with `__call__`, which prints as that call, compares
-by value and pickles. What a step is, an iteration or an epoch, depends on how often
-`SparsityScheduler.step` is called; a schedule only counts.
+Each public function returns a frozen dataclass with `__call__`. It prints as the function call,
+compares by value and pickles. A step is an iteration or an epoch, depending on how often you call
+`SparsityScheduler.step`.
 
 Examples:
     >>> schedule = bar(0.8, period=4)
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def constant(rate: float) -> Schedule:
-    """Return a schedule that has the same drop rate at every step.
+    """Return a schedule with the same drop rate at every step.
 
     Args:
         rate: drop rate in [0, 1).
@@ -61,12 +61,12 @@ class ConstantSchedule(Schedule):
 
     @property
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
         return float(self.rate)
 
     @property
     def levels(self) -> frozenset[float]:
-        """All drop rates above 0 that steps have."""
+        """All drop rates above 0 that occur."""
         return _level(self.rate)
 
 
@@ -92,8 +92,8 @@ def linear(start: float, end: float, steps: int) -> Schedule:
 def cosine(start: float, end: float, steps: int) -> Schedule:
     """Return half a cosine: `end + (start - end) * (1 + cos(pi * min(step, steps) / steps)) / 2`.
 
-    The published code has this cosine for the kept fraction (ssProp, arXiv 2408.12561); here it is
-    of the drop rate.
+    The published code applies this cosine to the kept fraction (ssProp, arXiv 2408.12561); here it
+    applies to the drop rate.
 
     Args:
         start: drop rate at step 0.
@@ -124,12 +124,12 @@ class _Ramp(Schedule):
 
     @property
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
         return max(self.start, self.end)
 
     @property
     def levels(self) -> frozenset[float] | None:
-        """All drop rates above 0 that steps have."""
+        """All drop rates above 0 that occur."""
         return _level(self.start) if self.start == self.end else None
 
 
@@ -161,9 +161,9 @@ class CosineSchedule(_Ramp):
 
 
 def bar(rate: float, period: int, dense_fraction: float = 0.5) -> Schedule:
-    """Return dense steps, then steps at `rate`, in turn: what ssProp recommends (arXiv 2408.12561).
+    """Alternate dense steps and steps at `rate`, as ssProp recommends (arXiv 2408.12561).
 
-    Steps whose place in the period lies below `dense_fraction * period` have drop rate 0, the
+    Steps whose position in the period is below `dense_fraction * period` have drop rate 0, the
     rest have `rate`.
 
     Args:
@@ -209,12 +209,12 @@ class BarSchedule(Schedule):
 
     @property
     def highest(self) -> float:
-        """The highest drop rate of any step."""
+        """The highest drop rate over all steps."""
         return float(self.rate)
 
     @property
     def levels(self) -> frozenset[float]:
-        """All drop rates above 0 that steps have."""
+        """All drop rates above 0 that occur."""
         return _level(self.rate)
 
 
@@ -222,8 +222,8 @@ def _level(rate: float) -> frozenset[float]:
     return frozenset({float(rate)} if rate else ())
 
 
-# What a text can name (`parse_schedule`), with an example of its settings: the parameters of the
-# function, of which those that are an int are lengths in steps.
+# The schedules that `parse_schedule` knows, with example settings. Settings are the function's
+# parameters; int parameters are lengths in steps.
 IN_TEXT: dict[Callable[..., Schedule], str] = {
     constant: "rate=0.5",
     linear: "start=0,end=0.8,steps=10ep",

@@ -1,4 +1,4 @@
-"""Telemetry: the numbers that compiled backwards leave behind, read without waiting for them."""
+"""Telemetry: numbers that compiled backwards record, read without waiting for a GPU."""
 
 import math
 import weakref
@@ -15,12 +15,12 @@ __all__ = ["GraphCall", "SiteTelemetry", "Snapshot", "Telemetry", "empty_table"]
 
 
 class GraphCall(Protocol):
-    """A compiled graph as called for one group of layers; it registers itself when it runs.
+    """A compiled graph, called for one group of layers; it is registered when it runs.
 
     Attributes:
         table: what its backward reports, float32 [slots, 3]; None without telemetry.
         rows: the row of each layer, by name.
-        last_run: number of the last call, among all calls of all graphs.
+        last_run: number of its last call; calls of all graphs are numbered together.
     """
 
     @property
@@ -34,24 +34,24 @@ class GraphCall(Protocol):
 
     @property
     def sparse_flops(self) -> tuple[tuple[str, int], ...]:
-        """Layer and FLOPs, at full size, of the sparse gradients of each site."""
+        """For each site its layer, and the FLOPs of its sparse gradients at full size."""
 
     @property
     def total_flops(self) -> int:
-        """FLOPs of all backward convolutions and matrix products, were they dense."""
+        """FLOPs of all backward convolutions and matrix products if they were dense."""
 
 
 @dataclass(frozen=True)
 class SiteTelemetry:
-    """What one sparse backward of a layer tells, of the gradient of its output.
+    """What one sparse backward of a layer reports about the gradient of the layer's output.
 
     Attributes:
-        kept_mass: share of the score, which is |gradient| for `"mean_abs"`, that the kept channels
-            hold.
-        error: squared norm of what is left out, or added by weights, as a share of the gradient's.
-            For an unbiased selector its mean over steps is the relative variance added.
-        grad_norm: l2 norm of the gradient before anything is left out, with whatever factor a
-            gradient scaler puts on the loss.
+        kept_mass: share of the total score that the kept channels hold. For `"mean_abs"` the score
+            is |gradient|.
+        error: squared norm of what is left out or added by weights, as a share of the gradient's
+            squared norm. For an unbiased selector its mean over steps is the relative added
+            variance.
+        grad_norm: l2 norm of the full gradient, including the factor of a gradient scaler.
     """
 
     kept_mass: float
@@ -60,10 +60,10 @@ class SiteTelemetry:
 
 
 class Snapshot:
-    """A model's telemetry of one moment, which may still be on its way from a GPU.
+    """A model's telemetry at one moment; its copy from a GPU may still be running.
 
     Args:
-        tables: float32 [slots, 3] each, with the row of each layer in it, by name.
+        tables: pairs of a table, float32 [slots, 3], and the row of each layer in it, by name.
     """
 
     def __init__(self, tables: list[tuple[Tensor, Mapping[str, int]]]) -> None:
@@ -73,11 +73,11 @@ class Snapshot:
 
     @property
     def is_done(self) -> bool:
-        """Whether the values are here."""
+        """Whether the values have arrived."""
         return all(event.query() for event in self._events)
 
     def values(self) -> dict[str, SiteTelemetry]:
-        """Return the values by name of the layer, waiting for them if they are not here.
+        """Return the values by layer name; wait for them if they have not arrived.
 
         Layers whose gradient was not finite, or that no backward has reached yet, are missing.
         """
@@ -98,9 +98,8 @@ class Snapshot:
 class Telemetry:
     """The telemetry of a model and its copies.
 
-    On a CPU the values are those of the last backward. On a GPU a copy to the host is under way
-    most of the time, and the values are those of the last one that has arrived, one or a few steps
-    old.
+    On a CPU the values come from the last backward. On a GPU they come from the last copy that has
+    arrived on the host, one or a few steps old.
     """
 
     def __init__(self) -> None:
@@ -109,15 +108,15 @@ class Telemetry:
         self._latest: dict[str, SiteTelemetry] = {}
 
     def register(self, call: GraphCall) -> None:
-        """Read the table of a graph that runs, too, for as long as the graph lives."""
+        """Read the table of this graph from now on, as long as the graph lives."""
         self._calls.add(call)
 
     def snapshot(self) -> Snapshot:
-        """Begin to copy the values that the backwards started so far are going to leave."""
+        """Start a copy of the values that all backwards started so far will record."""
         return Snapshot(self._tables())
 
     def poll(self) -> None:
-        """Take what has arrived from a GPU, and send for more. Once a step."""
+        """Take the values that have arrived from a GPU, and start the next copy. Once a step."""
         if self._pending is not None and self._pending.is_done:
             self._latest = self._pending.values()
             self._pending = None
@@ -125,7 +124,7 @@ class Telemetry:
             self._pending = self.snapshot()
 
     def latest(self) -> dict[str, SiteTelemetry]:
-        """Return the last values that are here, by name of the layer."""
+        """Return the latest values that have arrived, by layer name."""
         tables = self._tables()
         if any(table.is_cuda for table, _ in tables):
             return dict(self._latest)
@@ -133,16 +132,16 @@ class Telemetry:
 
     @property
     def last_run(self) -> int:
-        """Number of the last call of a sparse graph, among those of all models; 0 before."""
+        """Number of the last call of a sparse graph; all models count together. 0 before any."""
         return max((call.last_run for call in self._calls), default=0)
 
     def flops(self) -> tuple[dict[str, int], int]:
-        """Return the FLOPs of each layer's sparse gradients at full size, and of all the backward.
+        """Return FLOPs for one batch: of each layer's sparse gradients at full size, and in total.
 
-        The latter are those of the convolutions and matrix products, were they dense, of the graphs
-        called last, for one batch.
+        The total counts all backward convolutions and matrix products of the graphs that ran last,
+        as if they were dense.
         """
-        # Of the graphs for one group of layers the last one that ran.
+        # For each group of layers, take the graph that ran last.
         graphs = {tuple(name for name, _ in c.sparse_flops): c for c in self._in_order()}
         of_layers: Counter[str] = Counter()
         for call in graphs.values():
@@ -152,14 +151,14 @@ class Telemetry:
         return dict(of_layers), sum(call.total_flops for call in graphs.values())
 
     def _in_order(self) -> list[GraphCall]:
-        """Return what has run, the last run last."""
+        """Return the graphs that have run, in the order of their last runs."""
         return sorted(self._calls, key=lambda call: call.last_run)
 
     def _tables(self) -> list[tuple[Tensor, Mapping[str, int]]]:
         return [(call.table, call.rows) for call in self._in_order() if call.table is not None]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What compiled graphs leave behind does not travel with a copy.
+        # A copy does not take the values of compiled graphs along.
         return Telemetry, ()
 
 

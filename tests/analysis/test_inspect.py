@@ -1,4 +1,4 @@
-"""inspect_sites and `ssprop-fx inspect`: what is predicted is what a real step does."""
+"""inspect_sites and `ssprop-fx inspect` predict what a real step does."""
 
 import json
 import subprocess
@@ -183,7 +183,7 @@ def test_nothing_is_left_behind(make) -> None:
     assert all(value.grad is None for value in model.parameters())
     assert _debug_get_cache_entry_list(make.forward) == []
 
-    # The graphs of the user's own stay, and their sizes are still static.
+    # The user's own graphs stay, and their sizes are still static.
     counter = Counter()
     compiled = torch.compile(model, backend=counter)
     compiled(torch.ones(2, 3, 8, 8))

@@ -17,7 +17,7 @@ STEPS = 4
 
 
 def _write_run(folder, *, top1, seconds, drop_rate=0.0, gpu=None, **settings):
-    """A run of as many epochs as `top1` has accuracies, each of them `seconds` long."""
+    """Write a run with one epoch for each accuracy in `top1`, each `seconds` long."""
     folder.mkdir(parents=True)
     write_config(folder / "config.yaml", replace(TrainConfig(), **settings))
     records = Records(folder)
@@ -89,7 +89,7 @@ def test_the_page_answers_the_three_questions_and_needs_no_other_file(runs, tmp_
     assert picture.startswith(b"\x89PNG")
     (encoded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(encoded) == picture
-    # Nothing is loaded from elsewhere.
+    # The page loads nothing from elsewhere.
     assert re.findall(r"https?://|<script|<link|@import|url\(", page) == []
     for text in (
         "yes: 0.60 of the baseline&#x27;s time to 79.00 % (18 s, 30 s)",
@@ -101,7 +101,7 @@ def test_the_page_answers_the_three_questions_and_needs_no_other_file(runs, tmp_
     assert "<sparse>" not in page
     out = capsys.readouterr().out
     assert "is it faster? yes: 0.60" in out
-    # The one setting in which they differ has a column.
+    # The only setting that differs has a column.
     assert "schedule" in out.splitlines()[0]
     assert "batch_size" not in out.splitlines()[0]
 

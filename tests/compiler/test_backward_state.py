@@ -61,7 +61,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(compiled: SsPropModule, expected: nn.Module, bound: float) -> None:
-    """Compare parameters and memories of a compiled model with those of the reference."""
+    """Compare parameters and memories of a compiled model with the reference's."""
     assert relative_error(parameters(compiled), parameters(expected)) < bound
     assert relative_error(compiled.ssprop.memory.state_dict(), memories(expected)) < bound
 
@@ -98,7 +98,7 @@ LAYERS = {
 
 
 class Branches(nn.Module):
-    """Each kind of layer on an input of its own, for a single compile."""
+    """Each kind of layer, with its own input, in a single compile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_no_memory_is_plain_selection_bit_for_bit() -> None:
         loss(compiled(x)).backward()
         grads.append([p.grad for p in twin.parameters()])
         assert bool(compiled.ssprop.memory.state_dict()) == bool(options["memory"])
-    # A first step has nothing to remember either.
+    # The memory of a first step is empty, too.
     assert all(map(torch.equal, *grads))
     assert SparsityConfig(memory=0).selection == SparsityConfig().selection
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_in_the_middle_goes_on_bit_for_bit() -> None:
     file.seek(0)
     weights, remembered = torch.load(file, weights_only=True)
     assert set(weights) == {f"_orig_mod.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
-    # Into a model that has not run yet, and into one that has.
+    # Load into a model that has not run yet, and into one that has.
     for warm_up in ([], batches[:2]):
         resumed = compile_model(conv_net().double())
         train(resumed, warm_up)
@@ -267,7 +267,7 @@ def test_a_copy_has_a_memory_of_its_own(duplicate: Callable[[nn.Module], nn.Modu
     held = {name: t.clone() for name, t in compiled.ssprop.memory.state_dict().items()}
     train(other, batches[2:])
     assert all(torch.equal(t, held[n]) for n, t in compiled.ssprop.memory.state_dict().items())
-    # From the same weights and memory the original goes the same way.
+    # The original takes the same steps from the same weights and memory.
     train(compiled, batches[2:])
     assert all(map(torch.equal, compiled.parameters(), other.parameters()))
 

@@ -1,4 +1,4 @@
-"""The compile cache: a second process compiles nothing of the sparse graph, and knows its sites."""
+"""The compile cache: a second process compiles no sparse graph, and knows its sites."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_a_selector_is_known_by_what_it_computes(cache: Path) -> None:
     assert (warm["pass_runs"], warm["cache_hits"]) == (0, 1)
     assert own["gradients"] == warm["gradients"] != other["gradients"]
     assert own["pass_runs"] == other["pass_runs"] == 1
-    # What cannot be known is not cached.
+    # A selector with unknown state is not cached.
     assert [(one["pass_runs"], one["cache_hits"]) for one in (stateful, again)] == [(1, 0)] * 2
 
 

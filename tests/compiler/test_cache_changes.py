@@ -1,4 +1,4 @@
-"""The compile cache: what must miss it, what may not, and processes that share it."""
+"""The compile cache: what must miss it, what must hit it, and processes that share it."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def off(cache: Path) -> dict[str, dict]:
-    """Every case with the caches off; what is left behind is the C++ compiler's work alone."""
+    """Every case with the caches off; only the C++ compiler's results stay behind."""
     found = run(cache, *CASES, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
     assert [one["hits"] for one in found.values()] == [0] * len(CASES)
     return found
@@ -53,7 +53,7 @@ def off(cache: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def cold(cache: Path, off: dict[str, dict]) -> dict[str, dict]:
-    """Every case, one after another, with one cache that was empty."""
+    """Every case, one after another, with one cache that starts empty."""
     return run(cache, *CASES)
 
 
@@ -72,13 +72,13 @@ def test_the_gradients_do_not_depend_on_the_cache(
 
 
 def test_cases_differ_in_their_gradients(off: dict[str, dict]) -> None:
-    # Telemetry and constants are another graph with the same gradients.
+    # Telemetry and constants make another graph with the same gradients.
     found = {case: tuple(one["gradients"]) for case, one in off.items()}
     assert found.pop("telemetry") == found["plain"]
     assert found.pop("constants") == found["plain"]
     assert found.pop("another multiple") == found["plain"], "0.25 of 8, rounded to 4"
     assert found.pop("other constants") == found["another rate"]
-    # So are other slots: the layers that run keep what their names say.
+    # So do other slots: keep counts follow the layers' names.
     assert found.pop("later slots") == found["rates by layer"]
     assert found.pop("swapped slots") == found["rates by layer"]
     assert len(set(found.values())) == len(found)
@@ -95,7 +95,7 @@ def test_a_change_misses_the_cache_unless_the_code_is_the_same(
     assert (warm[case]["pass_runs"], warm[case]["hits"]) == (0, 1)
 
 
-# Keeps the weakest channels in place of the strongest.
+# Keeps the weakest channels instead of the strongest.
 EDIT = """
 
 def _weakest(grad_output, weight):
@@ -114,7 +114,7 @@ def test_another_version_of_the_passes_misses_the_cache(
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     same = run(cache, "plain", PYTHONPATH=path)["plain"]
     assert (same["pass_runs"], same["gradients"]) == (0, cold["plain"]["gradients"])
-    with (tmp_path / "ssprop_passes" / "scores.py").open("a") as file:
+    with (tmp_path / "ssprop_passes" / "selection" / "scores.py").open("a") as file:
         file.write(EDIT)
     edited, again = (run(cache, "plain", PYTHONPATH=path)["plain"] for _ in range(2))
     assert (edited["pass_runs"], again["pass_runs"]) == (1, 0)

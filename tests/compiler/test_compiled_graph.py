@@ -1,4 +1,4 @@
-"""Behind a graph break the graph of one block serves all blocks of its kind."""
+"""With a graph break in a block, the graph of one block serves all blocks of its kind."""
 
 import gc
 import warnings
@@ -19,7 +19,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def compare(dense_layer: str) -> tuple[float, dict[str, str]]:
-    """Return the error of four blocks, one layer dense, and why each site is dense."""
+    """Return the error of four blocks with one dense layer, and why each site is dense."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = nn.Sequential(*[Block(32) for _ in range(4)]).double()

@@ -1,4 +1,4 @@
-"""Failure is loud: no error in pass or backend, and no eager fallback, trains dense in silence."""
+"""Failure is loud: no error in a pass or backend, and no eager fallback, silently trains dense."""
 
 import pytest
 import torch
@@ -156,7 +156,7 @@ def test_layers_that_dynamo_runs_eagerly_are_named() -> None:
 
 def test_a_model_in_which_nothing_can_be_sparse_warns() -> None:
     class Functional(nn.Module):
-        """Its convolution takes a computed weight, outside of the layer."""
+        """Its convolution takes a computed weight, outside the layer."""
 
         def __init__(self) -> None:
             super().__init__()

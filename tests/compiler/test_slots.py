@@ -1,4 +1,4 @@
-"""Keep counts and the enumeration of a model's slots."""
+"""Keep counts, and the numbering of a model's slots."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class TestKeepCount:
         for channels in range(multiple, 2049, multiple):
             kept = keep_count(channels, rate, multiple)
             assert kept % multiple == 0
-            # The smallest is one multiple, however few channels were asked for.
+            # The smallest keep count is one multiple, however high the drop rate.
             wanted = max((1 - rate) * channels, multiple)
             assert abs(kept - wanted) <= multiple / 2
 
@@ -62,7 +62,7 @@ class TestKeepCount:
 
 
 def slots_of(model: nn.Module, **config) -> dict[str, int]:
-    """Channels of each slot by its name, in order."""
+    """Channels of each slot, by name, in order."""
     table = find_slots(model, SparsityConfig(**{"min_channels": 1, **config}))
     assert [slot.index for slot in table.slots] == list(range(len(table.slots)))
     return {slot.name: slot.channels for slot in table.slots}
@@ -71,7 +71,7 @@ def slots_of(model: nn.Module, **config) -> dict[str, int]:
 class Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Not in the order of use: slots follow `named_modules()`.
+        # Slots follow `named_modules()`, not the order of use.
         self.second = nn.Conv2d(channels, 2 * channels, 1)
         self.norm = nn.BatchNorm2d(channels)
         self.first = nn.Conv2d(3, channels, 3)

@@ -43,7 +43,7 @@ def images(number: int) -> list[dict[str, Tensor]]:
 
 
 class Rows(transformers.TrainerCallback):
-    """Notes how many rows of a weight have a gradient in each step."""
+    """Records how many rows of a weight have a gradient in each step."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -86,7 +86,7 @@ def test_a_run_and_its_continuation(tmp_path: Path) -> None:
     whole.train()
     assert scheduler.last_step == whole.state.global_step == 6
     assert [rows == WIDTH for rows in noted.rows] == [True, False] * 3
-    # Two batches are accumulated, each of which keeps a quarter of the channels.
+    # Two batches are accumulated; each keeps a quarter of the channels.
     assert all(rows <= 2 * WIDTH // 4 for rows in noted.rows[1::2])
 
     again = SparsityScheduler(bar(0.75, period=2))
@@ -105,7 +105,7 @@ def test_a_run_and_its_continuation(tmp_path: Path) -> None:
 def test_a_step_that_the_gradient_scaler_skips_is_none(tmp_path: Path) -> None:
     scheduler = SparsityScheduler(bar(0.75, period=2))
     run, _ = trainer(resnet(), scheduler, tmp_path, num_train_epochs=1, optim="adamw_torch")
-    # Accelerate has one on GPUs alone.
+    # Accelerate has one only on GPUs.
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     run.train_dataset[5]["pixel_values"][0, 0, 0] = torch.nan
     run.train()
@@ -116,5 +116,5 @@ def test_a_step_that_the_gradient_scaler_skips_is_none(tmp_path: Path) -> None:
 def test_it_wants_a_scheduler() -> None:
     from ssprop_fx.integrations.huggingface import SsPropCallback
 
-    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got bar"):
+    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got BarSchedule"):
         SsPropCallback(bar(0.75, period=2))

@@ -90,7 +90,7 @@ def test_a_run_and_its_continuation(tmp_path: Path) -> None:
     whole.fit(model, loader(6))
     assert scheduler.last_step == whole.global_step == 6
     assert [rows == CHANNELS for rows in model.rows] == [True, False] * 3
-    # Two batches are accumulated, each of which keeps a quarter of the channels.
+    # Two batches are accumulated; each keeps a quarter of the channels.
     assert all(rows <= 2 * CHANNELS // 4 for rows in model.rows[1::2])
 
     again = SparsityScheduler(bar(0.75, period=2))
@@ -127,5 +127,5 @@ def test_several_optimizers_step_it_once_a_batch(tmp_path: Path) -> None:
 def test_it_wants_a_scheduler() -> None:
     from ssprop_fx.integrations.lightning import SsPropCallback
 
-    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got bar"):
+    with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got BarSchedule"):
         SsPropCallback(bar(0.75, period=2))

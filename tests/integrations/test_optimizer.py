@@ -1,4 +1,4 @@
-"""freeze_dropped: what has no gradient stays, everything else moves as without it."""
+"""freeze_dropped: weights without a gradient stay, all others move as without the hook."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_dense_steps_are_what_they_were_and_a_handle_ends_it() -> None:
     weights = []
     for _ in range(2):
         backward(model)
-        # Dead at a dense step as well, and moved by weight decay.
+        # Dead channels: no gradient in a dense step either, but weight decay moves them.
         weight.grad[0] = 0
         weights.append(weight.detach().clone())
         optimizer.step()

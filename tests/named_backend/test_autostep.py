@@ -1,4 +1,4 @@
-"""Under the no-edit backend the schedule steps by itself, once for each step of an optimizer."""
+"""Under the no-edit backend the schedule steps by itself, once for each optimizer step."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_schedule_advances_with_the_optimizer() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     runs = []
     for step in range(6):
-        for _ in range(2):  # accumulated batches are of one step
+        for _ in range(2):  # accumulated batches count as one step
             loss(model_compiled(X)).backward()
         runs.append(sparse_runs(variant(model).backend))
         assert variant(model).scheduler.last_step == step
@@ -99,7 +99,7 @@ def test_several_optimizers_are_one_step() -> None:
             optimizer.step()
     optimizers[0].step()
     assert variant(model).scheduler.last_step == 3
-    # A second optimizer that alone goes on, leads on.
+    # If only the second optimizer goes on, the schedule follows it.
     loss(model_compiled(X)).backward()
     optimizers[2].step()
     assert variant(model).scheduler.last_step == 4

@@ -1,4 +1,4 @@
-"""Settings of the no-edit backend: options, environment, and what is wrong with them."""
+"""Settings of the no-edit backend: options, environment variables and their errors."""
 
 import pytest
 from torch import nn

@@ -112,7 +112,7 @@ def test_a_short_last_batch_is_sparse_and_right(backend: str) -> None:
 def test_models_that_share_compiled_code_have_settings_and_slots_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Dynamo compiles once for all models of a kind: guards do not tell their weights apart."""
+    """Dynamo compiles once for all models of a kind: guards do not distinguish their weights."""
 
     class Classified(nn.Module):
         def __init__(self, is_classifier: bool) -> None:
@@ -219,7 +219,7 @@ def test_a_backend_that_dynamo_never_calls_warns() -> None:
         [sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert "NoEffectWarning: 10 optimizer steps, and Dynamo has handed" in run.stderr
+    assert "NoEffectWarning: 10 optimizer steps were dense, because Dynamo has not" in run.stderr
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_a_model_inside_another_compiled_function_is_dense_and_warns(fullgraph: 
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["64"] * 10
-    assert "NoEffectWarning: 10 optimizer steps, and Dynamo has handed" in run.stderr
+    assert "NoEffectWarning: 10 optimizer steps were dense, because Dynamo has not" in run.stderr
 
 
 def test_report_of_a_model_that_was_never_compiled() -> None:

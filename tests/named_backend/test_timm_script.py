@@ -1,6 +1,6 @@
-"""What timm's train.py does with `--torchcompile ssprop`: its calls, in their order, on few images.
+"""The calls of timm's train.py with `--torchcompile ssprop`, in their order, on few images.
 
-A stand-in: the script is in timm's repository, and not in its package.
+This stands in for the script, which is in timm's repository but not in its package.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def test_a_run(is_scaled: bool, accumulation: int) -> None:
     optimizer = create_optimizer_v2(original, opt="lookahead_adamw", lr=1e-3, weight_decay=0.05)
     scaler = NativeScaler(device="cpu") if is_scaled else None
     if scaler is not None:
-        # The usual first scale skips steps.
+        # The default first scale skips steps.
         scaler._scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     ema = ModelEmaV3(original, decay=0.5)
     model = torch.compile(original, backend="ssprop", mode=None)

@@ -1,4 +1,4 @@
-"""Constant keep counts: when they are used, and that the gradients are those read at run time."""
+"""Constant keep counts: when they are used, and that they do not change the gradients."""
 
 import copy
 

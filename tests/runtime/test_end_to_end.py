@@ -107,7 +107,7 @@ class Branches(nn.Module):
 def test_layers_keep_their_slots_through_graph_breaks_and_repeated_calls() -> None:
     model = Branches().double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    # The functional call with a computed weight is of no layer, so it stays dense.
+    # The functional call with a computed weight belongs to no layer, so it stays dense.
     expected = oracle_gradients(model, x, 0.6, everywhere, loss)
     scheduler = SparsityScheduler(constant(0.6))
     compiled = ssprop_compile(model, scheduler, config=EXACT, backend="aot_eager")
@@ -190,7 +190,7 @@ def test_gradients_accumulate_and_two_forwards_precede_two_backwards() -> None:
     compiled = ssprop_compile(model, scheduler, config=EXACT, backend="aot_eager")
     expected = [oracle_gradients(model, data, 0.5, everywhere, loss) for data in (x, y)]
     first, second = loss(compiled(x)), loss(compiled(y))
-    # The keep counts are those of the forward, whatever the scheduler has done since.
+    # The keep counts are the forward's, whatever the scheduler has done since.
     scheduler.schedule = constant(0.9)
     scheduler.step()
     first.backward()
@@ -214,7 +214,7 @@ def test_frozen_layers_and_inputs_without_gradient() -> None:
 
 
 def test_bfloat16_autocast_is_as_close_as_dense_bfloat16() -> None:
-    """Against float64; selection in bfloat16 may pick another channel of two near-equal ones."""
+    """Against float64. When scores nearly tie, bfloat16 may select another channel."""
     torch.manual_seed(0)
     model = small_net(64)
     x = torch.randn(8, 3, 16, 16)

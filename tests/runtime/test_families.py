@@ -29,9 +29,9 @@ FAMILIES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_float32_gradients_under_inductor(name: str) -> None:
-    """Half of the gradients within 1e-5 of float64, nine tenths within 1e-3.
+    """Half of the gradients are within 1e-5 of float64, nine tenths within 1e-3.
 
-    Not all, because of two channels with nearly equal scores float32 may keep the other one.
+    Not all are: when scores nearly tie, float32 may keep another channel.
     """
     model, inputs = build(name)
     exact = oracle_gradients(model, inputs, 0.8, takes_part, loss)

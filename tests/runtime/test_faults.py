@@ -1,4 +1,4 @@
-"""Never dense without a word: every fault of the list, by every way to compile a model."""
+"""Never silently dense: every fault in the list, with every way to compile a model."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ ENTRIES = ("ssprop_compile", "no edit")
 
 
 class Boom(BaseException):
-    """Such as KeyboardInterrupt, which a test must not raise: nobody's to catch."""
+    """Stands for KeyboardInterrupt, which a test must not raise: nobody may catch it."""
 
 
 def make(entry: str, model: nn.Module, backend: str = "aot_eager", **options: object) -> nn.Module:
@@ -57,7 +57,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def is_named(error: BaseException) -> str:
-    """Say what the user sees, in the words of the table."""
+    """Return what the user sees, in the words of the table."""
     if isinstance(error, SsPropCompileError):
         return OURS
     if isinstance(error, BackendCompilerFailed) and "SsPropCompileError: " in str(error):
@@ -81,7 +81,7 @@ CELLS = [
 
 
 def check_cell(errors: Sequence[BaseException], place: Place, entry: str, suppress: bool) -> None:
-    """Check what the user sees of these exceptions in one cell of the table."""
+    """Check what the user sees for these exceptions in one cell of the table."""
     expected = place.sees if entry == "ssprop_compile" else place.sees_no_edit
     if suppress:
         expected = OURS
@@ -114,7 +114,7 @@ def check_cell(errors: Sequence[BaseException], place: Place, entry: str, suppre
 @pytest.mark.parametrize(
     ("number", "cell"),
     [
-        # The dense form's forward is compiled in earnest.
+        # Really compile the forward of the dense form.
         pytest.param(
             number,
             cell,
@@ -135,9 +135,9 @@ def test_every_exception_reaches_the_user(place: Place, entry: str, suppress: bo
 
 
 def outcomes(situation: Situation, entry: str) -> list[str]:
-    """What two steps in a situation come to, in the words of the table."""
+    """What the user sees in two steps in a situation, in the words of the table."""
     model = situation.model()
-    # Static shapes: another batch size is to compile anew.
+    # Static shapes, so that another batch size recompiles.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         call = make(entry, model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -180,13 +180,13 @@ def test_a_dense_step_is_not_silent(situation: Situation, entry: str) -> None:
         assert (first, second) in ((WARNING, SILENT), (SPARSE, SPARSE))
     else:
         assert first == expected
-        # Once is enough.
+        # One warning is enough.
         assert second == (first if first != WARNING else SILENT)
 
 
 def test_the_tables_of_the_documentation_are_the_lists() -> None:
     page = ROOT / "docs" / "trust.md"
-    assert tables() in page.read_text(), "python tests/support/faults.py prints them anew"
+    assert tables() in page.read_text(), "python tests/support/faults.py prints the new tables"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -251,7 +251,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_python_number_that_cannot_be_a_tensor_is_no_failure(entry: str) -> None:
-    """Its restart of the trace goes to Dynamo, not to the user."""
+    """Dynamo gets the request to trace again, not the user."""
     model = Scaled()
     call = make(entry, model)
     for scale in (1.5, 2.5, 3.5):

@@ -1,4 +1,4 @@
-"""Every feature of torch's compiler in the list, by both ways to compile a model, on the oracle."""
+"""Every compiler feature in the list, with both ways to compile a model, against the oracle."""
 
 from collections.abc import Callable
 
@@ -75,7 +75,7 @@ def test_it_works_or_says_so(feature: Feature, entry: str) -> None:
         pytest.skip("torch 2.11 has no config.inline_invoke_subgraph")
     sees = feature.sees_no_edit if entry == "no edit" and feature.sees_no_edit else feature.sees
     if sees.startswith(("dense", "as without")):
-        # That it is dense, and the warning, is shown of a script by test_plugin.py.
+        # test_plugin.py runs a script that is dense and gives the warning.
         pytest.skip("no graph reaches the no-edit backend")
     if errors := [error for name, error in ERRORS.items() if name in sees.split(",")[0]]:
         call = feature.compile(lambda module: make(entry, module), Net(feature.call))
@@ -110,7 +110,7 @@ def test_the_intricate_ones_work_under_inductor(feature: Feature) -> None:
 
 def test_the_table_of_the_documentation_is_the_list() -> None:
     page = ROOT / "docs" / "trust.md"
-    assert table() in page.read_text(), "python tests/support/features.py prints it anew"
+    assert table() in page.read_text(), "python tests/support/features.py prints the new table"
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def error_of(name: str, drop_rate: float, backend: str) -> float:
 
 
 CASES = [
-    # The slower models and the lower rate among the slow tests.
+    # The slower models and the lower rate are slow tests.
     pytest.param(name, rate, marks=pytest.mark.slow if name in SLOWER or rate < 0.8 else ())
     for name in MODELS
     for rate in (0.5, 0.8)

@@ -1,4 +1,4 @@
-"""What `ssprop_compile` returns: stands for the model, as what `torch.compile` returns does."""
+"""What `ssprop_compile` returns stands in for the model, as with `torch.compile`."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ EXACT = SparsityConfig(channel_multiple=1)
 
 
 class Net(nn.Module):
-    """Two convolutions, batch norm and dropout: what differs between train and eval."""
+    """Two convolutions, and layers that differ between train and eval: batch norm and dropout."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ def kept_rows(conv: nn.Module) -> int:
 
 
 def outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output of one call, every gradient that it leads to, and the buffers after it."""
+    """Output of one call, all its gradients, and the buffers after it."""
     model.zero_grad()
-    # The same dropout mask in each of the models that are compared.
+    # The same dropout mask in all models that are compared.
     torch.manual_seed(1)
     output = model(x)
     found = {"output": output.detach()}
@@ -230,7 +230,7 @@ class TestInPlace:
 
 
 class TestDense:
-    """Where nothing is to be left out, it is torch.compile of the model, bit for bit."""
+    """If nothing is left out, results equal torch.compile of the model bit for bit."""
 
     def check(self, wrap: Callable[[nn.Module], nn.Module], mode: bool, x: Tensor) -> None:
         model = Net().train(mode)
@@ -272,7 +272,7 @@ class TestDense:
         found = outcome(compiled(model), x)
         for name in ("output", *(f"_orig_mod.{name}" for name, _ in model.named_buffers())):
             assert torch.equal(found[name], expected[name])
-        # And so far as its gradients do not come through a sparse site, those too.
+        # Gradients that do not pass through a sparse site are equal, too.
         for name in ("_orig_mod.head.weight", "_orig_mod.head.bias"):
             assert torch.equal(found[name], expected[name])
 
@@ -290,7 +290,7 @@ class TestCopies:
         assert other.ssprop.keep_counts.tolist() == [16, 32]
         other(images()).sum().backward()
         assert (kept_rows(other.first), kept_rows(other.second)) == (16, 32)
-        # It is a copy: its parameters are its own.
+        # The copy has its own parameters.
         assert all(p.grad is None for p in model.parameters())
 
     def test_deepcopy_of_a_model_that_has_run(self):
@@ -374,7 +374,7 @@ class TestSchedulers:
         scheduler.load_state_dict({"last_step": 2})
         first(images()).sum().backward()
         second = ssprop_compile(Net(64), scheduler, config=EXACT, backend="aot_eager")
-        # The first must read its keep counts from where they are now.
+        # The first model must read its keep counts from their new place.
         scheduler.schedule = constant(0.75)
         scheduler.step()
         for model, rows in ((first, [8, 16]), (second, [16, 32])):
@@ -404,7 +404,7 @@ class TestNoEffect:
 
     def test_a_model_whose_sites_are_all_left_dense_warns_once(self):
         class Borrowing(nn.Module):
-            """Its convolution takes a computed weight, outside of the layer."""
+            """Its convolution takes a computed weight, outside the layer."""
 
             def __init__(self):
                 super().__init__()
@@ -417,7 +417,7 @@ class TestNoEffect:
         x = torch.randn(2, 32, 8, 8)
         with pytest.warns(NoEffectWarning, match="no site .* made sparse.*: its module owns no"):
             model(x).sum().backward()
-        # NoEffectWarning is an error in the tests: a second one would raise.
+        # NoEffectWarning is an error in tests, so a second one would raise.
         model(x).sum().backward()
         assert [site.reason for site in report(model).sites] == [
             "its module owns no weight of this kind"

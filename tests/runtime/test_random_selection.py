@@ -1,4 +1,4 @@
-"""Random numbers drawn inside a compiled backward: those of the seed, and new ones each time."""
+"""Random numbers in a compiled backward: they follow the seed, and are new each time."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ssprop_fx.runtime.module import SsPropModule
 
 
 class Net(nn.Module):
-    """Dropout inside and outside an activation checkpoint; what `last` sees is its output."""
+    """Dropout inside and outside an activation checkpoint; `last` gets its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_numbers_are_those_of_the_seed_and_new_in_each_step(select: str, backend
     for index, one in enumerate([first, *others[1:]]):
         assert not any(equal(one, other) for other in others[1:][index:])
         assert len(kept(one[2])) == 4
-    # A process that compiles later, from the cache or not, draws the same.
+    # A process that compiles later, from the cache or not, draws the same numbers.
     torch._dynamo.reset()
     again = compiled_net(select, backend)
     again.load_state_dict(model.state_dict())
@@ -82,6 +82,6 @@ def test_each_backward_has_its_own_and_recomputed_dropout_is_that_of_the_forward
         rows = kept(gradient)
         assert len(rows) == 4
         chosen.add(tuple(rows))
-        # grad_output is 1, and the weight the unit matrix.
+        # grad_output is 1, and the weight is the unit matrix.
         torch.testing.assert_close(gradient[rows], output.detach().sum(0).expand(4, -1))
     assert len(chosen) > 1

@@ -1,4 +1,4 @@
-"""Selection shared by several ranks: equal to one process that has the whole batch."""
+"""Selection shared by several ranks equals one process with the whole batch."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_ranks_that_disagree_say_so(two_ranks):
         assert "drop rates from 0.5 to 0.6" in error
     assert "this one is at step 1" in first_steps
     assert "over all ranks steps are from 0 to 1 and drop rates from 0 to 0.6" in first_steps
-    # Its keep counts are as agreed on: it is the other one that is ahead.
+    # Its keep counts are still the agreed ones: the other rank is ahead.
     assert second_steps == ""
 
 
@@ -85,7 +85,7 @@ def test_two_ranks_of_any_kind_are_one_process(two_slow_ranks, case):
 
 
 def _assert_packed(ranks, case, is_exact):
-    """The hook's gradients are the plain ones, whole, and rows that no rank keeps are not sent."""
+    """The hook gives the same whole gradients, and does not send rows that no rank keeps."""
     for rank in ranks:
         packed, plain, (dense, *sparse) = rank[case]
         for left, right in zip(packed, plain, strict=True):
@@ -98,7 +98,7 @@ def _assert_packed(ranks, case, is_exact):
             for left, right in zip(packed, ranks[0][case][0], strict=True)
             for name in left
         )
-        # Of ranks that keep their own, what any of them keeps.
+        # If ranks keep their own channels, every channel that some rank keeps.
         assert max(sparse) < (0.8 if case == "kept rows, own" else 0.5)
         assert 0.8 < dense < 1.02
 
@@ -112,7 +112,7 @@ def test_kept_rows_are_all_that_is_sent(two_slow_ranks, case):
 def _assert_drawn_for_all(ranks, case):
     first, *others = (rank[case] for rank in ranks)
     kept = [step["head.layers.0.weight"].any(1) for step in first]
-    # A channel that is drawn may have a gradient of zero.
+    # A drawn channel may have a gradient of zero.
     assert all(0 < int(rows.sum()) <= 16 for rows in kept)
     assert not torch.equal(kept[0], kept[1])
     for other in others:
@@ -143,7 +143,7 @@ def test_what_is_drawn_is_drawn_for_all_of_four_ranks(four_ranks, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PACKED)
 def test_kept_rows_are_all_that_four_ranks_send(four_ranks, case):
-    # Of more than two numbers the sum depends on their order, unless no rounding takes place.
+    # The sum of more than two numbers depends on their order, unless nothing is rounded.
     _assert_packed(four_ranks, case, is_exact=case == "kept rows, rounded")
 
 

@@ -1,4 +1,4 @@
-"""What training scripts do to a model, with sparse back-propagation on."""
+"""What training scripts do with a model, under sparse back-propagation."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_activation_checkpointing(name: str) -> None:
     compiled = compiled_at(model, 0.6)
     x.requires_grad_()
     loss(torch.compile(model, backend="aot_eager")(x)).backward()
-    # torch 2.11 itself is off by 2e-10 at the position embedding of test_vit, dense.
+    # Dense torch 2.11 itself is off by 2e-10 at the position embedding of test_vit.
     own = relative_error(gradients(model, x), eager)
     model.zero_grad()
     x.grad = None
@@ -117,7 +117,7 @@ class ScaledChannels(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOW_PRECISION)
 def test_autocast_is_as_close_as_dense_autocast(name: str, dtype: torch.dtype) -> None:
-    """Within twice the error that dense autocast itself has against float64."""
+    """Within twice the error of dense autocast against float64."""
     make, shape = LAYERS[name]
     x = torch.randn((8, *shape[1:]))
     layer = make()

@@ -1,4 +1,4 @@
-"""Controllers: the arithmetic on layers made up, and real steps."""
+"""Controllers: arithmetic on invented layers, and real steps."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def seen(kept: float, flops: float, aimed: float | None = None, **told: float) -
     [
         lambda f: f,
         lambda f: f**0.2,
-        # Dead channels, and the others alike.
+        # Some channels are dead, the others alike.
         lambda f: min(f / 0.6, 1.0),
         lambda f: 0.3 * f + 0.7 * min(f / 0.4, 1.0),
     ],
@@ -91,7 +91,7 @@ def test_a_budget_is_spent_and_no_more(controller: type[Controller]) -> None:
 
     assert cost(free) > 0.5 >= cost(bound) > 0.48
     assert controller(target, budget=1).decide(layers, rest=0.2) == free
-    # Nothing is affordable: next to nothing is kept.
+    # The budget allows nothing: almost nothing is kept.
     assert min(controller(target, budget=0.1).decide(layers, rest=0.2).values()) > 0.99
 
 
@@ -99,7 +99,7 @@ def test_a_layer_that_keeps_all_tells_nothing_and_is_let_go() -> None:
     layers = {"a": seen(kept=1.0, flops=1.0, kept_mass=1.0, error=0.0)}
     assert 0 < KeptMass(0.9).decide(layers, rest=0)["a"] < 0.1
     assert 0 < AddedError(0.25).decide(layers, rest=0)["a"] < 0.2
-    # Nor does a mass that is all or nothing end in an error.
+    # A kept mass of 0 or 1 is not an error either.
     for mass in (0.0, 1.0):
         rates = KeptMass(0.9).decide({"a": seen(kept=0.5, flops=1.0, kept_mass=mass)}, rest=0)
         assert 0 <= rates["a"] < 1
@@ -142,7 +142,7 @@ def compile_model(
 
 
 def train(model: SsPropModule, start: int, steps: int, size: int = 0) -> tuple[list, list]:
-    """Return mean kept mass, and share of the backward's FLOPs computed, of each sparse step."""
+    """Return for each sparse step the mean kept mass and the share of backward FLOPs computed."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     if size:
@@ -195,7 +195,7 @@ def test_dense_phases_stay_dense_and_rates_of_layers_stay() -> None:
 @pytest.mark.parametrize("loads_first", [True, False])
 @pytest.mark.parametrize("at", [9, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(at: int, loads_first: bool) -> None:
-    """Between a backward that is told of and the decision on it, and else."""
+    """At any step, even between a backward and the decision that uses its telemetry."""
 
     def new() -> SparsityScheduler:
         return SparsityScheduler(constant(0.5), KeptMass(0.7, every=5))
@@ -227,7 +227,7 @@ def test_the_trainers_flags_make_a_controller() -> None:
         config = TrainConfig(**flags)
         scheduler = create_state(config, mlp(), steps_per_epoch=10).scheduler
         assert scheduler.controller == controller
-        # It goes by what the backwards tell.
+        # A controller decides from telemetry.
         assert sparsity_config(config).telemetry == (controller is not None)
 
 
@@ -269,7 +269,7 @@ def test_a_real_model_holds_its_target_within_its_budget(
         assert held == pytest.approx([controller.target] * 10, rel=0.05)
     else:
         assert max(costs[20:]) <= controller.budget
-        # As much as is allowed, but for the rounding of keep counts.
+        # As much as the budget allows, except for the rounding of keep counts.
         assert fmean(costs[60:]) > 0.9 * controller.budget
         assert max(held) < controller.target
     assert len(model.ssprop.backend.graphs) == 1

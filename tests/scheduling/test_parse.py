@@ -78,7 +78,7 @@ def test_wrong_text_gives_one_line_that_says_what_is_right(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bar:rate=0.8,period=2ep", "period=2ep is in epochs, whose length is not known here"),
+        ("bar:rate=0.8,period=2ep", "period=2ep is in epochs, but steps per epoch are not known"),
         ("bar:rate=0.8,period=two", "period must be a whole number of steps, got 'two'"),
         ("bar:rate=0.8", "right would be bar:rate=0.8,period=2000"),
         ("linea", "did you mean linear:start=0,end=0.8,steps=10000"),

@@ -52,7 +52,7 @@ def test_the_first_pattern_that_matches_counts() -> None:
     [
         ({"layer3.*": 0.5}, "the pattern 'layer3.*', which matches no convolution or linear layer"),
         ({"*": 0.5, "layer1": 0}, "the pattern 'layer1', which matches no convolution or linear"),
-        ({"layer*": 0.5, "layer2.*": 0.9}, "'layer2.*' behind others that match all of its layers"),
+        ({"layer*": 0.5, "layer2.*": 0.9}, "'layer2.*' after others that match all of its layers"),
     ],
 )
 def test_a_pattern_without_a_layer_is_an_error(rates: dict, message: str) -> None:
@@ -139,7 +139,7 @@ def test_a_share_of_the_flops_is_that_of_the_sparse_gradients() -> None:
         inspect_sites(model, torch.empty(1, 4, 4, 4), config=config(gradients=gradients))
         for gradients in ("both", "weight", "input")
     )
-    # The first layer computes no input gradient, so that its products are all of the weight's.
+    # The first layer computes no input gradient: all its products are for the weight gradient.
     per_gradient = {"0": 2 * 16 * 32 * 4, "1": 2 * 16 * 32 * 32}
     total = per_gradient["0"] + 2 * per_gradient["1"]
     assert both.backward_flops == weight.backward_flops == input_.backward_flops == total

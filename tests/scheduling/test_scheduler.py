@@ -76,7 +76,7 @@ class TestKeepCounts:
             scheduler.step()
 
     def test_steps_write_in_place(self):
-        """A compiled step that holds the tensor sees the counts of every later step."""
+        """A compiled step that holds the tensor sees the keep counts of all later steps."""
         scheduler = SparsityScheduler(bar(0.5, period=2))
         counts = scheduler.register([32, 64], multiple=1)
         held, part = scheduler.keep_counts, counts.tensor
@@ -163,7 +163,7 @@ class TestState:
         assert other_counts.tensor.tolist() == [16, 32]
         other.step()
         assert other_counts.tensor.tolist() == [32, 64]
-        # The original has not moved.
+        # The original has not changed.
         assert (scheduler.last_step, counts.tensor.tolist()) == (1, [16, 32])
 
 

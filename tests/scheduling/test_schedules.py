@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, and against those of the published code."""
+"""Schedules against their closed forms, and against the published code's schedules."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ from ssprop_fx import (
     warmup,
 )
 
-# What rounding leaves of 1 - (p - (p - m) x) against (1 - p) + (p - m) x, for values below 1.
+# Rounding error between 1 - (p - (p - m) x) and (1 - p) + (p - m) x, for values below 1.
 ROUNDING = 4 * math.ulp(1.0)
 
 EXAMPLES = [
@@ -32,7 +32,7 @@ EXAMPLES = [
 
 
 def rates(schedule: Callable[[int], float], steps: int) -> list[float]:
-    """The drop rates that a scheduler goes through, step by step."""
+    """The drop rates of a scheduler, step by step."""
     scheduler = SparsityScheduler(schedule)
     found = [scheduler.drop_rate]
     for _ in range(steps - 1):
@@ -65,7 +65,7 @@ class TestClosedForms:
     def test_cosine_is_half_a_wave_to_its_end(self, start, end, steps):
         schedule = cosine(start, end, steps=steps)
         for step in range(steps + 1):
-            # The half-angle form, so that the test is not the code over again.
+            # The half-angle form, so that the test does not repeat the code.
             expected = start + (end - start) * math.sin(math.pi * step / steps / 2) ** 2
             assert schedule(step) == pytest.approx(expected, rel=0, abs=ROUNDING)
         assert (schedule(0), schedule(steps), schedule(1000 * steps)) == (start, end, end)
@@ -154,7 +154,7 @@ class TestPublishedSchedulesByEpoch:
 
     @pytest.mark.parametrize("dense", [1, 2, 5])
     def test_dense_epochs_in_front_of_a_ramp(self, dense):
-        """The published ramp goes on counting during the dense epochs, and so enters half way."""
+        """The published ramp also counts the dense epochs, so it starts part of the way up."""
         p, m, epochs = 0.9, 0.2, 12
 
         def keep(e):

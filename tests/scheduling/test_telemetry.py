@@ -1,4 +1,4 @@
-"""What sparse backwards tell of themselves, against numbers computed from dense gradients."""
+"""Telemetry of sparse backwards against numbers computed from dense gradients."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def expected_last(model: nn.Module, x: Tensor, weight: float = 1.0) -> SiteTelemetry:
-    """What the last layer is to tell at drop rate 0.5: only its gradient is dense."""
+    """Expected telemetry of the last layer at drop rate 0.5; only its output gradient is dense."""
     output = model(x)
     (grad,) = torch.autograd.grad(loss(output), output)
     grad = grad.flatten(0, -2)
@@ -113,7 +113,7 @@ def test_of_two_forwards_before_two_backwards_the_last_backward_tells() -> None:
     losses = [loss(compiled(first)), loss(compiled(second))]
     losses[1].backward()
     assert_close(scheduler.telemetry()["5"], expected_last(model, second))
-    # The memory, which is part of what is chosen from, is no longer empty.
+    # The memory, from which channels are also chosen, is no longer empty.
     compiled.ssprop.memory.reset()
     losses[0].backward()
     assert scheduler.telemetry()["5"].grad_norm != expected_last(model, second).grad_norm
@@ -146,7 +146,7 @@ def test_blocks_behind_a_graph_break_tell_of_themselves() -> None:
     assert len(compiled.ssprop.backend.instances) < 6, "one graph serves several blocks"
     assert len({site.grad_norm for site in told.values()}) == 6
 
-    # Of the block in the middle, when all behind it is dense.
+    # The block in the middle, with everything after it dense.
     scheduler.step()
     with torch.no_grad():
         inner = model[0](x)

@@ -1,7 +1,7 @@
-"""What the tests of the compile cache run, each time in a process of its own.
+"""Cases for tests of the compile cache, each time in a new process.
 
-As a script it takes names of cases, trains each for two steps, and prints what came of them.
-`--meet FOLDER COUNT` first: wait in front of the first case until so many processes are there.
+As a script it takes names of cases, trains each for two steps, and prints the results.
+`--meet FOLDER COUNT` before them: wait before the first case until COUNT processes are ready.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, sspro
 
 
 class Net(nn.Module):
-    """Two layers of equal shapes, which run in this order whatever the order of their slots."""
+    """Two layers of equal shapes; they run in this order, whatever the order of their slots."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Case:
     """A model and its configuration.
 
     Attributes:
-        model: makes it.
-        config: fields of SparsityConfig other than those of the first case.
+        model: makes the model.
+        config: fields of SparsityConfig that differ from the first case.
         rate: the drop rate.
-        factor: of all its weights.
-        shares: the case that leaves in the cache what this one may use; empty for none.
+        factor: multiplies all weights.
+        shares: the case whose cache entry this case may use; empty for none.
     """
 
     model: Callable[[], Net] = Net
@@ -63,7 +63,7 @@ class Case:
 RATES = {"rates": {"second": 0.75}}
 CASES = {
     "plain": Case(),
-    # What the compiled code does not depend on.
+    # The compiled code does not depend on these.
     "another rate": Case(rate=0.75, shares="plain"),
     "another multiple": Case(config={"channel_multiple": 4}, rate=0.75, shares="plain"),
     "rates by layer": Case(config=RATES, shares="plain"),
@@ -79,10 +79,10 @@ CASES = {
     "constants": Case(config={"specialize": True}),
     "other constants": Case(config={"specialize": True}, rate=0.75),
     "filter": Case(config={"filter_fn": lambda module, name: name != "first"}),
-    # The slots: the same graph, whose layers have other ones.
+    # The slots: the same graph, but its layers have other slots.
     "swapped slots": Case(lambda: Net("second first"), RATES),
     "later slots": Case(lambda: Net("unused first second"), RATES),
-    # The model: shapes and layers stay.
+    # The model: shapes and layers do not change.
     "activation": Case(lambda: Net(activation=torch.relu)),
     "dilation": Case(lambda: Net(dilation=2)),
     "factor": Case(lambda: Net(factor=2.0)),
@@ -90,14 +90,14 @@ CASES = {
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Train a case for two steps; say what the compiler did, and digests of all gradients."""
+    """Train a case for two steps; return what the compiler did, and digests of all gradients."""
     runs: list[int] = []
     transform = SparseBackwardPass.transform
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = case.model()
     torch.manual_seed(0)
-    # By name: the cases have the same weights, whatever the order of their layers.
+    # By name, so that all cases have the same weights, whatever the order of their layers.
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             parameter.copy_(case.factor * (torch.rand(parameter.shape) - 0.5))

@@ -1,7 +1,7 @@
 """What can go wrong between the user and a sparse step, and what the user then sees.
 
-The tests of faults run every entry of these lists, and the tables of docs/trust.md are made of
-them: `python tests/support/faults.py` prints them.
+The tests of faults run every entry of these lists. The tables of docs/trust.md are generated from
+them: `python tests/support/faults.py` prints the tables.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 OPERATOR = torch.ops.aten.nonzero.default
 
-# Some of them make Dynamo run eagerly, some start a new attempt, some are an error anyway.
+# Some make Dynamo run eagerly, some start a new attempt, some are an error anyway.
 EXCEPTIONS: tuple[Exception, ...] = (
     DataDependentOutputException(OPERATOR),
     DynamicOutputShapeException(OPERATOR),
@@ -48,9 +48,9 @@ EXCEPTIONS: tuple[Exception, ...] = (
 OURS = "`SsPropCompileError`"
 WRAPPED = "`BackendCompilerFailed` that names `SsPropCompileError`"
 WARNING = "`NoEffectWarning`"
-# Which of the two, torch says by what it has met of the same code before.
+# Which of the two depends on what torch has seen of the same code before.
 WARNING_FIRST = "`NoEffectWarning` or sparse, then sparse"
-# Code that it has compiled by AOT eager, and dense, it goes on to use.
+# Torch still uses code that it has already compiled with AOT eager, and dense.
 WARNING_STAYS = "`NoEffectWarning` or sparse"
 SPARSE = "sparse"
 
@@ -59,15 +59,15 @@ Fail = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere that an exception can come from.
+    """A place from which an exception can come.
 
     Attributes:
-        text: what the table calls it.
-        inject: puts a function that raises there.
+        text: its name in the table.
+        inject: puts a function that raises in this place.
         backend: `"inductor"` or `"aot_eager"`.
-        sees: what the user of `ssprop_compile` sees; empty if the place is not in its way.
+        sees: what the user of `ssprop_compile` sees; empty if `ssprop_compile` does not use it.
         sees_no_edit: what the user of `torch.compile(backend="ssprop")` sees.
-        options: Inductor's.
+        options: makes Inductor's options.
     """
 
     text: str
@@ -83,7 +83,7 @@ def replace(target: str) -> Callable[[pytest.MonkeyPatch, Fail], None]:
 
 
 def fail_in_inner_compile(is_backward: bool) -> Callable[[pytest.MonkeyPatch, Fail], None]:
-    """Let Inductor run the graph as it is, or fail, in place of making code."""
+    """Let Inductor run the graph as it is, or fail, instead of generating code."""
 
     def inject(patch: pytest.MonkeyPatch, fail: Fail) -> None:
         def inner(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,7 @@ PLACES = (
 
 
 class TwoGraphs(nn.Module):
-    """Two graphs, the second of which depends on `mode` besides."""
+    """Two graphs; the second one also depends on `mode`."""
 
     mode = "plain"
 
@@ -159,14 +159,14 @@ class Disabled(nn.Module):
 
 @dataclass(frozen=True)
 class Situation:
-    """Something that keeps Dynamo from running the sparse graph, with no exception in our code.
+    """A situation that keeps Dynamo from running the sparse graph, without an exception of ours.
 
     Attributes:
-        text: what the table calls it.
-        enter: a context that makes it so, for a model that has made a sparse step already.
-        sees: what the user of `ssprop_compile` sees in the two steps after it.
+        text: its name in the table.
+        enter: a context that creates it, for a model that has already made a sparse step.
+        sees: what the user of `ssprop_compile` sees in the next two steps.
         sees_no_edit: what the user of `torch.compile(backend="ssprop")` sees.
-        batch: size of the batch of these two steps; that of the step before is 2.
+        batch: batch size of these two steps; the step before has 2.
         model: makes the model.
     """
 

@@ -1,6 +1,6 @@
-"""What else torch's compiler does, and what sparse back-propagation makes of it.
+"""Features of torch's compiler, and what they do under sparse back-propagation.
 
-The tests of features run every entry, and a table of docs/trust.md is made of them:
+The tests of features run every entry. A table of docs/trust.md is generated from them:
 `python tests/support/features.py` prints it.
 """
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 
 RIGHT = "the gradients of the oracle"
 
-# Compiles a model for sparse training, by one of the two ways.
+# Compiles a model for sparse training, in one of the two ways.
 Make = Callable[..., Callable[..., Tensor]]
 
 
@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        # No loop: at a graph break in one, Dynamo runs all of it eagerly.
+        # Not a loop: Dynamo runs a whole loop eagerly if it has a graph break.
         first, second, third = self.blocks
         call = self.call or (lambda block, x: block(x))
         return call(third, call(second, call(first, self.stem(x))))
@@ -54,15 +54,14 @@ class Feature:
     """A feature of torch's compiler.
 
     Attributes:
-        text: what the table calls it.
-        compile: makes a model callable, with the feature in use; the blocks of the model may be
-            changed in place.
-        sees: what comes of it.
-        sees_no_edit: what comes of it with `torch.compile(backend="ssprop")`, where that differs.
-        call: how the model is to call its blocks.
-        context: that of forward and backward.
+        text: its name in the table.
+        compile: makes a model callable with the feature in use; may change blocks in place.
+        sees: the result with `ssprop_compile`.
+        sees_no_edit: the result with `torch.compile(backend="ssprop")`; empty if it is the same.
+        call: how the model calls its blocks.
+        context: the context of forward and backward.
         dense: names of the layers that stay dense.
-        match: what the error or warning says.
+        match: a pattern that the error or warning matches.
     """
 
     text: str
@@ -86,7 +85,7 @@ def selectively(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def each_block(make: Make, model: nn.Module) -> nn.Module:
-    """Regional compilation: the blocks alone, in a loop."""
+    """Regional compilation: only the blocks, in a loop."""
     for number, block in enumerate(model.blocks):
         model.blocks[number] = make(block)
     return model
@@ -145,14 +144,14 @@ FEATURES = (
     Feature(
         "the compiled model inside another `torch.compile`",
         inside_another,
-        sees_no_edit="dense: the outer compiler takes it for its own; `NoEffectWarning` after 10"
-        " optimizer steps",
+        sees_no_edit="dense: the outer backend compiles it; `NoEffectWarning` after 10 optimizer"
+        " steps",
         dense=(),
     ),
     Feature(
         "the same with `fullgraph=True`",
         partial(inside_another, fullgraph=True),
-        "torch's `Unsupported`, which says that it is compiled already",
+        "torch's `Unsupported`, which says that the model is already compiled",
         sees_no_edit="as without `fullgraph=True`",
         match="ssprop_compile has compiled it already",
     ),

@@ -1,10 +1,10 @@
-"""Lower a compiled step for a GPU that is not there: to the code of both graphs, never run.
+"""Lower a compiled step for a GPU without having one: generate the code of both graphs, unrun.
 
-What Inductor makes of a graph depends on its fake tensors alone. So the joint graph is captured on
-the CPU, and its tensors, but for the keep counts, are said to be of a GPU before the passes run.
-What Inductor asks a driver is answered here, for an H100.
+Inductor's code for a graph depends only on its fake tensors. So the joint graph is captured on the
+CPU, and all its tensors except the keep counts move to a fake GPU before the passes run. This file
+answers Inductor's questions to the driver as an H100 would.
 
-Private torch: all that this replaces.
+Private torch: everything that this file replaces.
 """
 
 import contextlib
@@ -51,13 +51,13 @@ H100 = SimpleNamespace(
 
 @dataclass
 class Lowered:
-    """What was made of a step.
+    """The lowered code of a step.
 
     Attributes:
         graphs: code of the forward and of the backward.
-        devices: of the tensors that each of them takes.
+        devices: devices of the tensors that each graph takes.
         kernels: name and source of each Triton kernel.
-        written: shape and dtype of each tensor that kernels of each graph write.
+        written: for each graph, shape and dtype of each tensor that its kernels write.
     """
 
     graphs: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Lowered:
 
 
 class _ToGpu(CustomGraphPass):
-    """Says that the tensors of a joint graph are of a GPU, but for the keep counts."""
+    """Moves the tensors of a joint graph, except the keep counts, to a fake GPU."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -113,13 +113,13 @@ class _Driver:
 def lower(
     model: nn.Module, x: Tensor, config: SparsityConfig | None, autocast: bool = True
 ) -> Lowered:
-    """Lower a training step of a model; dense without a configuration.
+    """Lower a training step of a model.
 
     Args:
         model: the model, on the CPU.
         x: its input, on the CPU.
-        config: of the sparse step, at a drop rate of 0.8; without a gate.
-        autocast: under bf16 autocast.
+        config: for a sparse step at drop rate 0.8, without a gate; None for a dense step.
+        autocast: whether to use bf16 autocast.
     """
     lowered, to_gpu = Lowered(), _ToGpu()
     options = {"joint_custom_pre_pass": to_gpu, "joint_graph_constant_folding": False}
@@ -138,7 +138,7 @@ def lower(
             with torch.autocast("cpu", torch.bfloat16, autocast):
                 compiled(x)
         except Exception:
-            # Both graphs are lowered, and there is nothing to run them.
+            # Both graphs are lowered, and there is no GPU to run them.
             if len(lowered.graphs) < 2:
                 raise
     return lowered
@@ -162,7 +162,7 @@ def compile_kernels(lowered: Lowered) -> int:
 
 @contextlib.contextmanager
 def _without_a_driver(lowered: Lowered) -> Iterator[None]:
-    """Answer what a driver is asked, and keep what is lowered."""
+    """Answer Inductor's questions to the driver, and record what is lowered."""
     from triton.runtime import driver
 
     inductor = torch._inductor.compile_fx
@@ -197,7 +197,7 @@ def _without_a_driver(lowered: Lowered) -> Iterator[None]:
             mock.patch("torch.cuda.get_device_properties", return_value=H100),
             mock.patch("torch.cuda._get_device_properties", return_value=H100, create=True),
             mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
-            # As cuDNN has it.
+            # cuDNN uses this layout.
             mock.patch(
                 "torch._C._conv_determine_backend_memory_format", return_value=torch.channels_last
             ),

@@ -34,7 +34,7 @@ def kept_rows(weight: Tensor) -> int:
 
 
 class Blocks(nn.Module):
-    """Dynamo runs its loop and its head eagerly, and one compiled block for all of them."""
+    """Dynamo runs its loop and head eagerly, with one compiled block for all iterations."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What the tests of several ranks run: in each rank as a script, in the test as one process.
+"""Cases for tests of several ranks: each rank runs them as a script, the test as one process.
 
-As a script it takes a rank, the number of ranks, a folder and names of cases, and leaves what each
+As a script it takes a rank, the number of ranks, a folder and names of cases. It saves what each
 case returns in the folder.
 """
 
@@ -25,7 +25,7 @@ TOLD = ("module.features.layers.0", "module.head.layers.0")
 
 
 class Part(nn.Module):
-    """A sequence that Dynamo compiles as a whole; `nn.Sequential` itself it may run eagerly."""
+    """A sequence that Dynamo compiles as a whole; it may run `nn.Sequential` itself eagerly."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -36,7 +36,7 @@ class Part(nn.Module):
 
 
 class Net(nn.Module):
-    """Two parts; a class of its own, because code that breaks is not compiled anew by module."""
+    """Two parts. Its own class: Dynamo does not recompile code with a graph break per module."""
 
     def __init__(self, features, head):
         super().__init__()
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 def net():
-    """A little of everything; no batch normalisation, whose statistics would be of one rank."""
+    """Several kinds of layer; no batch normalisation, because its statistics are per rank."""
     torch.manual_seed(0)
     features = Part(
         *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3, groups=2), nn.ReLU()),
@@ -58,7 +58,7 @@ def net():
 
 
 def batches(rank=0, world=1):
-    """The part of each global batch that a rank has."""
+    """A rank's part of each global batch."""
     generator = torch.Generator().manual_seed(1)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for _ in range(STEPS):
@@ -78,7 +78,7 @@ def backward(model, images, labels):
 
 
 def gradients(model, network, rank=0, world=1):
-    """The gradients of each step, by name."""
+    """Gradients of each step, by name."""
     found = []
     for images, labels in batches(rank, world):
         model.zero_grad()
@@ -87,7 +87,7 @@ def gradients(model, network, rank=0, world=1):
     return found
 
 
-# Cases: what each of several ranks does, `f(rank, world)`.
+# Cases: functions `f(rank, world)` that each rank runs.
 
 
 def compile_first(rank, world, **config):
@@ -135,9 +135,9 @@ def fully_sharded(rank, world, compile_first=False):
 
 
 def kept_rows(rank, world, ranks="shared", rounded=False):
-    """Gradients by the hook and by the plain all-reduce, and the share of bytes of a step each.
+    """Gradients from the hook and from the plain all-reduce, and each step's share of bytes.
 
-    Of rounded gradients sums are exact, in whatever order they are taken.
+    Sums of rounded gradients are exact in any order.
     """
 
     def hook(state, bucket):
@@ -166,7 +166,7 @@ def kept_rows(rank, world, ranks="shared", rounded=False):
 
 
 def disagreeing(rank, world):
-    """The errors where ranks have different rates, and where one alone steps its scheduler."""
+    """The errors if ranks have different rates, and if only one steps its scheduler."""
     errors = []
     for drop_rate in (0.6 - 0.1 * rank, warmup(constant(0.6), 1)):
         ssprop = compiled(net(), drop_rate, ranks="shared").ssprop
@@ -207,7 +207,7 @@ CASES = {
 
 
 def run_ranks(folder: Path, *cases: str, world: int = 2) -> list[dict]:
-    """Return what the cases gave, of each rank; all must end without an error."""
+    """Return the results of the cases, for each rank; all must end without an error."""
     common = [str(world), str(folder), *cases]
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), *common], stderr=subprocess.PIPE)
@@ -225,7 +225,7 @@ def run_ranks(folder: Path, *cases: str, world: int = 2) -> list[dict]:
 def main(rank, world, folder, *cases):
     rank, world = int(rank), int(world)
     SparseBackend._gate = lambda self: None
-    # Several buckets in so small a model, and so several graphs.
+    # Small buckets, so that this small model has several, and so several graphs.
     distributed._DEFAULT_FIRST_BUCKET_BYTES = 5000
     distributed.init_process_group(
         "gloo",

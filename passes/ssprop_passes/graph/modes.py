@@ -1,7 +1,7 @@
-"""Leave the modes of a compilation for a moment.
+"""Suspend the modes of a compilation.
 
-While torch compiles, tensors that are made are fake, and operators are recorded. What is really to
-be made or run, such as a state tensor or a timing, needs a way out.
+While torch compiles, new tensors are fake and operators are recorded. Code that needs real tensors
+or real runs, such as for state or timing, must suspend these modes.
 
 Private torch: `_disable_current_modes`.
 """

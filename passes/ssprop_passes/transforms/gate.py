@@ -1,7 +1,7 @@
-"""Gate: leaves the sites dense that are not faster sparse, by measurement.
+"""Gate: measures sites, and leaves those dense that are not faster sparse.
 
-While a graph is compiled, each site's backward runs on random tensors of its shapes, dense and
-sparse (`gate_timing`). The times are kept on disk, beside Inductor's compile cache.
+When a graph is compiled, each site's backward runs dense and sparse on random tensors of its shapes
+(`gate_timing`). The times are kept on disk, next to Inductor's compile cache.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ __all__ = ["Gate", "why_slower"]
 
 
 class Gate:
-    """Says which sites are worth making sparse.
+    """Gives the times that decide which sites become sparse.
 
     Args:
-        keep_counts: keep count, of each group, to decide at, by slot.
+        keep_counts: keep count of each group at which sites are measured, by slot.
     """
 
     def __init__(self, keep_counts: Mapping[int, int]) -> None:
@@ -37,10 +37,10 @@ class Gate:
     def times(
         self, match: SiteMatch, slot: int, selection: Selection, batch_size: int | None = None
     ) -> Times:
-        """Return the times of a site, from disk if it was measured before."""
+        """Return the times of a site; from disk if it was measured before."""
         k = self.keep_counts[slot]
         if identity_maybe(selection.select) is None:
-            # Another selector without an identity would find these times.
+            # Do not store: another selector without an identity would find these times.
             return measure(match, k, selection, batch_size)
         path = cache_file("ssprop-gate", _key(match, k, selection, batch_size))
         if (known := _times_maybe(read_maybe(path))) is not None:
@@ -49,12 +49,12 @@ class Gate:
         return _times_maybe(write_first(path, asdict(times))) or times
 
     def identity(self) -> str:
-        """Return what the decisions depend on, besides the machine."""
+        """Return a text that identifies what decisions depend on, except the machine."""
         return repr(sorted(self.keep_counts.items()))
 
 
 def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
-    """Return why a site is to stay dense, "" if it is faster sparse."""
+    """Return why a site should stay dense; "" if it is faster sparse."""
     if times.saved(times.kept, channels) > 0:
         return ""
     return (
@@ -71,7 +71,7 @@ def _times_maybe(content: Any) -> Times | None:
 
 
 def _key(match: SiteMatch, k: int, selection: Selection, batch_size: int | None) -> str:
-    """Return a key of all that the times depend on."""
+    """Return a cache key made from everything that the times depend on."""
 
     def specification(node: fx.Node) -> Any:
         value = node.meta["val"]

@@ -1,9 +1,9 @@
-"""Gate timing: how long a site's backward takes, dense and sparse, on random tensors.
+"""Gate timing: times a site's backward, dense and sparse, on random tensors.
 
-The sparse backward runs eagerly, except scores and the gather of channels. Eagerly these take
-several times what Inductor's kernels do, which are bound by reading grad_output, so for each of
-the two grad_output is read once. On a CPU one thread runs its share of the batch: threads that wait
-for each other on a busy machine say little of either backward.
+The sparse backward runs eagerly, except the scores and the gather of channels. Eagerly these two
+take several times as long as Inductor's kernels, which are bound by reading grad_output. So each of
+the two is replaced by one read of grad_output. On a CPU one thread runs its share of the batch: on
+a busy machine threads wait for each other, and such times say little about either backward.
 """
 
 import time
@@ -25,11 +25,11 @@ from ssprop_passes.sites.site import Times
 
 __all__ = ["hinted_strides", "measure"]
 
-# Runs of each backward: the first is not counted, the quickest of the others is. Where it takes
-# long, one other is enough: what disturbs a run for a moment weighs little then.
+# Runs of each backward. The first does not count; the quickest of the others does. If a run takes
+# long, one other is enough, because a short disturbance then matters little.
 _RUNS, _LONG_MS = 3, 10
 
-# Random numbers drawn for a tensor: a prime number, so that no two channels are alike.
+# How many random numbers to draw for a tensor. A prime number, so that no two channels are alike.
 _DRAWN = 65_521
 
 
@@ -39,8 +39,8 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | No
     Args:
         match: the site.
         k: keep count of each group.
-        selection: how channels are chosen, here from random scores.
-        batch_size: samples of the batch, where k counts samples.
+        selection: how channels are chosen; here from random scores.
+        batch_size: samples in the batch if k counts samples, else None.
 
     Returns:
         The times.
@@ -66,7 +66,7 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | No
             known = _Known(**settings, scores=torch.rand(match.channels, device=device))
             sparse = _time_ms(lambda: match.backward(k, known, *tensors), device)
         else:
-            # As many rows as they have, without regard to where a sample ends.
+            # As many rows as k samples have, but random ones: sample boundaries do not matter.
             rows = tensors[0].shape[0]
             samples = Samples(torch.randperm(rows, device=device)[: max(k * rows // batch_size, 1)])
             sparse = _time_ms(
@@ -77,7 +77,7 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | No
 
 @dataclass(frozen=True, kw_only=True)
 class _Known(Selection):
-    """Selects by known scores, and gathers in its first call alone, which is not timed."""
+    """Selects by known scores; gathers only in its first call, which is not timed."""
 
     scores: Tensor
     gathered: list[Tensor] = field(default_factory=list)
@@ -90,7 +90,7 @@ class _Known(Selection):
         groups: int = 1,
         memory: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Read `grad_output` as often as scores and the gather would; return what was gathered."""
+        """Read `grad_output` once for the scores and once for the gather; return a known result."""
         indices, weights = self.choose(self.scores, k, groups)
         if not self.gathered:
             self.gathered.append(gather_channels(grad_output, indices))
@@ -117,7 +117,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """Return the value of a node, given those that it depends on."""
+    """Return the value of a node, given the values that it depends on."""
     if node not in values:
         assert callable(node.target)
         for operand in node.all_input_nodes:
@@ -129,7 +129,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[int]:
-    """Run one thread on a CPU; give the number of threads that share a batch otherwise."""
+    """Use one thread on a CPU; yield the number of threads that normally share a batch."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield 1
@@ -142,11 +142,11 @@ def _one_thread(device: torch.device) -> Iterator[int]:
 
 
 def _random_like(value: Tensor, shares: int = 1) -> Tensor:
-    """Return random numbers of the layout of a fake tensor, of one share of its batch."""
+    """Return random numbers with the layout of a fake tensor, for one share of its batch."""
     sizes, strides = list(hinted(value).shape), hinted_strides(value)
     sizes[0] = -(-sizes[0] // shares)
     count = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-    # The same numbers again and again: to draw as many takes longer than the runs do.
+    # Repeat the same numbers: drawing so many would take longer than the runs.
     drawn = torch.randn(min(count, _DRAWN), dtype=value.dtype, device=value.device)
     return drawn.repeat(-(-count // len(drawn))).as_strided(sizes, strides)
 

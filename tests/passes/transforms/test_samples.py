@@ -394,9 +394,9 @@ def test_what_is_not_of_samples_stays_dense_with_a_reason() -> None:
     compiled(torch.randn(4, 8, 5)).sin().sum().backward()
     reasons = {site.name: site.reason for site in report(compiled).sites}
     assert reasons == {
-        "sequence_first": "the batch of 4 may be another dimension than the leading one of its"
-        " input",
-        "positions": "the leading dimension of its input, 7, is not made of the batch of 4",
+        "sequence_first": "the batch of 4 may be a later dimension of its input, not the leading"
+        " one",
+        "positions": "the leading dimension of its input, 7, is not a multiple of the batch of 4",
         "single": "it is called for a single sample",
         "product": "no convolution or linear call gives its output, so its samples are not known",
         "batch_first": "",
