@@ -123,7 +123,7 @@ def swap_convs(model: nn.Module, drop_rate: float) -> nn.Module:
     Args:
         model: the model.
         drop_rate: fraction in [0, 1); keep counts follow the published code's rule,
-            `max(int((1 - drop_rate) * C), 1)`.
+            `max(int(share_kept * C), 1)`.
 
     Returns:
         The copy, with copies of the model's weights.

@@ -24,7 +24,7 @@ class SparsityConfig:
         channel_multiple: keep counts are rounded to the nearest multiple of this: at least one
             multiple, at most all channels of the layer. `"auto"` is 8, and 16 in layers of 256
             channels or more, on every device; with `axis="sample"` it is 1. `1` means
-            `max(int((1 - drop_rate) * C), 1)` in each group, as the published code has it.
+            `max(int(share_kept * C), 1)` in each group, as the published code has it.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
             name in `model.named_modules()`. None lets every module take part, except the classifier
@@ -36,7 +36,7 @@ class SparsityConfig:
             that the expected gradients are the dense ones. Or your own function, as in the second
             example; `ssprop_passes.selection.selectors` describes it.
         axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: all layers keep
-            the same samples of the batch, `max(int((1 - drop_rate) * N), 1)` of N. The batch must
+            the same samples of the batch, `max(int(share_kept * N), 1)` of N. The batch must
             be the leading dimension, and the model one graph. `block`, `memory`, rates above 0,
             `specialize=True`, `ranks="shared"` and `telemetry` do not work with `"sample"`. See
             docs/schedules.md.

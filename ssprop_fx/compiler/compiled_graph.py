@@ -21,9 +21,8 @@ from ssprop_passes.sites.site import Site
 from torch import Tensor, nn
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
-from ssprop_fx.compiler.node_marks import weight_owners
 from ssprop_fx.compiler.site_cache import GraphRecord
-from ssprop_fx.compiler.slots import SlotTable
+from ssprop_fx.compiler.slots import SlotTable, weight_owners
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import empty_table
 

@@ -18,14 +18,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from ssprop_fx.compiler.backward_state import MemoryInput
-from ssprop_fx.compiler.slots import SlotTable
+from ssprop_fx.compiler.slots import SlotTable, weight_owners
 
 __all__ = [
+    "LAYER_CALLS",
     "find_batch_input_maybe",
     "mark_layers",
     "mark_memories",
     "mark_samples",
-    "weight_owners",
 ]
 
 # Calls that take the weight of a layer in the graph that Dynamo captures.
@@ -33,15 +33,6 @@ LAYER_CALLS = (
     functional.linear,
     *(getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
 )
-
-
-def weight_owners(model: nn.Module) -> dict[int, str]:
-    """Return the name of the first module that owns each parameter called `weight`, by its id."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(weight), name)
-    return owners
 
 
 def mark_layers(

@@ -13,10 +13,11 @@ import torch
 from ssprop_passes.sites.site import Slot
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from ssprop_fx.config import SparsityConfig
 
-__all__ = ["SlotTable", "find_slots"]
+__all__ = ["SlotTable", "find_slots", "own_weight_maybe", "weight_owners"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
     slots: list[Slot] = []
     excluded: dict[str, str] = {}
     classifier = set() if config.filter_fn else _classifier_modules(model)
-    layers = _find_layers(model)
-    rates = _match_rates(list(layers), config.rates)
+    layers, tied = _find_layers(model)
+    rates = _match_rates(list(layers), config.rates, tied)
     for name, (module, target) in layers.items():
         channels, groups = _channels_and_groups(module)
         if target not in config.targets:
@@ -72,29 +73,84 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = f"its channels{of_group} are no multiple of block={config.block}"
         else:
             slots.append(Slot(len(slots), name, channels, groups))
+    for name, owner in tied.items():
+        excluded[name] = f"it shares the weight of {owner!r}, and counts under that name"
     own = {slot.name: rates[slot.name] for slot in slots if slot.name in rates}
     return SlotTable(tuple(slots), excluded, own)
 
 
-def _find_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return each convolution and linear layer that owns a weight, with its kind, by name."""
+def own_weight_maybe(module: nn.Module) -> torch.Tensor | None:
+    """Return a module's weight, or what stands for its shape, without running any code of it.
+
+    To read `module.weight` runs the parametrizations of the weight. Spectral norm takes a step of
+    its power iteration then, so that looking at a model would change it. In their place comes the
+    largest tensor that they are made from: of spectral norm, orthogonal and weight norm it has the
+    weight's shape. A weight that is a property of its class is not looked at.
+    """
+    for held in (module._parameters, module._buffers, vars(module)):
+        if isinstance(weight := held.get("weight"), torch.Tensor):
+            return weight
+    if is_parametrized(module, "weight"):
+        originals = cast(nn.ModuleDict, module.parametrizations)["weight"].parameters(recurse=False)
+        return max(originals, key=torch.Tensor.numel, default=None)
+    return None
+
+
+def weight_owners(model: nn.Module) -> dict[int, str]:
+    """Return the name of the module that each parameter called `weight` counts for, by its id.
+
+    The first that owns it; before any other module a convolution or linear layer, so that a head
+    that is tied to an embedding counts as itself.
+    """
+    owned = [
+        (name, module, weight)
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+    ]
+    owners: dict[int, str] = {}
+    for name, _, weight in sorted(owned, key=lambda entry: _target_maybe(entry[1]) is None):
+        owners.setdefault(id(weight), name)
+    return owners
+
+
+def _find_layers(
+    model: nn.Module,
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
+    """Return each convolution and linear layer with a weight of its own, with its kind, by name.
+
+    And each layer that shares a weight: its name -> that of the layer whose weight it is.
+    """
     layers: dict[str, tuple[nn.Module, str]] = {}
+    tied: dict[str, str] = {}
+    owners = weight_owners(model)
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+        weight = own_weight_maybe(module)
+        if isinstance(weight, nn.UninitializedParameter):
             raise ValueError(
                 f"model must have all its weights, but {name!r} is a lazy layer without a weight:"
                 " run one forward before ssprop_compile"
             )
-        if (target := _target_maybe(module)) is not None:
+        if (target := _target_maybe(module)) is None:
+            continue
+        if (owner := owners.get(id(weight), name)) != name:
+            tied[name] = owner
+        else:
             layers[name] = module, target
-    return layers
+    return layers, tied
 
 
-def _match_rates(layers: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+def _match_rates(
+    layers: Sequence[str], rates: Mapping[str, float], tied: Mapping[str, str]
+) -> dict[str, float]:
     """Return the rate of each layer that a pattern matches, by name; the first match counts."""
     matched: dict[str, str] = {}
     for pattern in rates:
         names = [name for name in layers if fnmatchcase(name, pattern)]
+        if not names and (shared := [name for name in tied if fnmatchcase(name, pattern)]):
+            raise ValueError(
+                f"rates has the pattern {pattern!r}, which matches only layers that share another's"
+                f" weight: name that one, such as {tied[shared[0]]!r} for {shared[0]!r}"
+            )
         if not names:
             raise ValueError(
                 f"rates has the pattern {pattern!r}, which matches no convolution or linear layer"
@@ -112,8 +168,8 @@ def _match_rates(layers: Sequence[str], rates: Mapping[str, float]) -> dict[str,
 
 def _target_maybe(module: nn.Module) -> str | None:
     """Return the kind of a convolution or linear layer; None for any other module."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
+    weight = own_weight_maybe(module)
+    if weight is None:
         return None
     # Attributes decide, because some libraries' layers do not derive from torch's. A weight of two
     # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's.
@@ -126,7 +182,7 @@ def _target_maybe(module: nn.Module) -> str | None:
 
 def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
     """Return a layer's output channels and the number of groups in which they are selected."""
-    outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
+    outputs, inputs = cast(torch.Tensor, own_weight_maybe(module)).shape[:2]
     groups = int(getattr(module, "groups", 1))
     channels = inputs * groups if getattr(module, "transposed", False) else outputs
     return int(channels), 1 if _is_depthwise(module) else groups
@@ -134,7 +190,7 @@ def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
 
 def _is_depthwise(module: nn.Module) -> bool:
     """Return whether each output channel of a convolution reads only one of several inputs."""
-    outputs, inputs = cast(torch.Tensor, module.weight).shape[:2]
+    outputs, inputs = cast(torch.Tensor, own_weight_maybe(module)).shape[:2]
     groups = int(getattr(module, "groups", 1))
     inputs_of_group = outputs // groups if getattr(module, "transposed", False) else inputs
     return groups > 1 and inputs_of_group == 1

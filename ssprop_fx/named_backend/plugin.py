@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssprop_fx.compiler.compiled_graph import CompiledGraph
 from ssprop_fx.compiler.dynamo_graph import copy_graph, is_differentiable
 from ssprop_fx.compiler.inductor import RestartAnalysis, compile_error
+from ssprop_fx.compiler.node_marks import LAYER_CALLS
 from ssprop_fx.named_backend.autostep import (
     SteppedVariant,
     find_stepped_variant,
@@ -109,7 +110,7 @@ def ssprop(
         raise
     except Exception as error:
         is_settings = isinstance(error, (TypeError, ValueError))
-        if not is_settings and not _is_trained(example_inputs):
+        if not is_settings and not _is_trained(gm, example_inputs):
             # Behave as plain torch.compile: no backward could be silently dense.
             raise
         # On some exceptions Dynamo would run the graph eagerly, and so dense.
@@ -129,7 +130,7 @@ def _compile(
 ) -> Callable[..., Any]:
     settings = read()
     sparse = None
-    if _is_trained(example_inputs):
+    if _is_trained(gm, example_inputs):
         model = _compiled_model()
         variant = find_stepped_variant(model, settings)
         with _called_first(variant.is_due()):
@@ -140,9 +141,14 @@ def _compile(
     return dense if sparse is None else PhasedGraph(dense, sparse, variant, read)
 
 
-def _is_trained(example_inputs: Sequence[Any]) -> bool:
-    """Return whether a graph with these inputs has weights and a backward."""
-    has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs)
+def _is_trained(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Return whether a graph with these inputs has weights and a backward.
+
+    Weights need not be parameters: `torch.func.functional_call` puts other tensors in their place.
+    """
+    has_weights = any(isinstance(value, nn.Parameter) for value in example_inputs) or any(
+        node.target in LAYER_CALLS for node in gm.graph.nodes
+    )
     return has_weights and is_differentiable(example_inputs)
 
 

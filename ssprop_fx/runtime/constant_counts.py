@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from ssprop_fx.compiler.slots import SlotTable
+from ssprop_fx.compiler.slots import SlotTable, own_weight_maybe
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 
 __all__ = ["AUTO_LEVELS", "MAX_LEVELS", "constant_levels"]
@@ -62,7 +62,7 @@ def is_uniform(model: nn.Module, table: SlotTable) -> bool:
     slots = {slot.name for slot in table.slots}
     rates: dict[object, object] = {}
     for name, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim > 1:
+        if (weight := own_weight_maybe(module)) is not None and weight.ndim > 1:
             rate = table.rates.get(name) if name in slots else "dense"
             if rates.setdefault(weight.shape, rate) != rate:
                 return False

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.compiler.backward_state import Memory
@@ -52,6 +53,7 @@ class Variants(SparseVariant):
         options = inductor_options(mode, compile_kwargs.get("options"), compile_kwargs["dynamic"])
         super().__init__(model, scheduler, config, kind, options, **shared)
         self.compile_kwargs = compile_kwargs
+        _release(model)
         self._called = _call_in_place(model) if in_place else model
         if in_place:
             # `nn.Module.compile` sets this too: `model(...)` calls it instead of `_call_impl`.
@@ -123,8 +125,35 @@ class Variants(SparseVariant):
         if backend.error is not None:
             # Dynamo swallowed the error and ran eagerly, as with `suppress_errors`.
             raise backend.error from backend.error.__cause__
-        self.check_step()
+        if _wants_gradients(output):
+            self.check_step()
         return output
+
+
+def _release(model: nn.Module) -> None:
+    """Let a model that was compiled in place before run as it is again.
+
+    Raises:
+        ValueError: `model.compile()` compiled it: what we compile would not be called.
+    """
+    compiled = getattr(model, "_compiled_call_impl", None)
+    if compiled is None:
+        return
+    if not isinstance(getattr(compiled, "__self__", None), Variants):
+        raise ValueError(
+            "model must not be compiled already, but model.compile() was called on it: leave that"
+            " out, ssprop_compile compiles dense steps as well"
+        )
+    model._compiled_call_impl = None
+
+
+def _wants_gradients(output: Any) -> bool:
+    """Return whether a backward may come of an output: of a network frozen for a while none does.
+
+    True if the output holds no tensor that can be seen.
+    """
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return not tensors or any(tensor.requires_grad for tensor in tensors)
 
 
 def _call_in_place(model: nn.Module) -> Callable[..., Any]:

@@ -136,7 +136,7 @@ def keep_count(
 ) -> int:
     """Return how many channels of each group a backward keeps at `drop_rate`.
 
-    Multiple 1 is the rule of the published code, `max(int((1 - drop_rate) * channels), 1)` (ssProp,
+    Multiple 1 is the rule of the published code, `max(int(share_kept * channels), 1)` (ssProp,
     arXiv 2408.12561), in each group. With other multiples or blocks, the kept channels of all
     groups together are rounded to the nearest multiple, with at least one channel of each group.
     On torch releases below 2.15 the smallest keep count is 2 blocks (`MIN_KEEP_COUNT`).
@@ -156,6 +156,8 @@ def keep_count(
     Examples:
         >>> keep_count(64, 0.8), keep_count(64, 0.8, multiple=16), keep_count(24, 0.8, multiple=16)
         (12, 16, 16)
+        >>> keep_count(40, 0.8), keep_count(100, 0.9)
+        (8, 10)
         >>> keep_count(64, 0.8, groups=4), keep_count(64, 0.8, multiple=16, groups=4)
         (3, 4)
         >>> keep_count(64, 0.8, block=4), keep_count(64, 0.8, multiple=16, groups=2, block=3)
@@ -167,6 +169,7 @@ def keep_count(
         multiple = 8 if channels < _MANY_CHANNELS else 16
     channels_of_group = channels // groups
     step = math.lcm(multiple // math.gcd(multiple, groups), block)
-    kept = (1 - drop_rate) * channels_of_group
+    # The published code takes the share kept, 0.2, and (1 - 0.8) is a little less.
+    kept = round(1 - drop_rate, 12) * channels_of_group
     rounded = int(kept) if multiple == block == 1 else math.floor(kept / step + 0.5) * step
     return min(max(rounded, step, MIN_KEEP_COUNT * block), channels_of_group)

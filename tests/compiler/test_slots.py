@@ -1,5 +1,7 @@
 """Keep counts, and the numbering of a model's slots."""
 
+from decimal import Decimal
+
 import pytest
 import torch
 from oracle import SMALLEST
@@ -15,11 +17,13 @@ RATES = [0.0, 0.05, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99, 
 
 
 class TestKeepCount:
-    @pytest.mark.parametrize("rate", RATES)
-    def test_multiple_1_is_the_published_rule(self, rate):
-        for channels in range(MIN_KEEP_COUNT, 2049):
-            published = max(int((1 - rate) * channels), 1)
-            assert keep_count(channels, rate) == max(published, MIN_KEEP_COUNT)
+    @pytest.mark.parametrize("hundredth", range(100))
+    def test_multiple_1_is_the_published_rule(self, hundredth):
+        """The published code is given the share kept, such as 0.2, and not the drop rate."""
+        share_kept, drop_rate = (100 - hundredth) / 100, hundredth / 100
+        for channels in range(MIN_KEEP_COUNT, 4097):
+            published = max(int(share_kept * channels), 1)
+            assert keep_count(channels, drop_rate) == max(published, MIN_KEEP_COUNT)
 
     @pytest.mark.parametrize("rate", RATES)
     @pytest.mark.parametrize("multiple", [2, 8, 16, 24])
@@ -28,7 +32,7 @@ class TestKeepCount:
             kept = keep_count(channels, rate, multiple)
             assert kept % multiple == 0
             # The smallest keep count is one multiple, however high the drop rate.
-            wanted = max((1 - rate) * channels, multiple)
+            wanted = max(float(1 - Decimal(str(rate))) * channels, multiple)
             assert abs(kept - wanted) <= multiple / 2
 
     @pytest.mark.parametrize("rate", RATES)

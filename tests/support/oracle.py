@@ -8,6 +8,7 @@ sparse backward must equal the dense backward of the masked grad_output.
 import copy
 import functools
 from collections.abc import Callable
+from decimal import Decimal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ SMALLEST = 1 if int(torch.__version__.split(".")[1]) >= 15 else 2
 
 
 def keep_count(channels: int, drop_rate: float) -> int:
-    return min(max(int((1 - drop_rate) * channels), SMALLEST), channels)
+    share_kept = float(1 - Decimal(str(drop_rate)))
+    return min(max(int(share_kept * channels), SMALLEST), channels)
 
 
 def mask_channels(

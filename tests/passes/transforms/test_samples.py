@@ -8,9 +8,9 @@ import pytest
 import torch
 from oracle import (
     ORACLE_SCORES,
-    SMALLEST,
     find_factors,
     inclusion_probabilities,
+    keep_count,
     relative_error,
 )
 from ssprop_passes.errors import SsPropCompileError
@@ -332,7 +332,7 @@ def test_keep_counts_follow_the_batch_and_the_drop_rate(backend: str) -> None:
             scheduler.load_state_dict({"last_step": step})
             x = strong_batch(batch)
             run(compiled, x)
-            kept = max(int((1 - rate) * batch), SMALLEST)
+            kept = keep_count(batch, rate)
             assert compiled.ssprop.keep_counts.tolist() == [kept] * 3
             # The residual connection carries all samples' gradients to the first site's output.
             assert int(x.grad.any(1).sum()) == kept
