@@ -1,6 +1,7 @@
 """SparsityScheduler: the only holder of mutable state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,7 @@ class SparsityScheduler:
             )
         self.schedule = schedule
         self.controller = controller
+        self._is_dense = False
         self._loaded: list[dict[str, Any]] = []
         self._keep_counts = torch.zeros(0, dtype=torch.int64)
         self._models: list[tuple[KeepCounts, ControllerState | None]] = []
@@ -64,7 +66,7 @@ class SparsityScheduler:
     @property
     def drop_rate(self) -> float:
         """The drop rate of the step in force."""
-        return self._drop_rate
+        return 0.0 if self._is_dense else self._drop_rate
 
     @property
     def highest_drop_rate(self) -> float:
@@ -90,6 +92,30 @@ class SparsityScheduler:
             if control is not None:
                 control.end_step()
         self._set_step(self._last_step + 1)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Make the steps inside the `with` block dense, forward and backward.
+
+        For gradients that must be exact although the model trains, such as those of the input for
+        an adversarial example or a saliency map.
+
+        Examples:
+            >>> from ssprop_fx import constant
+            >>> scheduler = SparsityScheduler(constant(0.8))
+            >>> with scheduler.dense():
+            ...     scheduler.drop_rate
+            0.0
+            >>> scheduler.drop_rate
+            0.8
+        """
+        before, self._is_dense = self._is_dense, True
+        self.refresh()
+        try:
+            yield
+        finally:
+            self._is_dense = before
+            self.refresh()
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
         """Return the latest telemetry of sparse backwards, by layer name, without waiting.
@@ -183,7 +209,7 @@ class SparsityScheduler:
         values = [
             k
             for counts, control in self._models
-            for k in counts.at(self._drop_rate, None if control is None else control.rates)
+            for k in counts.at(self.drop_rate, None if control is None else control.rates)
         ]
         self._keep_counts.copy_(torch.tensor(values, dtype=torch.int64))
 

@@ -125,6 +125,22 @@ def test_compiled_in_place_again_it_follows_the_new_scheduler(in_place: bool) ->
     assert int(net[0].weight.grad.flatten(1).any(1).sum()) == 24
 
 
+def test_an_input_gradient_inside_of_dense_is_exact() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU()).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(net(x)), x)
+    model = sparse(net, rate=0.8)
+    scheduler = model.ssprop.scheduler
+    with scheduler.dense():
+        (inside,) = torch.autograd.grad(loss(model(x)), x)
+    (after,) = torch.autograd.grad(loss(model(x)), x)
+    assert relative_error({"x": inside}, {"x": expected}) < 1e-12
+    assert relative_error({"x": after}, {"x": expected}) > 0.1
+    with pytest.raises(RuntimeError, match="stop"), scheduler.dense():
+        raise RuntimeError("stop")
+    assert scheduler.drop_rate == 0.8
+
+
 def test_functional_call_under_the_named_backend_is_sparse() -> None:
     net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32)).double()
     x = torch.randn(4, 6, dtype=torch.float64)
