@@ -118,3 +118,16 @@ def test_it_wants_a_scheduler() -> None:
 
     with pytest.raises(TypeError, match="scheduler must be a SparsityScheduler, got BarSchedule"):
         SsPropCallback(bar(0.75, period=2))
+
+
+def test_the_backend_by_its_name_is_not_for_the_trainer(tmp_path: Path) -> None:
+    """As docs/integrations.md says; where accelerate takes it, the page can offer it."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        torch_compile=True,
+        torch_compile_backend="ssprop",
+        report_to=[],
+        use_cpu=True,
+    )
+    with pytest.raises(ValueError, match="'SSPROP' is not a valid DynamoBackend"):
+        transformers.Trainer(resnet(), arguments)
