@@ -74,7 +74,9 @@ class PhasedGraph:
         if model.training:
             variant.count_forward(self)
         if not variant.is_due():
-            return self._dense(*args)
+            output = self._dense(*args)
+            variant.watch(output)
+            return output
         sparse = self._sparse.get(variant)
         if sparse is None:
             sparse = self._sparse[variant] = variant.backend.adopt(self._compiled)

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.compiler.backward_state import Memory
@@ -152,6 +153,34 @@ class SparseVariant:
             self._warned.discard("dense")
         else:
             self._warn(problem)
+
+    def watch(self, output: Any) -> None:
+        """Warn if a backward follows from a forward that ran dense only because of eval mode.
+
+        Args:
+            output: what the forward returned.
+        """
+        if (
+            self.scheduler.drop_rate == 0
+            or self.backend.model.training
+            or not torch.is_grad_enabled()
+            or not self.table.slots
+            or "eval" in self._warned
+        ):
+            return
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._warn_of_eval)  # type: ignore[no-untyped-call]
+                return
+
+    def _warn_of_eval(self, _gradient: torch.Tensor) -> None:
+        message = (
+            "the model is in eval() mode, so this backward was dense although the drop rate is"
+            f" {self.scheduler.drop_rate:g}: call model.train() to train sparse, and then eval() on"
+            " single layers such as batch norms; if a dense backward is what you want, use"
+            " scheduler.dense()"
+        )
+        self._warn(Problem("eval", message))
 
     def _warn(self, problem: Problem) -> None:
         if problem.kind not in self._warned:

@@ -88,7 +88,11 @@ class Variants(SparseVariant):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
         self.agree()
-        return (self._run_sparse if self.is_due() else self._dense)(*args, **kwargs)
+        if self.is_due():
+            return self._run_sparse(*args, **kwargs)
+        output = self._dense(*args, **kwargs)
+        self.watch(output)
+        return output
 
     def _compile(self, **kwargs: Any) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(self._called, **kwargs)

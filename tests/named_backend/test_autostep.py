@@ -49,7 +49,8 @@ def test_evaluation_is_dense_and_does_not_advance() -> None:
         assert torch.allclose(model_compiled(X), model(X), atol=1e-6)
     # Gradients in eval mode are exact: saliency maps and attacks want these.
     x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
-    loss(model_compiled(x)).backward()
+    with pytest.warns(NoEffectWarning, match=r"in eval\(\) mode, so this backward was dense"):
+        loss(model_compiled(x)).backward()
     loss(model(y)).backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
     model.train()

@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from graphs import sparse_runs
 from no_edit import compiled, loss, variant
 from oracle import oracle_gradients, relative_error
+from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
@@ -123,6 +125,54 @@ def test_compiled_in_place_again_it_follows_the_new_scheduler(in_place: bool) ->
     again = sparse(net, rate=0.25, in_place=in_place)
     (net if in_place else again)(x).square().sum().backward()
     assert int(net[0].weight.grad.flatten(1).any(1).sum()) == 24
+
+
+def named(model: nn.Module, rate: float) -> nn.Module:
+    return compiled(model, f"constant:rate={rate}")
+
+
+def in_place(model: nn.Module, rate: float) -> nn.Module:
+    sparse(model, rate, in_place=True)
+    return model
+
+
+@pytest.mark.parametrize("make", [sparse, in_place, named])
+def test_training_in_eval_mode_says_that_it_is_dense(make: Callable[..., nn.Module]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model = make(net, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(x).square().sum().backward()
+    (warning,) = caught
+    assert warning.category is NoEffectWarning
+    assert str(warning.message).startswith(
+        "the model is in eval() mode, so this backward was dense"
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("make", [sparse, in_place, named])
+def test_evaluation_in_a_dense_phase_gives_no_alarm(make: Callable[..., nn.Module]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3)).eval()
+    model = make(net, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+
+
+def test_only_batch_norms_in_eval_mode_train_sparse() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32))
+    model = sparse(net)
+    net[1].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert int(net[0].weight.grad.flatten(1).any(1).sum()) == 16
 
 
 def test_an_input_gradient_inside_of_dense_is_exact() -> None:
