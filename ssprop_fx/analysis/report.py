@@ -48,11 +48,15 @@ class Report:
         backward_flops: floating-point operations of all backward convolutions and matrix products
             for one batch if they were dense.
         specialized: whether the keep counts were compiled in as constants.
+        step: the step of the schedule in force.
+        drop_rate: its drop rate.
     """
 
     sites: tuple[SiteReport, ...]
     backward_flops: int
     specialized: bool = False
+    step: int = 0
+    drop_rate: float = 0.0
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -66,7 +70,10 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return "no sparse graph has been compiled: run a training step at a drop rate above 0"
+            return (
+                "no sparse graph has been compiled: run a training step at a drop rate above 0"
+                f" (step {self.step} of the schedule has {self.drop_rate:g})"
+            )
         width = max(len("site"), *(len(site.name) for site in self.sites))
         lines = [f"{'site':{width}}  {'kind':16} {'C':>5} {'k':>5} {'FLOPs':>6}  state"]
         lines += [
@@ -78,8 +85,9 @@ class Report:
         lines.append(
             f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
             f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
-            f" {self.saved_flops / self.backward_flops:.1%} saved at the keep counts in force,"
-            f" which are {'constants of the graph' if self.specialized else 'read at run time'}"
+            f" {self.saved_flops / self.backward_flops:.1%} saved at step {self.step}, drop rate"
+            f" {self.drop_rate:g}, by keep counts that are"
+            f" {'constants of the graph' if self.specialized else 'read at run time'}"
         )
         return "\n".join(lines)
 
@@ -91,8 +99,9 @@ def report(model: nn.Module) -> Report:
     several sparse graphs (for another batch size, say), the report shows the newest.
 
     Args:
-        model: what `ssprop_compile` returned, or a model compiled with the backend "ssprop" that
-            has run a training step.
+        model: what `ssprop_compile` returned, the model itself if it was compiled with
+            `in_place=True`, or a model compiled with the backend "ssprop" that has run a training
+            step.
 
     Returns:
         The report; `print` it.
@@ -113,34 +122,47 @@ def report(model: nn.Module) -> Report:
     # These import the compiler, which takes seconds.
     from ssprop_fx.named_backend.autostep import stepped_variant_maybe
     from ssprop_fx.runtime.module import SsPropModule
+    from ssprop_fx.runtime.variants import Variants
 
+    variant: SparseVariant | None = None
     if isinstance(model, SsPropModule):
-        variant: SparseVariant | None = model.ssprop
-    else:
-        variant = stepped_variant_maybe(getattr(model, "_orig_mod", model))
+        variant = model.ssprop
+    elif isinstance(model, nn.Module):
+        in_place = getattr(getattr(model, "_compiled_call_impl", None), "__self__", None)
+        if isinstance(in_place, Variants):
+            variant = in_place
+        else:
+            variant = stepped_variant_maybe(getattr(model, "_orig_mod", model))
     if variant is None:
         raise TypeError(
             "model must come from ssprop_compile, or must have run a training step after"
             f' torch.compile(model, backend="ssprop"), got {type(model).__name__}'
         )
     keep_counts, graphs = variant.keep_counts.tolist(), variant.graphs
+    whole = variant.why_whole_steps_are_dense
     return Report(
-        sites=tuple(_site_report(site, keep_counts) for graph in graphs for site in graph.sites),
+        sites=tuple(
+            _site_report(site, keep_counts, whole) for graph in graphs for site in graph.sites
+        ),
         backward_flops=sum(graph.total_flops for graph in graphs),
         specialized=variant.backend.constants is not None,
+        step=variant.scheduler.last_step,
+        drop_rate=variant.scheduler.drop_rate,
     )
 
 
-def _site_report(site: Site, keep_counts: Sequence[int]) -> SiteReport:
-    kept = site.channels if site.reason else keep_counts[site.slot] * site.groups
+def _site_report(site: Site, keep_counts: Sequence[int], whole: str) -> SiteReport:
+    """Return the report on a site; `whole` says why all steps are dense, "" if they are not."""
+    reason = site.reason or whole
+    kept = site.channels if reason else keep_counts[site.slot] * site.groups
     return SiteReport(
         name=site.name,
         kind=site.kind,
         channels=site.channels,
         kept=kept,
         flops=site.flops,
-        reason=site.reason,
-        sparse_flops=site.sparse_flops,
+        reason=reason,
+        sparse_flops=0 if reason else site.sparse_flops,
         saved_flops=site.saved_flops(kept),
     )
 

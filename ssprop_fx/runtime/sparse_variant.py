@@ -122,6 +122,13 @@ class SparseVariant:
             and self._is_faster_sparse()
         )
 
+    @property
+    def why_whole_steps_are_dense(self) -> str:
+        """Why the gate runs whole steps dense at the drop rate in force, "" if it does not."""
+        if self.scheduler.drop_rate == 0 or self._is_faster_sparse():
+            return ""
+        return "the gate runs whole steps dense at this drop rate: they would not be faster sparse"
+
     def _is_faster_sparse(self) -> bool:
         """Return whether the gate's times predict a gain at the drop rate in force."""
         state = self.scheduler.drop_rate, len(self.backend.graphs)

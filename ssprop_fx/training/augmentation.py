@@ -87,9 +87,9 @@ class Augmentation:
         for key in pairs:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]}? " if close else ""
+                hint = f"did you mean {close[0]}? Known" if close else "known"
                 raise CommandError(
-                    f"--aug-kwargs {key}: unknown; {hint}Known are {', '.join(known)}"
+                    f"--aug-kwargs {key}: unknown; {hint} are {', '.join(known)}"
                 )
         values: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in pairs.items()
