@@ -63,7 +63,7 @@ class SparseBackend:
         model: the model.
         config: which of its layers take part.
         table: its slots.
-        keep_counts: its part of the runtime sparsity tensor, read at every call.
+        counts: its part of the runtime sparsity tensor, read at every call.
         memory: what its layers have left out so far.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
@@ -84,7 +84,7 @@ class SparseBackend:
         model: nn.Module,
         config: SparsityConfig,
         table: SlotTable,
-        keep_counts: KeepCounts,
+        counts: KeepCounts,
         memory: Memory,
         kind: str,
         options: dict[str, Any],
@@ -94,7 +94,7 @@ class SparseBackend:
         self._model = weakref.ref(model)
         self.config = config
         self.table = table
-        self.keep_counts = keep_counts
+        self.counts = counts
         self.memory = memory
         self.kind = kind
         self.options = options
@@ -173,7 +173,7 @@ class SparseBackend:
         state = StateInputs(
             table=None if table_device is None else empty_table(slot_count, table_device),
             memories=tuple(memory.zeros() for memory in memories),
-            keep_counts=self.keep_counts.tensor if self.constants is None else None,
+            keep_counts=self.counts.tensor if self.constants is None else None,
         )
         gm = with_extra_inputs(gm, state.pack())
         inputs = [*example_inputs, *state.pack()]
@@ -230,7 +230,7 @@ class SparseBackend:
         position = find_batch_input_maybe(gm, inputs, self.model)
         if position is not None:
             mark_samples(gm, input_sizes(gm, position)[0])
-            self.keep_counts.follow_batch(int(inputs[position].shape[0]))
+            self.counts.follow_batch(int(inputs[position].shape[0]))
         return position
 
     def adopt(self, graph: CompiledGraph) -> CompiledGraph:
@@ -252,7 +252,7 @@ class SparseBackend:
         return CompiledGraph(
             compiled,
             instances,
-            self.keep_counts,
+            self.counts,
             memories,
             self.memory,
             self.constants,
@@ -264,7 +264,7 @@ class SparseBackend:
         # AOT eager is not for speed. Ranks that each time layers would not always agree.
         if not self.config.gate or self.kind != "inductor" or self.selection.ranks is not None:
             return None
-        return Gate(dict(enumerate(self.keep_counts.smallest)))
+        return Gate(dict(enumerate(self.counts.smallest)))
 
     def _sparse_pass(
         self, layers: tuple[str, ...], memories: Sequence[MemoryInput], batch_size: int | None

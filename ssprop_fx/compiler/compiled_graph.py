@@ -105,16 +105,16 @@ class Instance:
         # An alias with its own version counter, as in `Memory.find`.
         return self.table.data
 
-    def keep_counts(self, counts: Tensor) -> Tensor:
+    def translate(self, keep_counts: Tensor) -> Tensor:
         """Return the keep counts to pass to the graph, int64 [slots].
 
         Args:
-            counts: the model's keep counts, int64 [slots].
+            keep_counts: those of the model, int64 [slots].
         """
         if self.is_own:
-            return counts
-        seen = counts.new_ones(self._slot_count)
-        seen[self._own] = counts[self._others]
+            return keep_counts
+        seen = keep_counts.new_ones(self._slot_count)
+        seen[self._own] = keep_counts[self._others]
         for slot, channels in self._dense.items():
             seen[slot] = channels
         return seen
@@ -125,7 +125,7 @@ class Instance:
         They always are for the layers that the graph was compiled for.
 
         Args:
-            keep_counts: keep counts for the graph, as `keep_counts` returns them, int64 [slots].
+            keep_counts: keep counts for the graph, as `translate` returns them, int64 [slots].
             constants: keep counts that the graph was compiled with, int64 [slots].
         """
         return self.is_own or torch.equal(keep_counts[self._read], constants[self._read])
@@ -213,7 +213,7 @@ class CompiledGraph:
     Args:
         compiled: takes the graph's own inputs, then its state inputs (`StateInputs`).
         instances: the graph's instances for the model.
-        keep_counts: the model's part of the runtime sparsity tensor, read at every call.
+        counts: the model's part of the runtime sparsity tensor, read at every call.
         memories: the memories that the graph takes as inputs.
         memory: the memories of the model.
         constants: the compiled-in keep count of each slot; None if the graph reads keep counts.
@@ -226,7 +226,7 @@ class CompiledGraph:
         self,
         compiled: Callable[..., Any],
         instances: Instances,
-        keep_counts: KeepCounts,
+        counts: KeepCounts,
         memories: Sequence[MemoryInput],
         memory: Memory,
         constants: tuple[int, ...] | None = None,
@@ -235,7 +235,7 @@ class CompiledGraph:
     ) -> None:
         self.compiled = compiled
         self.instances = instances
-        self.keep_counts = keep_counts
+        self.counts = counts
         self.memories = memories
         self.memory = memory
         self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
@@ -253,10 +253,10 @@ class CompiledGraph:
         if self.batch_input is not None:
             if len(self.instances.found) > 1:
                 raise SsPropCompileError(SEVERAL_GRAPHS)
-            self.keep_counts.follow_batch(int(args[self.batch_input].shape[0]))
+            self.counts.follow_batch(int(args[self.batch_input].shape[0]))
         instance.count_run()
-        self.keep_counts.telemetry.register(instance)
-        keep_counts = instance.keep_counts(self.keep_counts.tensor)
+        self.counts.telemetry.register(instance)
+        keep_counts = instance.translate(self.counts.tensor)
         if self.constants is not None and not instance.agrees(keep_counts, self.constants):
             layers = ", ".join(repr(site.name) for site in instance.graph.sites)
             raise SsPropCompileError(

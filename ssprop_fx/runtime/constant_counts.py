@@ -23,7 +23,7 @@ MAX_LEVELS = 6
 
 def constant_levels(
     specialize: bool | Literal["auto"],
-    part: KeepCounts,
+    counts: KeepCounts,
     model: nn.Module,
     table: SlotTable,
     fullgraph: bool,
@@ -32,7 +32,7 @@ def constant_levels(
 
     Args:
         specialize: as in `SparsityConfig`.
-        part: the model's part of the runtime sparsity tensor.
+        counts: the model's part of the runtime sparsity tensor.
         model: the model.
         table: its slots.
         fullgraph: whether the model is one graph, as in `torch.compile`.
@@ -40,7 +40,7 @@ def constant_levels(
     Raises:
         ValueError: `specialize` is True, and the schedule has too many drop rates.
     """
-    levels = part.levels
+    levels = counts.levels
     if specialize is True:
         if levels is None or len(levels) > MAX_LEVELS:
             raise ValueError(

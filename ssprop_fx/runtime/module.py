@@ -76,7 +76,7 @@ class SsPropModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = self.ssprop
-        state = own.scheduler, own.config, own.compile_kwargs, own.part, own.memory
+        state = own.scheduler, own.config, own.compile_kwargs, own.counts, own.memory
         return _restore, (self._orig_mod, *state)
 
 
@@ -85,10 +85,8 @@ def _restore(
     scheduler: SparsityScheduler,
     config: SparsityConfig,
     compile_kwargs: dict[str, Any],
-    keep_counts: KeepCounts,
+    counts: KeepCounts,
     memory: Memory,
 ) -> SsPropModule:
-    variants = Variants(
-        model, scheduler, config, compile_kwargs, keep_counts=keep_counts, memory=memory
-    )
+    variants = Variants(model, scheduler, config, compile_kwargs, counts=counts, memory=memory)
     return SsPropModule(model, variants)

@@ -26,7 +26,7 @@ class RankAgreement:
 
     Args:
         scheduler: sets the drop rate.
-        keep_counts: the model's part of the runtime sparsity tensor.
+        counts: the model's part of the runtime sparsity tensor.
         layers: a text that identifies everything else that must be equal on all ranks.
         device: returns the device that the model is on.
     """
@@ -34,12 +34,12 @@ class RankAgreement:
     def __init__(
         self,
         scheduler: SparsityScheduler,
-        keep_counts: KeepCounts,
+        counts: KeepCounts,
         layers: str,
         device: Callable[[], torch.device],
     ) -> None:
         self._scheduler = scheduler
-        self._keep_counts = keep_counts
+        self._counts = counts
         self._layers = layers
         self._device = device
         self._agreed: list[int] | None = None
@@ -64,9 +64,9 @@ class RankAgreement:
             )
         if ranks is None:
             return
-        counts = self._keep_counts.tensor.tolist()
+        keep_counts = self._counts.tensor.tolist()
         step, rate = self._scheduler.last_step, self._scheduler.drop_rate
-        digest = hashlib.sha256(repr((counts, self._layers)).encode()).digest()
+        digest = hashlib.sha256(repr((keep_counts, self._layers)).encode()).digest()
         # As many bits as float64 holds exactly.
         state = [float(int.from_bytes(digest[:6])), float(step), rate]
         # NCCL collectives need a tensor on the rank's device. Under DistributedDataParallel, Dynamo
@@ -75,7 +75,7 @@ class RankAgreement:
             bounds = torch.tensor([*state, *(-value for value in state)], dtype=torch.float64)
             bounds = bounds.to(self._device())
             work = distributed.all_reduce(bounds, distributed.ReduceOp.MAX, async_op=True)
-            if counts == self._agreed:
+            if keep_counts == self._agreed:
                 return
             work.wait()
             largest = bounds[:3].tolist()
@@ -88,7 +88,7 @@ class RankAgreement:
                 f" {smallest[2]:g} to {largest[2]:g}. Give all ranks the same model, config and"
                 " schedule, and call scheduler.step() on all ranks or on none"
             )
-        self._agreed = counts
+        self._agreed = keep_counts
 
 
 def _in_words(ranks: Ranks | None) -> str:

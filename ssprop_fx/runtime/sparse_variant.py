@@ -36,7 +36,7 @@ class SparseVariant:
         config: which layers take part.
         kind: `"inductor"` or `"aot_eager"`.
         options: Inductor configuration patches; empty for AOT eager.
-        keep_counts: the part of the runtime sparsity tensor to use if the model is a copy. By
+        counts: the part of the runtime sparsity tensor to use if the model is a copy. By
             default a new part is registered with the scheduler.
         memory: what the sparse backwards have left out so far; empty by default.
 
@@ -55,7 +55,7 @@ class SparseVariant:
         config: SparsityConfig,
         kind: str,
         options: dict[str, Any],
-        keep_counts: KeepCounts | None = None,
+        counts: KeepCounts | None = None,
         memory: Memory | None = None,
     ) -> None:
         if scheduler.controller is not None:
@@ -65,7 +65,7 @@ class SparseVariant:
         self.config = config
         self.table = find_slots(model, config)
         slots = self.table.slots
-        self.part = keep_counts or scheduler.register(
+        self.counts = counts or scheduler.register(
             [slot.channels if config.axis == "channel" else 1 for slot in slots],
             _multiple(config),
             [slot.groups if config.axis == "channel" else 1 for slot in slots],
@@ -75,12 +75,12 @@ class SparseVariant:
         )
         self.memory = memory or Memory([s.name for s in slots] if config.memory else ())
         self.backend = SparseBackend(
-            model, config, self.table, self.part, self.memory, kind, options
+            model, config, self.table, self.counts, self.memory, kind, options
         )
         self._agreement: RankAgreement | None = None
         if config.ranks == "shared":
             what = repr((slots, config.selection.identity))
-            self._agreement = RankAgreement(scheduler, self.part, what, self._device)
+            self._agreement = RankAgreement(scheduler, self.counts, what, self._device)
         self.tripwire = Tripwire(self.backend)
         self._warned: set[str] = set()
         self._judged: tuple[float, int] | None = None
@@ -91,11 +91,11 @@ class SparseVariant:
     @property
     def keep_counts(self) -> torch.Tensor:
         """The model's part of the runtime sparsity tensor: int64, CPU, [slots]."""
-        return self.part.tensor
+        return self.counts.tensor
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
         """Return the telemetry of each layer; see `SparsityScheduler.telemetry`."""
-        return self.part.telemetry.latest()
+        return self.counts.telemetry.latest()
 
     @property
     def graphs(self) -> tuple[GraphRecord, ...]:

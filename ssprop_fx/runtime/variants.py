@@ -33,7 +33,7 @@ class Variants(SparseVariant):
         compile_kwargs: arguments of `torch.compile`: backend, fullgraph, dynamic and, for
             Inductor, mode and options.
         in_place: calls of the model itself run the variants, so the variants must not call it.
-        shared: `keep_counts` and `memory` of `SparseVariant`, for a copy of a model.
+        shared: `counts` and `memory` of `SparseVariant`, for a copy of a model.
 
     Raises:
         ValueError: the model has layers whose weights do not exist yet.
@@ -65,7 +65,7 @@ class Variants(SparseVariant):
         # Keep counts of samples depend on the batch size, which is not known yet and may change.
         specialize = config.specialize if config.axis == "channel" else False
         fullgraph = compile_kwargs["fullgraph"]
-        self._levels = constant_levels(specialize, self.part, model, self.table, fullgraph)
+        self._levels = constant_levels(specialize, self.counts, model, self.table, fullgraph)
 
     def for_copy(self, model: nn.Module, memory: Memory) -> "Variants":
         """Return the variants of a copy of the model, with the same scheduler, slots and settings.
@@ -79,7 +79,7 @@ class Variants(SparseVariant):
             self.scheduler,
             self.config,
             self.compile_kwargs,
-            keep_counts=self.part,
+            counts=self.counts,
             memory=memory,
         )
 

@@ -88,9 +88,7 @@ class Augmentation:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]}? Known" if close else "known"
-                raise CommandError(
-                    f"--aug-kwargs {key}: unknown; {hint} are {', '.join(known)}"
-                )
+                raise CommandError(f"--aug-kwargs {key}: unknown; {hint} are {', '.join(known)}")
         values: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in pairs.items()
         }

@@ -28,17 +28,17 @@ class Gate:
     """Gives the times that decide which sites become sparse.
 
     Args:
-        keep_counts: keep count of each group at which sites are measured, by slot.
+        smallest: keep count of each group at which sites are measured, by slot.
     """
 
-    def __init__(self, keep_counts: Mapping[int, int]) -> None:
-        self.keep_counts = dict(keep_counts)
+    def __init__(self, smallest: Mapping[int, int]) -> None:
+        self.smallest = dict(smallest)
 
     def times(
         self, match: SiteMatch, slot: int, selection: Selection, batch_size: int | None = None
     ) -> Times:
         """Return the times of a site; from disk if it was measured before."""
-        k = self.keep_counts[slot]
+        k = self.smallest[slot]
         if identity_maybe(selection.select) is None:
             # Do not store: another selector without an identity would find these times.
             return measure(match, k, selection, batch_size)
@@ -50,7 +50,7 @@ class Gate:
 
     def identity(self) -> str:
         """Return a text that identifies what decisions depend on, except the machine."""
-        return repr(sorted(self.keep_counts.items()))
+        return repr(sorted(self.smallest.items()))
 
 
 def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
