@@ -8,6 +8,7 @@ import torch
 from graphs import small_net
 from layers import LAYERS
 from oracle import gradients, oracle_gradients, relative_error
+from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,7 +193,8 @@ def test_evaluation_between_training_steps_is_dense_and_changes_nothing() -> Non
         assert torch.allclose(compiled(x), model(x), atol=1e-6)
     # Gradients in eval mode are exact: saliency maps and attacks want these.
     y = x.clone().requires_grad_()
-    compiled(y).square().sum().backward()
+    with pytest.warns(NoEffectWarning, match=r"in eval\(\) mode, so this backward was dense"):
+        compiled(y).square().sum().backward()
     z = x.clone().requires_grad_()
     model(z).square().sum().backward()
     torch.testing.assert_close(y.grad, z.grad, rtol=1e-4, atol=1e-5)
