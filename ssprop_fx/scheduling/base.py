@@ -92,4 +92,5 @@ def check_schedule(name: str, schedule: object) -> None:
         TypeError: `schedule` is not a schedule.
     """
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"{name} must be a schedule such as constant(0.8), got {schedule!r}")
+        hint = "; only SparsityScheduler takes a plain function" if callable(schedule) else ""
+        raise TypeError(f"{name} must be a schedule such as constant(0.8), got {schedule!r}{hint}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -218,8 +219,8 @@ class SparsityScheduler:
             control.load_state_dict(self._loaded[number])
 
     def _set_step(self, step: int) -> None:
-        rate = self.schedule(step)
-        if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
+        rate: Any = self.schedule(step)
+        if not isinstance(rate, Real) or not 0.0 <= float(rate) < 1.0:
             raise ValueError(
                 f"schedule must return a drop rate in [0, 1), got {rate!r} at step {step}"
             )

@@ -3,11 +3,12 @@
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from oracle import SMALLEST
 
-from ssprop_fx import SparsityScheduler, bar, constant, linear
+from ssprop_fx import SparsityScheduler, bar, constant, linear, warmup
 from ssprop_fx.scheduling.keep_counts import keep_count
 
 
@@ -189,3 +190,14 @@ def test_what_is_no_state_is_refused(state):
 def test_a_schedule_that_returns_no_drop_rate_is_refused(rate):
     with pytest.raises(ValueError, match="schedule must return a drop rate"):
         SparsityScheduler(lambda step: rate)
+
+
+def test_a_schedule_may_return_any_real_number():
+    scheduler = SparsityScheduler(lambda step: np.float32(0.5))
+    assert scheduler.drop_rate == 0.5
+    assert type(scheduler.drop_rate) is float
+
+
+def test_a_plain_function_is_for_the_scheduler_alone():
+    with pytest.raises(TypeError, match="only SparsityScheduler takes a plain function"):
+        warmup(lambda step: 0.5, 3)
