@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch._inductor.compile_fx
-from ssprop_passes.graph.graph_pass import GraphPass
+from ssprop_passes.graph.graph_pass import PassList
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.device_interface import CudaInterface
@@ -89,14 +89,6 @@ class _ToGpu(CustomGraphPass):
         return "to a GPU"
 
 
-class _Nothing(GraphPass):
-    def transform(self, graph: fx.Graph) -> None:
-        pass
-
-    def identity(self) -> str:
-        return "nothing"
-
-
 class _Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -129,7 +121,9 @@ def lower(
             settings = {"joint_graph_constant_folding": False}
             compiled = torch.compile(
                 model,
-                backend=lambda gm, inputs: compile_inductor(gm, inputs, _Nothing(to_gpu), settings),
+                backend=lambda gm, inputs: compile_inductor(
+                    gm, inputs, PassList([to_gpu]), settings
+                ),
             )
         else:
             scheduler = SparsityScheduler(constant(0.8))
