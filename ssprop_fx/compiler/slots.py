@@ -82,10 +82,10 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
 def own_weight_maybe(module: nn.Module) -> torch.Tensor | None:
     """Return a module's weight, or what stands for its shape, without running any code of it.
 
-    To read `module.weight` runs the parametrizations of the weight. Spectral norm takes a step of
-    its power iteration then, so that looking at a model would change it. In their place comes the
-    largest tensor that they are made from: of spectral norm, orthogonal and weight norm it has the
-    weight's shape. A weight that is a property of its class is not looked at.
+    Reading `module.weight` runs the parametrizations of the weight. Spectral norm then takes a step
+    of its power iteration, so looking at a model would change it. This returns the largest original
+    tensor instead, which has the weight's shape for spectral norm, orthogonal and weight norm. It
+    ignores a weight that is a property of a class.
     """
     for held in (module._parameters, module._buffers, vars(module)):
         if isinstance(weight := held.get("weight"), torch.Tensor):
@@ -99,8 +99,8 @@ def own_weight_maybe(module: nn.Module) -> torch.Tensor | None:
 def weight_owners(model: nn.Module) -> dict[int, str]:
     """Return the name of the module that each parameter called `weight` counts for, by its id.
 
-    The first that owns it; before any other module a convolution or linear layer, so that a head
-    that is tied to an embedding counts as itself.
+    That is the first convolution or linear layer that owns it, else the first other module. So a
+    head that is tied to an embedding counts as itself.
     """
     owned = [
         (name, module, weight)

@@ -152,9 +152,9 @@ def _release(model: nn.Module) -> None:
 
 
 def _wants_gradients(output: Any) -> bool:
-    """Return whether a backward may come of an output: of a network frozen for a while none does.
+    """Return whether a backward may follow: none does while the whole network is frozen.
 
-    True if the output holds no tensor that can be seen.
+    True if no tensor is found in the output.
     """
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return not tensors or any(tensor.requires_grad for tensor in tensors)
