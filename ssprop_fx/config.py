@@ -150,6 +150,9 @@ class SparsityConfig:
         unset="all follow the schedule",
         example={"layer4.*": 0.9},
     )
+    saved: Literal["all", "kept"] = option(
+        "all", help="Save for the backward all that it needs, or compute the kept samples again"
+    )
     gate: bool = option(True, help="Leave a layer dense if its sparse backward is not faster")
     specialize: bool | Literal["auto"] = option(
         "auto",
@@ -189,24 +192,22 @@ class SparsityConfig:
 
     def _check_axis(self) -> None:
         if self.axis == "channel":
+            if self.saved != "all":
+                raise ValueError(f'saved must be "all" with axis="channel", got {self.saved!r}')
             return
         for name, right, is_right in (
             ("block", "1", self.block == 1),
             ("memory", "0", not self.memory),
             ("specialize", 'False or "auto"', self.specialize is not True),
             ("ranks", '"own"', self.ranks == "own"),
-            ("rates", "all 0", not any(self.rates.values())),
+            ("gradients", '"both"', self.gradients == "both"),
+            ("score", '"l2", "mean_abs" or a function', self.score != "l2_weight"),
             ("telemetry", "False", not self.telemetry),
         ):
             if not is_right:
                 raise ValueError(
                     f'{name} must be {right} with axis="sample", got {getattr(self, name)!r}'
                 )
-        if self.gradients == "input" and self.selection.select is sampled:
-            raise ValueError(
-                'select must not be "sampled" with axis="sample" and gradients="input": its weights'
-                " are for the gradient of the weight, which is dense then"
-            )
 
 
 def _check_rates(rates: Mapping[str, float]) -> None:

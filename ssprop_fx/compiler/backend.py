@@ -17,14 +17,15 @@ from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from ssprop_passes.transforms.gate import Gate
+from ssprop_passes.transforms.kept_samples import KeptSamplesPass
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
-from ssprop_fx.compiler.compiled_graph import SEVERAL_GRAPHS, CompiledGraph, Instances
+from ssprop_fx.compiler.batch_input import BatchInput, find_batch_input
+from ssprop_fx.compiler.compiled_graph import CompiledGraph, Instances
 from ssprop_fx.compiler.dynamo_graph import (
     copy_graph,
-    input_sizes,
     is_differentiable,
     with_extra_inputs,
 )
@@ -33,16 +34,12 @@ from ssprop_fx.compiler.inductor import (
     compile_aot_eager,
     compile_error,
     compile_inductor,
+    get_hooks,
     inductor_decompositions,
-    passes_in_force,
 )
-from ssprop_fx.compiler.node_marks import (
-    find_batch_input_maybe,
-    mark_layers,
-    mark_memories,
-    mark_samples,
-)
+from ssprop_fx.compiler.node_marks import mark_layers, mark_memories
 from ssprop_fx.compiler.passes import build_passes
+from ssprop_fx.compiler.sample_choice import current_choice_maybe
 from ssprop_fx.compiler.site_cache import GraphRecord, load_record_maybe, record_key, save_record
 from ssprop_fx.compiler.slots import SlotTable, find_slots
 from ssprop_fx.config import SparsityConfig
@@ -168,12 +165,13 @@ class SparseBackend:
         layers = mark_layers(gm, example_inputs, self.model)
         memories = mark_memories(gm, self.table) if self.config.memory else []
         table_device = _device(example_inputs) if self.config.telemetry else None
-        slot_count = len(self.table.slots)
-        batch_input = self._batch_input_maybe(gm, example_inputs, layers)
+        slot_count = len(self.counts.tensor)
+        batch, whole = self._find_batch(gm, example_inputs)
         state = StateInputs(
             table=None if table_device is None else empty_table(slot_count, table_device),
             memories=tuple(memory.zeros() for memory in memories),
             keep_counts=self.counts.tensor if self.constants is None else None,
+            choice=None if batch is None else torch.zeros(1, dtype=torch.int64),
         )
         gm = with_extra_inputs(gm, state.pack())
         inputs = [*example_inputs, *state.pack()]
@@ -187,17 +185,21 @@ class SparseBackend:
             gate and gate.identity(),
             self.constants,
             self.config.telemetry,
-            batch_input,
         )
         key = record_key(gm, inputs, repr(identity))
 
+        samples_pass = None
+        if batch is not None:
+            samples_pass = KeptSamplesPass(batch.symbol, state, self.config.saved == "kept")
+
         def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
-            batch_size = None if batch_input is None else input_sizes(gm, batch_input)[0]
-            sparse_pass = self._sparse_pass(layers, memories, batch_size)
-            passes = build_passes(sparse_pass, self.kind, passes_in_force(options))
+            sparse_pass = self._sparse_pass(layers, memories, slot_count, batch is not None)
+            passes = build_passes(
+                sparse_pass, self.kind, get_hooks(options, "joint_custom_pre_pass")
+            )
             # Copy the graph: both compilers change it, and a second compile may need it.
             compile_with = compile_inductor if self.kind == "inductor" else compile_aot_eager
-            return compile_with(copy_graph(gm), inputs, passes, options), sparse_pass
+            return compile_with(copy_graph(gm), inputs, passes, options, samples_pass), sparse_pass
 
         compiled, sparse_pass = compile_graph(self.options)
         known = None
@@ -210,34 +212,32 @@ class SparseBackend:
                     {**self.options, "force_disable_caches": True}
                 )
         graph = known or GraphRecord(sparse_pass.sites, sparse_pass.total_flops)
-        if known is None and self.kind == "inductor":
+        if self.config.axis == "sample":
+            graph.whole = whole if samples_pass is None else samples_pass.reason
+        if known is None and batch is None and self.kind == "inductor":
             save_record(key, graph)
         logger.info("graph compiled%s: %s", " before, found in the cache" if known else "", graph)
         self.captured.update(layers)
         instances = Instances(self.model, self.table, graph, example_inputs)
-        return self._register(compiled, instances, memories, table_device, batch_input)
+        return self._register(compiled, instances, memories, table_device, batch)
 
-    def _batch_input_maybe(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], layers: tuple[str, ...]
-    ) -> int | None:
-        """Return the position of the input that has the batch; None if channels are chosen."""
-        if self.config.axis == "channel":
-            return None
-        sparse = {slot.name for slot in self.table.slots}
-        now, before = sparse & set(layers), sparse & self.captured
-        if now and before and now.isdisjoint(before):
-            raise RuntimeError(SEVERAL_GRAPHS)
-        position = find_batch_input_maybe(gm, inputs, self.model)
-        if position is not None:
-            mark_samples(gm, input_sizes(gm, position)[0])
-            self.counts.follow_batch(int(inputs[position].shape[0]))
-        return position
+    def _find_batch(
+        self, gm: fx.GraphModule, inputs: Sequence[Any]
+    ) -> tuple[BatchInput | None, str]:
+        """Return the input that holds the batch, None with a reason if the backward stays whole."""
+        if self.config.axis == "channel" or not is_differentiable(inputs):
+            return None, ""
+        choice = current_choice_maybe()
+        try:
+            return find_batch_input(gm, inputs, self.model, choice.size if choice else 0), ""
+        except ValueError as error:
+            return None, str(error)
 
     def adopt(self, graph: CompiledGraph) -> CompiledGraph:
         """Return a graph that was compiled for another model, to run for this one."""
         instances = graph.instances.of_model(self.model, self.table)
         return self._register(
-            graph.compiled, instances, graph.memories, graph.table_device, graph.batch_input
+            graph.compiled, instances, graph.memories, graph.table_device, graph.batch
         )
 
     def _register(
@@ -246,7 +246,7 @@ class SparseBackend:
         instances: Instances,
         memories: Sequence[MemoryInput],
         table_device: torch.device | None,
-        batch_input: int | None,
+        batch: BatchInput | None,
     ) -> CompiledGraph:
         self.instances.append(instances)
         return CompiledGraph(
@@ -257,30 +257,37 @@ class SparseBackend:
             self.memory,
             self.constants,
             table_device,
-            batch_input,
+            batch,
+            self.selection,
         )
 
     def _gate(self) -> Gate | None:
         # AOT eager is not for speed. Ranks that each time layers would not always agree.
-        if not self.config.gate or self.kind != "inductor" or self.selection.ranks is not None:
+        # With samples, the layers whose channels are chosen too are named one by one.
+        is_off = not self.config.gate or self.config.axis == "sample"
+        if is_off or self.kind != "inductor" or self.selection.ranks is not None:
             return None
         return Gate(dict(enumerate(self.counts.smallest)))
 
     def _sparse_pass(
-        self, layers: tuple[str, ...], memories: Sequence[MemoryInput], batch_size: int | None
+        self,
+        layers: tuple[str, ...],
+        memories: Sequence[MemoryInput],
+        slot_count: int,
+        chooses_samples: bool,
     ) -> SparseBackwardPass:
         return SparseBackwardPass(
             slots={slot.name: slot for slot in self.table.slots},
             excluded=self.table.excluded,
             layers=layers,
-            slot_count=len(self.table.slots),
+            slot_count=slot_count,
             decompositions=inductor_decompositions if self.kind == "inductor" else dict,
             selection=self.selection,
             gate=self._gate(),
             memories=[memory.layer for memory in memories],
             telemetry=self.config.telemetry,
             constants=self.constants,
-            batch_size=batch_size,
+            chooses_samples=chooses_samples,
         )
 
 

@@ -17,23 +17,19 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph.modes import outside_modes
 from ssprop_passes.graph.state_inputs import StateInputs
+from ssprop_passes.selection.policy import Selection
 from ssprop_passes.sites.site import Site
 from torch import Tensor, nn
 
 from ssprop_fx.compiler.backward_state import Memory, MemoryInput
+from ssprop_fx.compiler.batch_input import BatchInput
+from ssprop_fx.compiler.sample_choice import SampleChoice, current_choice_maybe
 from ssprop_fx.compiler.site_cache import GraphRecord
 from ssprop_fx.compiler.slots import SlotTable, weight_owners
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import empty_table
 
-__all__ = ["SEVERAL_GRAPHS", "CompiledGraph", "Instance", "Instances"]
-
-
-SEVERAL_GRAPHS = (
-    'axis="sample" needs the whole model in one graph, because a backward chooses its samples'
-    " once: a graph break (TORCH_LOGS=graph_breaks shows where) or DistributedDataParallel"
-    " (torch._dynamo.config.optimize_ddp = False prevents it) splits the model"
-)
+__all__ = ["CompiledGraph", "Instance", "Instances"]
 
 
 class Instance:
@@ -141,6 +137,7 @@ class Instances:
         inputs: the example inputs that it was compiled for.
 
     Attributes:
+        graph: the record.
         found: the instances seen so far, by the names of their layers.
     """
 
@@ -151,7 +148,7 @@ class Instances:
     ) -> None:
         self._set_model(model, table)
         self._slot_count = len(table.slots)
-        self._graph = graph
+        self.graph = graph
         self._positions = [i for i, value in enumerate(inputs) if id(value) in self._owners]
         self._compiled_for = self._layers(inputs)
         self.found = {self._compiled_for: Instance(graph, None, self._slot_count, {})}
@@ -187,13 +184,13 @@ class Instances:
 
     def _make(self, layers: tuple[str, ...]) -> Instance:
         names = dict(zip(self._compiled_for, layers, strict=True))
-        sites = tuple(self._rename(site, names) for site in self._graph.sites)
+        sites = tuple(self._rename(site, names) for site in self.graph.sites)
         slots = {
             own.slot: site.slot if not site.reason else ~(site.channels // site.groups)
-            for own, site in zip(self._graph.sites, sites, strict=True)
+            for own, site in zip(self.graph.sites, sites, strict=True)
             if not own.reason
         }
-        return Instance(GraphRecord(sites, self._graph.total_flops), slots, self._slot_count, names)
+        return Instance(GraphRecord(sites, self.graph.total_flops), slots, self._slot_count, names)
 
     def _rename(self, site: Site, names: Mapping[str, str]) -> Site:
         name = names.get(site.name, site.name)
@@ -218,8 +215,8 @@ class CompiledGraph:
         memory: the memories of the model.
         constants: the compiled-in keep count of each slot; None if the graph reads keep counts.
         table_device: device of the graph's telemetry table; None without telemetry.
-        batch_input: position of the input whose leading dimension is the batch; None if channels
-            are chosen.
+        batch: the input that holds the batch; None if no samples are chosen.
+        selection: how samples are chosen.
     """
 
     def __init__(
@@ -231,7 +228,8 @@ class CompiledGraph:
         memory: Memory,
         constants: tuple[int, ...] | None = None,
         table_device: torch.device | None = None,
-        batch_input: int | None = None,
+        batch: BatchInput | None = None,
+        selection: Selection = Selection(),
     ) -> None:
         self.compiled = compiled
         self.instances = instances
@@ -240,20 +238,16 @@ class CompiledGraph:
         self.memory = memory
         self.constants = None if constants is None else torch.tensor(constants, dtype=torch.int64)
         self.table_device = table_device
-        self.batch_input = batch_input
+        self.batch = batch
+        self.selection = selection
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph for the layers whose weights are among its inputs.
 
         Raises:
-            SsPropCompileError: the graph's constant keep counts are not those of these layers, or
-                samples are chosen and the graph was also called for other layers.
+            SsPropCompileError: the graph's constant keep counts are not those of these layers.
         """
         instance = self.instances.find(args)
-        if self.batch_input is not None:
-            if len(self.instances.found) > 1:
-                raise SsPropCompileError(SEVERAL_GRAPHS)
-            self.counts.follow_batch(int(args[self.batch_input].shape[0]))
         instance.count_run()
         self.counts.telemetry.register(instance)
         keep_counts = instance.translate(self.counts.tensor)
@@ -264,10 +258,29 @@ class CompiledGraph:
                 f" {layers} differ from those it was compiled with: use"
                 " SparsityConfig(specialize=False), or fullgraph=True, which allows no graph break"
             )
+        choice = self._choice_maybe(args)
         names = instance.names
         state = StateInputs(
             table=None if self.table_device is None else instance.find_table(self.table_device),
             memories=tuple(self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories),
             keep_counts=keep_counts if self.constants is None else None,
+            choice=None if choice is None else choice.number,
         )
-        return self.compiled(*args, *state.pack())
+        outputs = self.compiled(*args, *state.pack())
+        if choice is not None:
+            choice.keep_alive(outputs)
+        return outputs
+
+    def _choice_maybe(self, args: Sequence[Any]) -> SampleChoice | None:
+        """Return the choice of the forward that runs now, which knows its batch size from here on.
+
+        None if no samples are chosen.
+        """
+        if self.batch is None:
+            return None
+        choice = current_choice_maybe() or SampleChoice(self.selection, self.counts.of_batch)
+        size = args[self.batch.position].shape[self.batch.dim]
+        # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
+        if self.instances.graph.is_sliced and isinstance(size, int):
+            choice.start(size)
+        return choice

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["copy_graph", "input_sizes", "is_differentiable", "with_extra_inputs"]
+__all__ = ["copy_graph", "input_sizes", "is_differentiable", "is_fake", "with_extra_inputs"]
 
 
 def with_extra_inputs(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> fx.GraphModule:
@@ -45,6 +46,11 @@ def input_sizes(gm: fx.GraphModule, position: int) -> Sequence[int]:
     """Return the shape of an input, with SymInts for dynamic sizes."""
     placeholder = gm.graph.find_nodes(op="placeholder")[position]
     return cast(Tensor, placeholder.meta["example_value"]).shape
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has no values, as while torch traces."""
+    return isinstance(tensor, FakeTensor)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,19 +11,24 @@ import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph.graph_pass import PassList
 from ssprop_passes.kernels.cpp_loader import start_compiling
+from ssprop_passes.transforms.kept_samples import KeptSamplesPass
 from torch import fx, nn
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
+from torch._guards import detect_fake_mode
+
+from ssprop_fx.compiler.sliced_graph import compile_sliced
 
 __all__ = [
     "RestartAnalysis",
     "compile_aot_eager",
     "compile_error",
     "compile_inductor",
+    "get_hooks",
     "inductor_decompositions",
     "inductor_options",
     "is_inductor_option",
-    "passes_in_force",
 ]
 
 
@@ -43,8 +48,18 @@ def compile_inductor(
     inputs: Sequence[Any],
     passes: PassList,
     options: dict[str, Any],
+    samples: KeptSamplesPass | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor; the passes run in its joint-graph hook."""
+    """Compile a graph with Inductor; the passes run in its joint-graph hooks.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        inputs: its example inputs.
+        passes: the passes on the joint graph.
+        options: Inductor configuration patches.
+        samples: the pass that prepares the backward for the kept samples, the last one; None for a
+            backward of the whole batch.
+    """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     # The weight of a 2d convolution on a CPU: our C++ kernels may serve it.
@@ -55,15 +70,61 @@ def compile_inductor(
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
         # The backward compiles later, outside `SparseBackend.__call__`.
         try:
-            return compile_fx_inner(*args, **kwargs)
+            if samples is None:
+                return compile_fx_inner(*args, **kwargs)
+            return _compile_sliced(samples, *args, **kwargs)
         except Exception as error:
             failure = compile_error(error)
             raise failure from failure.__cause__
 
     # As patches, not as a global setting, because the backward compiles later.
     patches = {**options, "joint_custom_pre_pass": passes}
-    compiled = compile_fx(gm, inputs, compile_inner, config_patches=patches)
-    return cast(Callable[..., Any], compiled)
+    if samples is None:
+        return cast(
+            Callable[..., Any], compile_fx(gm, inputs, compile_inner, config_patches=patches)
+        )
+    # After all others: what they insert may be saved as well.
+    last = get_hooks(options, "joint_custom_post_pass")
+    patches["joint_custom_post_pass"] = PassList([*last, samples])
+    with _without_autograd_cache():
+        return cast(
+            Callable[..., Any], compile_fx(gm, inputs, compile_inner, config_patches=patches)
+        )
+
+
+def _compile_sliced(
+    samples: KeptSamplesPass,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    is_backward: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Compile the forward as it is, and the backward for the kept samples."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        # Where several codes are right, Inductor chooses by the batch size and guards on it. Such
+        # guards may leave a single batch size, and they hold for N, not for k.
+        with _shape_env(inputs).suppress_guards():
+            compiled: Any = compile_fx_inner(gm, inputs, is_backward=is_backward, **kwargs)
+            return cast(Callable[..., Any], compiled)
+
+    if not is_backward:
+        return compile_graph(gm, list(inputs))
+    return compile_sliced(compile_graph, gm, inputs, samples.batch)
+
+
+def _shape_env(inputs: Sequence[Any]) -> Any:
+    mode = detect_fake_mode(inputs)
+    assert mode is not None
+    assert mode.shape_env is not None
+    return mode.shape_env
+
+
+def _without_autograd_cache() -> Any:
+    """Turn off AOTAutograd's cache: a hit would compile no backward, so nothing would slice it."""
+    return torch._functorch.config.patch(enable_autograd_cache=False)
 
 
 def compile_aot_eager(
@@ -71,16 +132,29 @@ def compile_aot_eager(
     inputs: Sequence[Any],
     passes: Callable[[fx.Graph], None],
     options: dict[str, Any],
+    samples: KeptSamplesPass | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph with AOTAutograd alone: slow to run, quick to compile."""
 
     def joint_pass(joint: fx.GraphModule, _inputs: Any) -> fx.GraphModule:
         passes(joint.graph)
+        if samples is not None:
+            samples(joint.graph)
         joint.recompile()
         return joint
 
     with torch._functorch.config.patch(joint_custom_pass=joint_pass):
-        return lookup_backend("aot_eager")(gm, list(inputs))
+        if samples is None:
+            return lookup_backend("aot_eager")(gm, list(inputs))
+
+        compiler: Any = lookup_backend("aot_eager")
+
+        def compile_backward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            return compile_sliced(boxed_nop, gm, inputs, samples.batch)
+
+        with _without_autograd_cache():
+            compiled: Callable[..., Any] = compiler(gm, list(inputs), bw_compiler=compile_backward)
+            return compiled
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -106,6 +180,8 @@ def is_inductor_option(name: str) -> bool:
     return name.replace("-", "_") in torch._inductor.config.get_config_copy()
 
 
-def passes_in_force(options: Mapping[str, Any]) -> Any:
-    """Return the user's `joint_custom_pre_pass` for Inductor: a pass, several passes or None."""
-    return options.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+def get_hooks(options: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the user's passes for one of Inductor's hooks, such as `joint_custom_pre_pass`."""
+    hook = options.get(name, getattr(torch._inductor.config, name))
+    hooks: Sequence[Any] = hook if isinstance(hook, (list, tuple)) else [hook]
+    return [hook for hook in hooks if hook is not None]

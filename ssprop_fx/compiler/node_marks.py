@@ -1,7 +1,7 @@
 """Node marks: metadata that AOTAutograd copies from a forward node to its backward nodes.
 
 Each mark is an entry of `node.meta["custom"]` in the graph that Dynamo captured: the layer of a
-node, the number of a call that has a memory, and whether its samples are known.
+node, and the number of a call that has a memory.
 """
 
 from collections import Counter
@@ -12,21 +12,13 @@ import torch
 from ssprop_passes.selection.error_feedback import MEMORY_KEY
 from ssprop_passes.selection.gather_scatter import is_channels_last
 from ssprop_passes.sites.site import SITE_KEY, layer_name
-from ssprop_passes.transforms.sample_axis import SAMPLES_KEY
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from ssprop_fx.compiler.backward_state import MemoryInput
 from ssprop_fx.compiler.slots import SlotTable, weight_owners
 
-__all__ = [
-    "LAYER_CALLS",
-    "find_batch_input_maybe",
-    "mark_layers",
-    "mark_memories",
-    "mark_samples",
-]
+__all__ = ["LAYER_CALLS", "mark_layers", "mark_memories"]
 
 # Calls that take the weight of a layer in the graph that Dynamo captures.
 LAYER_CALLS = (
@@ -130,67 +122,3 @@ def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryI
         step *= shape[dim]
     dtype = torch.promote_types(output.dtype, torch.float32)
     return MemoryInput(layer, number, shape, tuple(strides), dtype, output.device)
-
-
-def find_batch_input_maybe(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
-) -> int | None:
-    """Return the position of the input whose leading dimension is the batch.
-
-    Args:
-        gm: the graph that Dynamo captured.
-        example_inputs: its inputs.
-        model: the model; its parameters and buffers are inputs as well, and are skipped.
-
-    Returns:
-        The position of the first tensor with at least one dimension; None if there is none.
-    """
-    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    for position, value in enumerate(example_inputs):
-        if isinstance(value, Tensor) and value.ndim and id(value) not in own:
-            return position
-    return None
-
-
-def mark_samples(gm: fx.GraphModule, batch_size: int) -> None:
-    """Write into the metadata of each layer call why its samples are unknown, "" if they are known.
-
-    Args:
-        gm: the graph that Dynamo captured; subgraphs are marked as well.
-        batch_size: samples in the batch; may be a SymInt.
-    """
-    for graph_module in gm.modules():
-        for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
-            value = node.meta.get("example_value")
-            is_call = node.target in LAYER_CALLS and layer_name(node) is not None
-            if is_call and isinstance(value, Tensor):
-                reason = _why_unknown(node.target, value, batch_size)
-                node.meta["custom"] = {**node.meta["custom"], SAMPLES_KEY: reason}
-
-
-def _why_unknown(call: object, output: Tensor, batch: int) -> str:
-    """Return why the samples of a call's output are not known; "" if they are.
-
-    Args:
-        call: the function called.
-        output: its fake value. Its leading dimensions are those of the input: all except the last
-            for a linear layer, all except channels and space for a convolution.
-        batch: samples in the batch.
-    """
-    if call is functional.linear:
-        outer = output.shape[:-1]
-    else:
-        spatial = next(n for n in (1, 2, 3) if f"{n}d" in getattr(call, "__name__", ""))
-        outer = output.shape[: -1 - spatial]
-    if not outer:
-        return "it is called for a single sample"
-    if statically_known_true(outer[0] == batch):
-        return ""
-    if any(statically_known_true(size == batch) for size in outer[1:]):
-        return f"the batch of {batch} may be a later dimension of its input, not the leading one"
-    if not statically_known_true(outer[0] % batch == 0):
-        return (
-            f"the leading dimension of its input, {outer[0]}, is not a multiple of the batch of"
-            f" {batch}"
-        )
-    return ""

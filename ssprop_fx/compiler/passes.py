@@ -13,21 +13,20 @@ from ssprop_fx.compiler.inductor import inductor_decompositions
 __all__ = ["build_passes"]
 
 
-def build_passes(sparse: SparseBackwardPass, kind: str, user_hook: Any = None) -> PassList:
+def build_passes(sparse: SparseBackwardPass, kind: str, user_hooks: Sequence[Any] = ()) -> PassList:
     """Return all passes on the joint graph as one.
 
     Args:
         sparse: makes the sites of the graph sparse.
         kind: the compiler, `"inductor"` or `"aot_eager"`. AOT eager is not for speed, so it runs
             only the sparse pass.
-        user_hook: the user's pass or passes in Inductor's `joint_custom_pre_pass`.
+        user_hooks: the user's passes in Inductor's `joint_custom_pre_pass`.
     """
     if kind != "inductor":
         return PassList([sparse])
-    hooks: Sequence[Any] = user_hook if isinstance(user_hook, (list, tuple)) else [user_hook]
     return PassList(
         [
-            *(hook for hook in hooks if hook is not None),
+            *user_hooks,
             sparse,
             # It rewrites scores and gathers that the sparse pass inserted.
             BatchNormGradientPass(inductor_decompositions),

@@ -25,12 +25,15 @@ class GraphRecord:
         total_flops: floating-point operations of all its backward convolutions and matrix
             products if they were dense.
         runs: number of calls.
+        whole: with `axis="sample"`, why the backward runs on the whole batch; "" if it runs on the
+            kept samples. None with `axis="channel"`.
     """
 
     def __init__(self, sites: Sequence[Site] = (), total_flops: int = 0) -> None:
         self.sites = tuple(sites)
         self.total_flops = total_flops
         self.runs = 0
+        self.whole: str | None = None
 
     def __str__(self) -> str:
         """Return a text such as `20 sites sparse, 1 dense`."""
@@ -38,9 +41,14 @@ class GraphRecord:
         return f"{len(self.sites) - dense} sites sparse, {dense} dense"
 
     @property
+    def is_sliced(self) -> bool:
+        """Whether the backward runs on the kept samples."""
+        return self.whole == ""
+
+    @property
     def is_sparse(self) -> bool:
-        """Whether the pass rewrote any site of the graph."""
-        return any(not site.reason for site in self.sites)
+        """Whether the backward is sliced, or the pass rewrote any of its sites."""
+        return self.is_sliced or any(not site.reason for site in self.sites)
 
 
 def record_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:

@@ -64,6 +64,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = "nn.MultiheadAttention takes its weight and does not call it"
         elif module in classifier:
             excluded[name] = "the classifier"
+        elif config.axis == "sample" and name not in rates:
+            excluded[name] = "its channels are all kept: samples are chosen"
         elif channels < config.min_channels:
             excluded[name] = f"fewer than min_channels={config.min_channels} output channels"
         elif rates.get(name) == 0:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
+from ssprop_passes.sites.site import Slot
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -65,13 +66,17 @@ class SparseVariant:
         self.config = config
         self.table = find_slots(model, config)
         slots = self.table.slots
+        chooses_samples = config.axis == "sample"
+        # The last slot of a model whose samples are chosen counts samples.
+        of_batch = [Slot(len(slots), "samples", 1)] if chooses_samples else []
         self.counts = counts or scheduler.register(
-            [slot.channels if config.axis == "channel" else 1 for slot in slots],
-            _multiple(config),
-            [slot.groups if config.axis == "channel" else 1 for slot in slots],
-            [self.table.rates.get(slot.name) for slot in slots],
+            [slot.channels for slot in (*slots, *of_batch)],
+            config.channel_multiple,
+            [slot.groups for slot in (*slots, *of_batch)],
+            [self.table.rates.get(slot.name) for slot in slots] + [None for _ in of_batch],
             config.block,
-            [slot.name for slot in slots],
+            [slot.name for slot in (*slots, *of_batch)],
+            chooses_samples,
         )
         self.memory = memory or Memory([s.name for s in slots] if config.memory else ())
         self.backend = SparseBackend(
@@ -85,8 +90,13 @@ class SparseVariant:
         self._warned: set[str] = set()
         self._judged: tuple[float, int] | None = None
         self._faster = True
-        if not slots:
+        if not self.takes_part:
             self._warn(why_no_layer(self.table.excluded))
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether anything of the model can be sparse."""
+        return bool(self.table.slots) or self.config.axis == "sample"
 
     @property
     def keep_counts(self) -> torch.Tensor:
@@ -118,7 +128,7 @@ class SparseVariant:
             self.scheduler.drop_rate > 0
             and self.backend.model.training
             and torch.is_grad_enabled()
-            and bool(self.table.slots)
+            and self.takes_part
             and self._is_faster_sparse()
         )
 
@@ -171,7 +181,7 @@ class SparseVariant:
             self.scheduler.drop_rate == 0
             or self.backend.model.training
             or not torch.is_grad_enabled()
-            or not self.table.slots
+            or not self.takes_part
             or "eval" in self._warned
         ):
             return
@@ -193,11 +203,6 @@ class SparseVariant:
         if problem.kind not in self._warned:
             self._warned.add(problem.kind)
             warn_no_effect(problem.message)
-
-
-def _multiple(config: SparsityConfig) -> int | Literal["auto"]:
-    is_of_samples = config.axis == "sample" and config.channel_multiple == "auto"
-    return 1 if is_of_samples else config.channel_multiple
 
 
 def saved_share(graphs: Sequence[GraphRecord], keep_counts: Sequence[int]) -> float | None:

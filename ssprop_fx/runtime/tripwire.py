@@ -54,6 +54,13 @@ class Tripwire:
 def _judge(
     backend: SparseBackend, graphs: list[GraphRecord], ran: list[GraphRecord]
 ) -> Problem | None:
+    whole = [graph.whole for graph in ran if graph.whole]
+    if whole:
+        message = (
+            f"{len(whole)} of the model's {len(ran)} compiled graphs cannot run on the kept samples"
+            f" alone, so their backward is of the whole batch: {'; '.join(dict.fromkeys(whole))}."
+        )
+        return Problem(f"whole {whole}", message)
     if not any(graph.is_sparse for graph in ran):
         return _why_dense(graphs)
     if missing := backend.missing:

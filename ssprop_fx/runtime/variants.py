@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.compiler.backward_state import Memory
+from ssprop_fx.compiler.batch_input import batch_marked
 from ssprop_fx.compiler.inductor import inductor_options
+from ssprop_fx.compiler.sample_choice import SampleChoice, opened
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import constant_levels
 from ssprop_fx.runtime.sparse_variant import SparseVariant
@@ -120,7 +122,10 @@ class Variants(SparseVariant):
         backend.error = None
         self.tripwire.start()
         try:
-            output = sparse(*args, **kwargs)
+            if self.config.axis == "sample":
+                output = self._run_sliced(sparse, *args, **kwargs)
+            else:
+                output = sparse(*args, **kwargs)
         except Exception:
             # Dynamo wraps errors of its backend; the user gets our error and its cause.
             if backend.error is not None:
@@ -132,6 +137,13 @@ class Variants(SparseVariant):
         if _wants_gradients(output):
             self.check_step()
         return output
+
+    def _run_sliced(self, sparse: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the sparse variant such that its backward begins with a choice of samples."""
+        choice = SampleChoice(self.config.selection, self.counts.of_batch)
+        with opened(choice), batch_marked(tree_leaves((args, kwargs))):
+            output = sparse(*args, **kwargs)
+        return choice.attach(output)
 
 
 def _release(model: nn.Module) -> None:

@@ -40,13 +40,13 @@ class KeepCounts:
     `SparsityScheduler.register` makes it.
 
     Attributes:
-        channels: output channels of each slot of the model. With `axis="sample"` the batch size,
-            and 1 before the first sparse step.
+        channels: output channels of each slot of the model.
         groups: number of groups in which each slot selects channels.
         rates: drop rate of each slot that has its own, None for the others.
         block: keep counts are multiples of this.
         multiple: keep counts are rounded to multiples of this; see `keep_count`.
         names: layer name of each slot.
+        batch: whether the last slot is not of a layer: it counts the kept samples of the batch.
         telemetry: what the model's sparse backwards report.
     """
 
@@ -60,6 +60,7 @@ class KeepCounts:
         rates: Sequence[float | None],
         block: int,
         names: Sequence[str],
+        batch: bool = False,
     ) -> None:
         self._source = source
         self._start = start
@@ -69,13 +70,15 @@ class KeepCounts:
         self.rates = tuple(rates)
         self.block = block
         self.names = tuple(names)
+        self.batch = batch
         self.telemetry = Telemetry()
 
-    def follow_batch(self, size: int) -> None:
-        """Count the samples of a batch of this size instead of channels, in every slot."""
-        if any(channels != size for channels in self.channels):
-            self.channels = (size,) * len(self.channels)
+    def of_batch(self, size: int) -> int:
+        """Return how many samples of a batch of this size a backward keeps, from the tensor."""
+        if self.channels[-1] != size:
+            self.channels = (*self.channels[:-1], size)
             self._source.refresh()
+        return int(self.tensor[-1])
 
     def at(self, drop_rate: float, controlled: Mapping[str, float] | None = None) -> list[int]:
         """Return the keep count of each slot at a drop rate of the schedule.
@@ -108,6 +111,8 @@ class KeepCounts:
 
     def _keep_count(self, slot: int, drop_rate: float) -> int:
         channels, groups = self.channels[slot], self.groups[slot]
+        if self.batch and slot == len(self.channels) - 1:
+            return max(int(round(1 - drop_rate, 12) * channels), 1)
         return keep_count(channels, drop_rate, self.multiple, groups, self.block)
 
     @property

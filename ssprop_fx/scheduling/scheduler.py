@@ -179,6 +179,7 @@ class SparsityScheduler:
         rates: Sequence[float | None] | None = None,
         block: int = 1,
         names: Sequence[str] | None = None,
+        batch: bool = False,
     ) -> KeepCounts:
         """Add a model's slots to the runtime sparsity tensor. `ssprop_compile` calls this.
 
@@ -189,6 +190,7 @@ class SparsityScheduler:
             rates: drop rate of each slot that has its own, None for the others.
             block: keep counts are multiples of this.
             names: layer name of each slot; slot numbers by default.
+            batch: whether the last slot counts the kept samples of the batch.
 
         Returns:
             The model's part of the tensor.
@@ -198,7 +200,7 @@ class SparsityScheduler:
         self._keep_counts.resize_(start + len(channels))
         groups, rates = groups or [1] * len(channels), rates or [None] * len(channels)
         names = names or [str(number) for number in range(len(channels))]
-        counts = KeepCounts(self, start, channels, multiple, groups, rates, block, names)
+        counts = KeepCounts(self, start, channels, multiple, groups, rates, block, names, batch)
         control = None if self.controller is None else ControllerState(self.controller, counts)
         self._load_control(len(self._models), control)
         self._models.append((counts, control))

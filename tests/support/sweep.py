@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 import timm
 import torch
 from oracle import gradients, oracle_gradients, relative_error
+from sample_oracle import kept_gradients, strongest
+from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
@@ -142,6 +145,7 @@ TIED = {"skresnet18": "fc_select", "resnest14d": "conv2.fc2"}
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 DROP_RATE = 0.8
 BATCH = 3  # batch norm over two values has no gradient except through its epsilon
+SAMPLES, SAMPLES_KEPT = 5, 3
 NOISE = 0.02
 TOLERANCE = 1e-7
 TIMEOUT_S = 900
@@ -172,8 +176,8 @@ class Row:
     failure: str = ""
 
 
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a timm model in float64 and an input of the smallest size that it accepts."""
+def build(name: str, batch: int = BATCH) -> tuple[nn.Module, Tensor]:
+    """Return a timm model in float64 and a batch of the smallest size that it accepts."""
     reduced = REDUCED.get(name, {})
     for size in SIZES:
         for kwargs in (reduced, {**reduced, "img_size": size}):
@@ -181,12 +185,12 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
             try:
                 with torch.device("meta"):
                     model = timm.create_model(name, num_classes=7, **kwargs).train()
-                    model(torch.randn(BATCH, 3, size, size))
+                    model(torch.randn(batch, 3, size, size))
             except Exception:
                 continue
             model = timm.create_model(name, num_classes=7, **kwargs).double().train()
             make_comparable(model)
-            return model, torch.randn(BATCH, 3, size, size, dtype=torch.float64)
+            return model, torch.randn(batch, 3, size, size, dtype=torch.float64)
     raise RuntimeError(f"accepts none of the sizes {SIZES}")
 
 
@@ -240,6 +244,27 @@ def check(name: str) -> Row:
         error=relative_error(gradients(model, inputs), expected),
         seconds=time.perf_counter() - start,
     )
+
+
+def samples_error(name: str) -> float:
+    """Return the largest relative error of a gradient made of the kept samples alone."""
+    model, inputs = build(name, SAMPLES)
+    inputs.requires_grad_()
+
+    def choose(gradients: list[Tensor]) -> Tensor:
+        return strongest(gradients, SAMPLES_KEPT)
+
+    expected = kept_gradients(model, (inputs,), loss, choose, SAMPLES)
+    model.zero_grad()
+    scheduler = SparsityScheduler(constant(1 - SAMPLES_KEPT / SAMPLES))
+    config = SparsityConfig(axis="sample")
+    compiled = ssprop_compile(model, scheduler, config=config, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        loss(compiled(inputs)).backward()
+    assert inputs.grad is not None
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return relative_error({**found, "input 0": inputs.grad}, expected)
 
 
 def check_apart(name: str) -> Row:

@@ -25,9 +25,8 @@ from ssprop_passes.selection.gather_scatter import (
     sum_channels,
 )
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 
-__all__ = ["ConvGeometry", "conv_backward_of_samples", "conv_gradients", "sparse_conv_backward"]
+__all__ = ["ConvGeometry", "conv_gradients", "sparse_conv_backward"]
 
 
 @dataclass(frozen=True)
@@ -112,46 +111,6 @@ def sparse_conv_backward(
         bias = grad_output.new_empty(grad_output.shape[1])
         grad_bias = scatter_rows(sum_channels(kept), indices, bias)
     return grad_input if output_mask[0] else None, grad_weight, grad_bias
-
-
-def conv_backward_of_samples(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    samples: Samples,
-    geometry: ConvGeometry,
-    output_mask: Sequence[bool],
-) -> Gradients:
-    """Return the gradients of any kind of convolution from the kept samples.
-
-    Args:
-        grad_output: [N, C, *out_space].
-        input: [N, C_in, *space].
-        weight: [C, C_in / groups, *kernel]; if transposed, [C_in, C / groups, *kernel].
-        samples: the kept samples.
-        geometry: stride, padding and so on.
-        output_mask: which of the gradients of input, weight and bias are wanted.
-
-    Returns:
-        Gradients of input, weight and bias, None if not wanted. The input gradient of the other
-        samples is zero.
-    """
-    kept = samples.gather(grad_output)
-    grad_input = grad_weight = None
-    if output_mask[0] or output_mask[1]:
-        # Apply the weights to the input: only the weight gradient is computed from it.
-        rows, grad_weight = conv_gradients(
-            kept,
-            samples.weighted(samples.gather(input)),
-            weight,
-            geometry,
-            output_mask,
-            is_channels_last(input) or is_channels_last(weight),
-        )
-        if output_mask[0]:
-            grad_input = samples.scatter(rows, input)
-    grad_bias = sum_channels(samples.weighted(kept)) if output_mask[2] else None
-    return grad_input, grad_weight if output_mask[1] else None, grad_bias
 
 
 def conv_gradients(

@@ -19,9 +19,8 @@ from torch import Tensor
 from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.gather_scatter import gather_weight, scatter_rows, sum_channels
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 
-__all__ = ["linear_backward_of_samples", "sparse_linear_backward"]
+__all__ = ["sparse_linear_backward"]
 
 
 def sparse_linear_backward(
@@ -60,35 +59,4 @@ def sparse_linear_backward(
     if output_mask[2]:
         bias = grad_output.new_empty(grad_output.shape[1])
         grad_bias = scatter_rows(sum_channels(kept), indices, bias)
-    return grad_input, grad_weight, grad_bias
-
-
-def linear_backward_of_samples(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    samples: Samples,
-    output_mask: Sequence[bool],
-) -> Gradients:
-    """Return the gradients of a linear layer from the kept samples.
-
-    Args:
-        grad_output: [T, C]; T is the product of all leading dimensions, with samples first.
-        input: [T, C_in].
-        weight: [C, C_in].
-        samples: the kept samples.
-        output_mask: which of the gradients of input, weight and bias are wanted.
-
-    Returns:
-        Gradients of input, weight and bias, None if not wanted. The input gradient of the other
-        samples is zero.
-    """
-    kept = samples.gather(grad_output)
-    grad_input = grad_weight = grad_bias = None
-    if output_mask[0]:
-        grad_input = samples.scatter(kept @ weight, input)
-    if output_mask[1]:
-        grad_weight = kept.t() @ samples.weighted(samples.gather(input))
-    if output_mask[2]:
-        grad_bias = sum_channels(samples.weighted(kept))
     return grad_input, grad_weight, grad_bias

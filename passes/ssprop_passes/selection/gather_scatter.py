@@ -16,7 +16,6 @@ __all__ = [
     "add_channels",
     "dims_order",
     "gather_channels",
-    "gather_rows",
     "gather_weight",
     "is_channels_last",
     "scale_channels",
@@ -38,13 +37,6 @@ def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
         # only known at run time, and convolutions on it are two to three times slower.
         return x.permute(_last(x))[..., indices].permute(_first(x))
     return x[:, indices]
-
-
-def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Return `x[indices]`, [k, *rest], in the memory format of `x`, [N, *rest]."""
-    if is_channels_last(x):
-        return x.permute(_last(x))[indices].permute(_first(x))
-    return x[indices]
 
 
 def scale_channels(x: Tensor, weights: Tensor) -> Tensor:

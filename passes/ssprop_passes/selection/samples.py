@@ -1,100 +1,95 @@
-"""Samples, the other axis: a backward from some samples of the batch and all channels.
+"""Samples, the other axis: which samples of the batch a backward is made of.
 
-    before    dx, dw = backward(dy, x, w)
-
-    after     dx_k, dw = backward(dy[idx], x[idx], w)
-              dx = zeros.index_put([idx], dx_k)
-
-The samples are chosen once per backward, by the gradient of the site nearest the loss. Every other
-site of the graph keeps the same samples. A kept sample therefore adds its full share to the
-gradients, at all depths and along all paths, if the layers in between treat each sample separately.
-Layer norm does. Batch norm in training does not: only the kept samples add to the gradients of its
-statistics, which then flow to the other samples, until the next site drops them. Paths around all
-sites, such as a residual connection, carry the gradient of every sample.
-
-The weights of a selector, 1 / p, multiply a sample's share of the weight and bias gradients. They
-do not multiply the input gradient, because they would compound from site to site. So the expected
-weight gradient of every site is the dense one, if samples are not coupled.
+The choice is made once, when a backward begins, from the gradients of the model's outputs. Then
+`ssprop_passes.transforms.sliced_backward` runs every node of the backward on the kept samples.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ssprop_passes.selection.gather_scatter import gather_rows
 from ssprop_passes.selection.policy import Selection
 
-__all__ = ["Samples", "choose_samples"]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples that a site keeps.
-
-    Attributes:
-        indices: the samples' rows of the leading dimension, int64 [k * m].
-        weights: factor of each row's share of the weight gradient, [k * m]; None if all are 1.
-    """
-
-    indices: Tensor
-    weights: Tensor | None = None
-
-    @classmethod
-    def of_rows(cls, indices: Tensor, weights: Tensor | None, rows: int) -> "Samples":
-        """Return samples that each take `rows`, m, consecutive rows of a leading dimension.
-
-        Args:
-            indices: samples of the batch, int64 [k].
-            weights: the samples' weights, [k], or None.
-            rows: m, such as the length of a sequence.
-        """
-        if rows > 1:
-            within = torch.arange(rows, device=indices.device)
-            indices = (indices[:, None] * rows + within).flatten()
-            weights = None if weights is None else weights.repeat_interleave(rows)
-        return cls(indices, weights)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Return the kept rows of `x`, [N, *rest], in its memory format."""
-        return gather_rows(x, self.indices)
-
-    def weighted(self, rows: Tensor) -> Tensor:
-        """Return kept rows, [k * m, *rest], times their weights, in their dtype."""
-        if self.weights is None:
-            return rows
-        return rows * self.weights.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
-
-    def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Return zeros in the shape of `like`, [N, *rest], with `rows` at the kept rows."""
-        return torch.zeros_like(like).index_put([self.indices], rows)
+__all__ = ["choose_samples", "sample_factors", "scatter_samples", "weigh_samples"]
 
 
 def choose_samples(
-    selection: Selection, grad_output: Tensor, input: Tensor, k: int, rows: int = 1
+    selection: Selection, gradients: Sequence[Tensor], k: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return the kept samples and their weights; the weights are None if all are 1.
 
     Args:
-        selection: how samples are chosen. Its score gets the samples in place of channels, and the
-            samples of the layer's input in place of the weight's rows.
-        grad_output: [N * m, C, *space].
-        input: [N * m, C_in, *space].
-        k: keep count, in [1, N]; may be a SymInt.
-        rows: rows per sample, m.
+        selection: how samples are chosen. Its score gets one column for each sample, [D, N], and in
+            place of a weight the same numbers as rows, [N, D].
+        gradients: gradients of the outputs, [N, ...] each; together D numbers a sample.
+        k: keep count, in [1, N].
 
     Returns:
-        Indices into the N samples, int64 [k]; weights, [k].
+        Indices into the N samples, ascending, int64 [k]; weights, [k].
 
     Raises:
         ValueError: a custom score or selector returns a result of the wrong form.
     """
-    by_sample = _split(grad_output, rows).transpose(0, 1)
-    scores = selection.score(by_sample, _split(input, rows))
-    selection.check_scores(scores, by_sample.shape[1])
-    return selection.choose(scores, k)
+    wide = torch.float32
+    for gradient in gradients:
+        wide = torch.promote_types(wide, gradient.dtype)
+    by_sample = torch.cat([g.reshape(g.shape[0], -1).to(wide) for g in gradients], 1)
+    scores = selection.score(by_sample.t(), by_sample)
+    selection.check_scores(scores, by_sample.shape[0])
+    indices, weights = selection.choose(scores, k)
+    order = indices.argsort()
+    return indices[order], None if weights is None else weights[order]
 
 
-def _split(x: Tensor, rows: int) -> Tensor:
-    """Return `x`, [N * m, *rest], as [N, m, *rest]."""
-    return x.unsqueeze(1) if rows == 1 else x.reshape(-1, rows, *x.shape[1:])
+def sample_factors(indices: Tensor, weights: Tensor | None, size: int) -> Tensor:
+    """Return what each sample's gradient is multiplied by: its weight if it is kept, else 0.
+
+    Args:
+        indices: the kept samples, int64 [k].
+        weights: their weights, [k]; None if all are 1.
+        size: samples in the batch, N.
+
+    Returns:
+        Factors, [N].
+    """
+    ones = torch.ones(indices.shape, device=indices.device)
+    factors = torch.zeros(size, dtype=(ones if weights is None else weights).dtype)
+    return factors.to(indices.device).index_copy(0, indices, ones if weights is None else weights)
+
+
+def weigh_samples(gradient: Tensor, dim: int, factors: Tensor) -> Tensor:
+    """Return a gradient with every sample multiplied by its factor, in the gradient's dtype.
+
+    A sample with the factor 0 becomes 0 even if it is not finite.
+
+    Args:
+        gradient: any shape, with N samples in dimension `dim`.
+        dim: that dimension.
+        factors: [N].
+    """
+    shape = [1] * gradient.ndim
+    shape[dim] = -1
+    factors = factors.view(shape)
+    return torch.where(factors == 0, 0, gradient * factors.to(gradient.dtype)).to(gradient.dtype)
+
+
+def scatter_samples(rows: Tensor, indices: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:
+    """Return zeros for the whole batch, with the kept samples at their places.
+
+    Args:
+        rows: any shape, with k samples in dimension `dim`: its size is a multiple of k * inner, and
+            entry i belongs to kept sample `i // inner % k`.
+        indices: the kept samples, int64 [k].
+        size: samples in the batch, N.
+        dim: the dimension.
+        inner: see above.
+
+    Returns:
+        The shape of `rows` with N in place of k.
+    """
+    sizes = rows.shape
+    split = rows.reshape(*sizes[:dim], -1, indices.shape[0], inner, *sizes[dim + 1 :])
+    whole = split.new_zeros(*split.shape[: dim + 1], size, *split.shape[dim + 2 :])
+    scattered: Tensor = whole.index_copy_(dim + 1, indices, split).flatten(dim, dim + 2)
+    return scattered

@@ -14,12 +14,10 @@ from ssprop_passes.graph.rewrite import INSERTED_KEY, find_sum_maybe, replace_no
 from ssprop_passes.kernels.operators import conv_backward_flops
 from ssprop_passes.replacements.conv import (
     ConvGeometry,
-    conv_backward_of_samples,
     sparse_conv_backward,
 )
 from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 from ssprop_passes.sites.flops import hinted
 from ssprop_passes.sites.match import SiteMatch
 
@@ -107,14 +105,6 @@ class ConvMatch(SiteMatch):
         return sparse_conv_backward(
             grad_output, input_, weight, k, self.geometry, mask, selection, memory
         )
-
-    def backward_of_samples(
-        self, samples: Samples, selection: Selection, *tensors: Tensor
-    ) -> Gradients:
-        """Return the gradients of input, weight and bias from the kept samples."""
-        grad_output, input_, weight = tensors
-        mask = selection.sparse(self.wanted)
-        return conv_backward_of_samples(grad_output, input_, weight, samples, self.geometry, mask)
 
     def replace(self, gradients: Sequence[fx.Node | None]) -> None:
         """Replace the node's results with the sparse gradients."""

@@ -14,9 +14,8 @@ from torch import Tensor, fx
 
 from ssprop_passes.graph.rewrite import INSERTED_KEY, find_sum_maybe, replace_node
 from ssprop_passes.replacements.gradients import Gradients
-from ssprop_passes.replacements.linear import linear_backward_of_samples, sparse_linear_backward
+from ssprop_passes.replacements.linear import sparse_linear_backward
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 from ssprop_passes.sites.flops import hinted
 from ssprop_passes.sites.match import SiteMatch
 
@@ -127,17 +126,6 @@ class LinearMatch(SiteMatch):
             selection.sparse(self.wanted),
             selection,
             memory,
-        )
-        return grad_input, grad_weight, self._like_sum(grad_bias)
-
-    def backward_of_samples(
-        self, samples: Samples, selection: Selection, *tensors: Tensor
-    ) -> Gradients:
-        """Return the gradients from the kept samples."""
-        grad_output, input_, transposed_weight = tensors
-        mask = selection.sparse(self.wanted)
-        grad_input, grad_weight, grad_bias = linear_backward_of_samples(
-            grad_output, input_, transposed_weight.t(), samples, mask
         )
         return grad_input, grad_weight, self._like_sum(grad_bias)
 

@@ -7,7 +7,6 @@ from torch import Tensor, fx
 
 from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 from ssprop_passes.sites.site import Slot
 
 __all__ = ["SiteMatch", "why_dense"]
@@ -80,18 +79,6 @@ class SiteMatch(ABC):
             tensors: values of `inputs`.
             memory: what the last step left out, updated in place; None without memory. See
                 `ssprop_passes.selection.error_feedback`.
-        """
-
-    @abstractmethod
-    def backward_of_samples(
-        self, samples: Samples, selection: Selection, *tensors: Tensor
-    ) -> Gradients:
-        """Return the gradients from the kept samples, None for those that stay dense.
-
-        Args:
-            samples: the kept samples.
-            selection: says which gradients are sparse.
-            tensors: values of `inputs`.
         """
 
     @abstractmethod

@@ -34,18 +34,16 @@ class Gate:
     def __init__(self, smallest: Mapping[int, int]) -> None:
         self.smallest = dict(smallest)
 
-    def times(
-        self, match: SiteMatch, slot: int, selection: Selection, batch_size: int | None = None
-    ) -> Times:
+    def times(self, match: SiteMatch, slot: int, selection: Selection) -> Times:
         """Return the times of a site; from disk if it was measured before."""
         k = self.smallest[slot]
         if identity_maybe(selection.select) is None:
             # Do not store: another selector without an identity would find these times.
-            return measure(match, k, selection, batch_size)
-        path = cache_file("ssprop-gate", _key(match, k, selection, batch_size))
+            return measure(match, k, selection)
+        path = cache_file("ssprop-gate", _key(match, k, selection))
         if (known := _times_maybe(read_maybe(path))) is not None:
             return known
-        times = measure(match, k, selection, batch_size)
+        times = measure(match, k, selection)
         return _times_maybe(write_first(path, asdict(times))) or times
 
     def identity(self) -> str:
@@ -53,12 +51,12 @@ class Gate:
         return repr(sorted(self.smallest.items()))
 
 
-def why_slower(times: Times, channels: int, axis: str = "channel") -> str:
+def why_slower(times: Times, channels: int) -> str:
     """Return why a site should stay dense; "" if it is faster sparse."""
     if times.saved(times.kept, channels) > 0:
         return ""
     return (
-        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} {axis}s,"
+        f"not faster sparse: {times.sparse:.2f} ms with {times.kept} channels,"
         f" {times.dense:.2f} ms dense"
     )
 
@@ -70,7 +68,7 @@ def _times_maybe(content: Any) -> Times | None:
         return None
 
 
-def _key(match: SiteMatch, k: int, selection: Selection, batch_size: int | None) -> str:
+def _key(match: SiteMatch, k: int, selection: Selection) -> str:
     """Return a cache key made from everything that the times depend on."""
 
     def specification(node: fx.Node) -> Any:
@@ -87,7 +85,7 @@ def _key(match: SiteMatch, k: int, selection: Selection, batch_size: int | None)
         sources_hash(),
     )
     select = identity_maybe(selection.select)
-    what = (calls, match.wanted, k, select, selection.gradients, selection.block, batch_size)
+    what = (calls, match.wanted, k, select, selection.gradients, selection.block)
     return hashlib.sha256(repr((what, machine)).encode()).hexdigest()
 
 

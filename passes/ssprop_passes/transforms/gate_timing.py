@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from ssprop_passes.graph.modes import outside_modes
 from ssprop_passes.selection.gather_scatter import gather_channels, scale_channels
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import Samples
 from ssprop_passes.sites.flops import hinted, size_hint
 from ssprop_passes.sites.match import SiteMatch
 from ssprop_passes.sites.site import Times
@@ -33,14 +32,13 @@ _RUNS, _LONG_MS = 3, 10
 _DRAWN = 65_521
 
 
-def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | None = None) -> Times:
+def measure(match: SiteMatch, k: int, selection: Selection) -> Times:
     """Run a site's backward, dense and sparse, on random tensors.
 
     Args:
         match: the site.
         k: keep count of each group.
         selection: how channels are chosen; here from random scores.
-        batch_size: samples in the batch if k counts samples, else None.
 
     Returns:
         The times.
@@ -61,18 +59,10 @@ def measure(match: SiteMatch, k: int, selection: Selection, batch_size: int | No
         ]
         values = dict(zip(match.inputs, tensors, strict=True))
         dense = _time_ms(lambda: [_evaluate(node, dict(values)) for node in match.nodes], device)
-        if batch_size is None:
-            settings = {f.name: getattr(selection, f.name) for f in fields(selection)}
-            known = _Known(**settings, scores=torch.rand(match.channels, device=device))
-            sparse = _time_ms(lambda: match.backward(k, known, *tensors), device)
-        else:
-            # As many rows as k samples have, but random ones: sample boundaries do not matter.
-            rows = tensors[0].shape[0]
-            samples = Samples(torch.randperm(rows, device=device)[: max(k * rows // batch_size, 1)])
-            sparse = _time_ms(
-                lambda: match.backward_of_samples(samples, selection, *tensors), device
-            )
-    return Times(dense, sparse, k if batch_size else k * match.groups)
+        settings = {f.name: getattr(selection, f.name) for f in fields(selection)}
+        known = _Known(**settings, scores=torch.rand(match.channels, device=device))
+        sparse = _time_ms(lambda: match.backward(k, known, *tensors), device)
+    return Times(dense, sparse, k * match.groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ _HINTED_SHARE = 5
 
 
 def find_state_inputs(
-    graph: fx.Graph, layout: StateInputs[Any], slot_count: int
+    graph: fx.Graph, layout: StateInputs[Any], slot_count: int | None = None
 ) -> StateInputs[fx.Node]:
     """Return the state inputs of a joint graph: the last inputs of its forward.
 
     Args:
         graph: the joint graph.
         layout: which state inputs it has.
-        slot_count: length of the runtime sparsity tensor.
+        slot_count: length of the runtime sparsity tensor, to check it.
 
     Raises:
         RuntimeError: the graph has no runtime sparsity tensor where one is expected.
@@ -34,11 +34,11 @@ def find_state_inputs(
     placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
     inputs = [node for node in placeholders if str(node.target).startswith("primals")]
     _own, state = layout.split(inputs)
-    if state.keep_counts is not None:
+    if state.keep_counts is not None and slot_count is not None:
         val = state.keep_counts.meta["val"]
         if not isinstance(val, Tensor) or val.dtype != torch.int64 or val.shape != (slot_count,):
             raise RuntimeError(
-                "the last input of the joint graph must be the runtime sparsity tensor, int64"
+                "an input of the joint graph must be the runtime sparsity tensor, int64"
                 f" [{slot_count}], got {val}"
             )
     return state

@@ -34,7 +34,6 @@ from ssprop_passes.sites.match import SiteMatch
 from ssprop_passes.sites.site import Site, Slot
 from ssprop_passes.transforms.gate import Gate, why_slower
 from ssprop_passes.transforms.keep_count_input import find_state_inputs, read_keep_count
-from ssprop_passes.transforms.sample_axis import SampleAxis
 
 __all__ = ["SparseBackwardPass"]
 
@@ -54,8 +53,7 @@ class SparseBackwardPass(GraphPass):
         memories: the layer of each memory of the graph, one memory per call.
         telemetry: whether the sites report what they keep.
         constants: keep count of each slot, if keep counts are constants.
-        batch_size: number of samples in the batch, an int or SymInt; None unless samples are
-            chosen.
+        chooses_samples: whether the graph has the choice of samples as a state input.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -74,7 +72,7 @@ class SparseBackwardPass(GraphPass):
         memories: Sequence[str] = (),
         telemetry: bool = False,
         constants: Sequence[int] | None = None,
-        batch_size: int | None = None,
+        chooses_samples: bool = False,
     ) -> None:
         super().__init__()
         self.slots = slots
@@ -87,9 +85,7 @@ class SparseBackwardPass(GraphPass):
         self.memories = tuple(memories)
         self.constants = None if constants is None else tuple(constants)
         self.telemetry = telemetry
-        self.samples = (
-            None if batch_size is None else SampleAxis(batch_size, selection, self._replacer)
-        )
+        self.chooses_samples = chooses_samples
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -100,7 +96,7 @@ class SparseBackwardPass(GraphPass):
             return None
         slots, excluded = sorted(self.slots.items()), sorted(self.excluded.items())
         gate = self.gate and self.gate.identity()
-        state = self.memories, self.telemetry, self.constants
+        state = self.memories, self.telemetry, self.constants, self.chooses_samples
         return repr((slots, excluded, self.layers, selection, gate, state))
 
     @property
@@ -110,6 +106,7 @@ class SparseBackwardPass(GraphPass):
             table=True if self.telemetry else None,
             memories=self.memories,
             keep_counts=None if self.constants is not None else True,
+            choice=True if self.chooses_samples else None,
         )
 
     def transform(self, graph: fx.Graph) -> PassSummary:
@@ -126,10 +123,7 @@ class SparseBackwardPass(GraphPass):
                 match = find_match_maybe(node)
                 assert match is not None
                 site = self._judge(match, site)
-                if not site.reason and self.samples:
-                    assert state.keep_counts is not None, "samples have no constant keep counts"
-                    self.samples.rewrite(match, state.keep_counts, site.slot)
-                elif not site.reason:
+                if not site.reason:
                     call = _memory_maybe(match) if state.memories else None
                     memory = None if call is None else state.memories[call]
                     if state.keep_counts is not None and site.slot not in counts:
@@ -150,15 +144,10 @@ class SparseBackwardPass(GraphPass):
         if self.selection.memory and _memory_maybe(match) is None:
             reason = "no convolution or linear call gives its output, so it has no memory"
             return replace(site, slot=-1, sparse_flops=0, reason=reason)
-        if self.samples:
-            if reason := self.samples.why_dense(match):
-                return replace(site, slot=-1, sparse_flops=0, reason=reason)
-            site = replace(site, channels=self.samples.typical_batch_size, groups=1)
         if self.gate is None:
             return site
-        batch_size = self.samples.typical_batch_size if self.samples else None
-        times = self.gate.times(match, site.slot, self.selection, batch_size)
-        if reason := why_slower(times, site.channels, self.selection.axis):
+        times = self.gate.times(match, site.slot, self.selection)
+        if reason := why_slower(times, site.channels):
             return replace(site, slot=-1, sparse_flops=0, reason=reason, times=times)
         return replace(site, times=times)
 

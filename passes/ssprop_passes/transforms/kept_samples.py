@@ -1,0 +1,139 @@
+"""KeptSamplesPass: prepares a joint graph for a backward of the kept samples alone.
+
+Forward and backward of a joint graph are partitioned afterwards, and then `slice_backward` runs the
+whole backward at the batch size k. The backward takes what the forward saved, at the kept rows, and
+computes the rest again, from the kept rows. This pass makes both right:
+
+-   What a forward node computes over the whole batch, such as the statistics of a batch norm, is
+    saved, never computed again. So are random numbers, such as the mask of a dropout.
+-   The marker (`graph/sample_marker`) ties the backward to its choice of samples.
+-   A graph that moves samples or mixes them is left as it is, with a reason.
+
+    before    ... = f(tangents_1, saved)
+    after     ... = f(kept_samples(tangents_1, choice), saved)
+
+With `saved="kept"` the backward computes everything else again: then the forward saves its inputs,
+and activations of the kept samples alone are ever held at once.
+
+Private torch: the partitioner's policy in `node.meta["recompute"]`.
+"""
+
+from collections import Counter
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, find_batch_dims
+from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
+from ssprop_passes.graph.sample_marker import MARKER
+from ssprop_passes.graph.state_inputs import StateInputs
+from ssprop_passes.transforms.keep_count_input import find_state_inputs
+
+__all__ = ["KeptSamplesPass"]
+
+
+class KeptSamplesPass(GraphPass):
+    """Prepares a joint graph for `slice_backward`.
+
+    Args:
+        batch: the symbol of the batch size.
+        layout: the state inputs of the graph.
+        recompute: whether the backward computes all that it can again (`saved="kept"`).
+
+    Attributes:
+        reason: why the backward stays whole, after a run; "" if it can be sliced.
+    """
+
+    def __init__(
+        self, batch: sympy.Symbol, layout: StateInputs[Any], recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.batch = batch
+        self.layout = layout
+        self.recompute = recompute
+        self.reason = ""
+
+    def identity(self) -> str | None:
+        """Return the batch symbol, the layout of the state inputs, and what is saved."""
+        return repr((str(self.batch), self.layout, self.recompute))
+
+    def transform(self, graph: fx.Graph) -> PassSummary:
+        """Mark what the backward must not compute again, and where it begins."""
+        unknown = find_batch_dims(graph, self.batch)
+        tangents = [n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)]
+        of_batch = [node for node in tangents if BATCH_DIM_KEY in node.meta]
+        self.reason = _why_whole(tangents, of_batch, unknown)
+        if self.reason:
+            return PassSummary(1, 0, Counter([self.reason]))
+        backward = _descendants(tangents)
+        saved = 0
+        for node in graph.nodes:
+            if node.op != "call_function" or node in backward:
+                continue
+            if _depends_on_all(node) or _is_random(node):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                saved += 1
+            elif self.recompute:
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta["ac_graph_id"] = 0
+        choice = find_state_inputs(graph, self.layout).choice
+        assert choice is not None
+        _insert_marker(of_batch[0], choice)
+        return PassSummary(1 + saved, 1 + saved)
+
+
+def _why_whole(
+    tangents: list[fx.Node], of_batch: list[fx.Node], unknown: dict[fx.Node, str]
+) -> str:
+    """Return why the backward must stay whole, "" if it need not."""
+    if unknown:
+        return next(iter(unknown.values()))
+    if not of_batch:
+        return "no output that has a gradient has a dimension for the batch, such as a loss"
+    whole = [node for node in tangents if node not in of_batch]
+    if whole:
+        # Its gradient would reach all samples.
+        return "an output that has a gradient, such as a loss, is of the batch as a whole"
+    return ""
+
+
+def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
+    found = set(nodes)
+    for node in nodes[0].graph.nodes if nodes else ():
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _depends_on_all(node: fx.Node) -> bool:
+    """Say whether a node reduces over the batch: an operand has samples, the result has none."""
+    values = node.meta.get("val")
+    results = values if isinstance(values, (tuple, list)) else [values]
+    if not any(BATCH_DIM_KEY in operand.meta for operand in node.all_input_nodes):
+        return False
+    if isinstance(values, Tensor):
+        return BATCH_DIM_KEY not in node.meta
+    return any(isinstance(result, Tensor) for result in results)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    is_seeded = torch.Tag.nondeterministic_seeded in tags
+    return is_seeded or "inductor_rand" in str(node.target) or "inductor_seed" in str(node.target)
+
+
+def _insert_marker(gradient: fx.Node, choice: fx.Node) -> None:
+    users = list(gradient.users)
+    with gradient.graph.inserting_before(users[0] if users else gradient.graph.output_node()):
+        marker = gradient.graph.call_function(MARKER, (gradient, choice))
+    value: Tensor = gradient.meta["val"]
+    with value.fake_mode:  # type: ignore[attr-defined]
+        marker.meta["val"] = MARKER(value, choice.meta["val"])
+    position: BatchDim = gradient.meta[BATCH_DIM_KEY]
+    marker.meta[BATCH_DIM_KEY] = position
+    marker.meta["partitioner_tag"] = "is_backward"
+    for user in users:
+        user.replace_input_with(gradient, marker)

@@ -1,0 +1,140 @@
+"""SampleChoice: the samples that the backward of one forward is made of.
+
+A forward of the model opens a choice. Its backward makes it, from the gradients of the model's
+outputs, before any graph's backward runs. A compiled backward finds the choice by its number, which
+the graph's forward saved.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.samples import choose_samples, sample_factors, weigh_samples
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["SampleChoice", "current_choice_maybe", "opened"]
+
+_current: ContextVar["SampleChoice | None"] = ContextVar("ssprop_sample_choice", default=None)
+
+
+class SampleChoice:
+    """The kept samples of one forward.
+
+    Args:
+        selection: how samples are chosen.
+        keep: batch size -> number of samples to keep.
+
+    Attributes:
+        number: identifies the choice, int64 [1]; a compiled forward saves it.
+        size: samples in the batch, N; 0 before a compiled forward ran.
+        kept: number of samples that the backward will keep, k.
+        indices: the kept samples, int64 [k]; None before the backward begins.
+    """
+
+    _numbers: ClassVar = itertools.count(1)
+    _open: ClassVar[WeakValueDictionary[int, "SampleChoice"]] = WeakValueDictionary()
+
+    def __init__(self, selection: Selection, keep: Callable[[int], int]) -> None:
+        number = next(self._numbers)
+        self._open[number] = self
+        self.number = torch.tensor([number])
+        self._selection = selection
+        self._keep = keep
+        self.size = self.kept = 0
+        self.indices: Tensor | None = None
+
+    @classmethod
+    def find(cls, number: Tensor) -> "SampleChoice":
+        """Return the choice with a number, int64 [1]."""
+        return cls._open[int(number)]
+
+    def start(self, size: int) -> None:
+        """Set the batch size, at the first compiled forward."""
+        if not self.size:
+            self.size, self.kept = size, self._keep(size)
+
+    def keep_alive(self, outputs: Any) -> None:
+        """Make a graph's outputs hold this choice until their backward has run."""
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                node: Any = output.grad_fn
+                node.metadata["ssprop_choice"] = self
+
+    def make(self, gradients: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """Choose the samples; return the gradients multiplied by the samples' weights.
+
+        Args:
+            gradients: gradients of the outputs.
+            dims: the dimension of each that holds the batch.
+        """
+        with torch.no_grad():
+            leading = [g.movedim(dim, 0) for g, dim in zip(gradients, dims, strict=True)]
+            self.indices, weights = choose_samples(self._selection, leading, self.kept)
+            factors = sample_factors(self.indices, weights, self.size)
+            return [weigh_samples(g, dim, factors) for g, dim in zip(gradients, dims, strict=True)]
+
+    def attach(self, output: Any) -> Any:
+        """Return the model's output, such that its backward begins with the choice.
+
+        If a tensor of the output has no dimension for the batch, the first compiled backward
+        chooses instead, from the gradients that reach it.
+        """
+        leaves, structure = tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
+        dims = [_batch_dim(leaves[i], self.size) for i in places]
+        if not self.size or not places or None in dims:
+            return output
+        chosen = _Choose.apply(self, dims, *(leaves[i] for i in places))
+        for place, leaf in zip(places, chosen, strict=True):
+            leaves[place] = leaf
+        return tree_unflatten(leaves, structure)
+
+
+class _Choose(torch.autograd.Function):
+    """The identity; its backward makes the choice from all gradients that reach it."""
+
+    @staticmethod
+    def forward(ctx: Any, choice: SampleChoice, dims: list[int], *outputs: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.choice, ctx.dims = choice, dims
+        # Views of several outputs could not be changed in place.
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        known = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        made = ctx.choice.make([g for _, g in known], [ctx.dims[i] for i, _ in known])
+        results: list[Tensor | None] = [None] * len(gradients)
+        for (i, _), gradient in zip(known, made, strict=True):
+            results[i] = gradient
+        return None, None, *results
+
+
+def current_choice_maybe() -> SampleChoice | None:
+    """Return the choice of the model's forward that runs now; None if nothing opened one."""
+    return _current.get()
+
+
+@contextmanager
+def opened(choice: SampleChoice) -> Iterator[SampleChoice]:
+    """Make a choice the current one: all graphs that run in the `with` block share it."""
+    token = _current.set(choice)
+    try:
+        yield choice
+    finally:
+        _current.reset(token)
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _batch_dim(output: Tensor, size: int) -> int | None:
+    """Return the first dimension of the batch's size, None if there is none."""
+    return next((d for d, n in enumerate(cast(Sequence[int], output.shape)) if n == size), None)
