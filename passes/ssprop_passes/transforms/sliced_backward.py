@@ -89,7 +89,9 @@ def slice_backward(
     sizes = []
     for number, (node, example) in enumerate(zip(placeholders, inputs, strict=True)):
         if isinstance(example, Tensor):
-            slicer.gather(node, example)
+            # Dynamo cannot guard on a size of ours.
+            with slicer.shapes.suppress_guards():
+                slicer.gather(node, example)
         elif isinstance(example, torch.SymInt) and batch in size_expr(example).free_symbols:
             if batch in sympy.cancel(size_expr(example) / batch).free_symbols:
                 raise RuntimeError(
@@ -123,10 +125,10 @@ class _Slicer:
         )
         shapes = self._mode.shape_env
         assert shapes is not None
-        self._shapes: Any = shapes
+        self.shapes: Any = shapes
         k = self._symint(batch)
         self._hint = k.node.hint
-        self._whole = self._shapes.create_symbol(
+        self._whole = self.shapes.create_symbol(
             self._hint, ConstantSource("ssprop_batch"), DimDynamic.DYNAMIC, constraint_dim=None
         )
         self._last = placeholders[-1]
@@ -201,7 +203,7 @@ class _Slicer:
             )
 
     def _symint(self, expr: sympy.Expr) -> Any:
-        return self._shapes.create_symintnode(expr, hint=None)
+        return self.shapes.create_symintnode(expr, hint=None)
 
     def _placeholder(self, name: str, value: Any) -> fx.Node:
         with self._graph.inserting_after(self._last):
