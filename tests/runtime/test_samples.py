@@ -107,9 +107,7 @@ def expected(
 def compile_net(model: nn.Module, rate: float = 0.5, **options: Any) -> Any:
     config = SparsityConfig(axis="sample", **options.pop("config", {}))
     scheduler = SparsityScheduler(constant(rate))
-    return ssprop_compile(
-        model, scheduler, config=config, **{"backend": "aot_eager", **options}
-    )
+    return ssprop_compile(model, scheduler, config=config, **{"backend": "aot_eager", **options})
 
 
 def found(model: nn.Module) -> dict[str, Tensor]:
@@ -322,7 +320,7 @@ def test_channels_inside_kept_samples() -> None:
 
 
 def test_weights_of_sampled_samples() -> None:
-    model, x = Net().double(), images()
+    model = Net().double()
     compiled = compile_net(model, config={"select": "sampled"})
     scores: list[Tensor] = []
 
@@ -339,6 +337,34 @@ def test_weights_of_sampled_samples() -> None:
     got = found(model)
     want = kept_gradients(copy.deepcopy(model), (y.detach(),), loss, choose, BATCH)
     assert relative_error(got, want) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_a_model_that_returns_its_loss(with_logits: bool, backend: str) -> None:
+    """Samples are chosen by the gradient of the logits, inside the graph."""
+
+    class Loss(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            logits = super().forward(x)
+            value = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+            return {"loss": value, "logits": logits} if with_logits else value
+
+    is_double = backend == "aot_eager"
+    model, x = Loss(), images()
+    model, x = (model.double(), x) if is_double else (model, x.float())
+    labels = torch.randint(4, (BATCH,))
+    plain = Net().to(x.dtype)
+    plain.load_state_dict(model.state_dict())
+    want = expected(
+        plain,
+        x,
+        loss=lambda logits: nn.functional.cross_entropy(logits, labels, label_smoothing=0.1),
+    )
+    compiled = compile_net(model, backend=backend)
+    output = compiled(x, labels)
+    (output["loss"] if with_logits else output).backward()
+    assert relative_error(found(model), want) < (1e-9 if is_double else 1e-4)
 
 
 def test_a_model_that_moves_samples_says_so() -> None:
