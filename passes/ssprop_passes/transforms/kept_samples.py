@@ -18,6 +18,7 @@ and activations of the kept samples alone are ever held at once.
 Private torch: the partitioner's policy in `node.meta["recompute"]`.
 """
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -69,20 +70,21 @@ class KeptSamplesPass(GraphPass):
         if self.reason:
             return PassSummary(1, 0, Counter([self.reason]))
         backward = _descendants(tangents)
-        saved = 0
+        whole: set[fx.Node] = set()
         for node in graph.nodes:
             if node.op != "call_function" or node in backward:
                 continue
-            if _depends_on_all(node) or _is_random(node):
+            is_part = node.target is operator.getitem and node.args[0] in whole
+            if is_part or _depends_on_all(node) or _is_random(node):
+                whole.add(node)
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-                saved += 1
             elif self.recompute:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
         choice = find_state_inputs(graph, self.layout).choice
         assert choice is not None
         _insert_marker(of_batch[0], choice)
-        return PassSummary(1 + saved, 1 + saved)
+        return PassSummary(1 + len(whole), 1 + len(whole))
 
 
 def _why_whole(
