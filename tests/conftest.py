@@ -1,12 +1,15 @@
 """What the tests share."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from ssprop_passes.kernels.cpp_loader import kernel_maybe, start_compiling
+from torch import fx
+from torch._functorch.aot_autograd import make_boxed_func
 from training_runs import TWO_PHASES
 
 from ssprop_fx.cli.app import main
@@ -17,10 +20,29 @@ from ssprop_fx.runtime import constant_counts as specialize
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests use their own compile cache, empty at first; the user's does not change."""
+    """Tests use their own compile cache, empty at first; the user's does not change.
+
+    All worker processes of a run share it, because Inductor's first compile in an empty cache tries
+    out the C++ compiler for half a minute.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def garbage_is_collected_less_often() -> Iterator[None]:
+    """The compiler makes millions of objects, and Python looks through all of them each time."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    yield
+    gc.set_threshold(*threshold)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,6 +86,16 @@ def no_kernel_yet() -> Iterator[None]:
     yield
     for known in (kernel_maybe, start_compiling):
         known.cache_clear()
+
+
+@pytest.fixture
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse graphs run eagerly where Inductor would generate code, which takes seconds."""
+
+    def run_eagerly(gm: fx.GraphModule, *args: object, **kwargs: object) -> Callable[..., object]:
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", run_eagerly)
 
 
 @pytest.fixture(autouse=True)

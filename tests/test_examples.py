@@ -113,7 +113,8 @@ def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]
     for cell in code:
         exec("".join(cell["source"]), names)
     lines = capsys.readouterr().out.splitlines()
-    assert numbers(r"drop rate (\S+),", lines) == [0, 0.8, 0, 0.8, 0, *[0] * 5]
+    assert numbers(r"epoch \d: drop rate (\S+),", lines) == [0, 0.8, 0, 0.8, 0, *[0] * 5]
     # Chance is 10 %.
     assert min(numbers(r"accuracy (\S+) %", lines)) > 60
     assert numbers(r"^(\d) of \d sites sparse", lines[-1:]) == [2]
+    assert numbers(r"saved at step \d+, drop rate (\S+),", lines[-1:]) == [0.8]

@@ -14,7 +14,12 @@ from weakref import WeakValueDictionary
 
 import torch
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.selection.samples import choose_samples, sample_factors, weigh_samples
+from ssprop_passes.selection.samples import (
+    choose_samples,
+    sample_factors,
+    split_samples,
+    weigh_samples,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -66,18 +71,24 @@ class SampleChoice:
                 node: Any = output.grad_fn
                 node.metadata["ssprop_choice"] = self
 
-    def make(self, gradients: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    def make(self, gradients: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Choose the samples; return the gradients multiplied by the samples' weights.
 
         Args:
             gradients: gradients of the outputs.
-            dims: the dimension of each that holds the batch.
+            places: where each has the samples: dim and inner, as `split_samples` describes.
         """
         with torch.no_grad():
-            leading = [g.movedim(dim, 0) for g, dim in zip(gradients, dims, strict=True)]
-            self.indices, weights = choose_samples(self._selection, leading, self.kept)
+            split = [
+                split_samples(g, self.size, dim, inner).movedim(dim + 1, 0)
+                for g, (dim, inner) in zip(gradients, places, strict=True)
+            ]
+            self.indices, weights = choose_samples(self._selection, split, self.kept)
             factors = sample_factors(self.indices, weights, self.size)
-            return [weigh_samples(g, dim, factors) for g, dim in zip(gradients, dims, strict=True)]
+            return [
+                weigh_samples(g, factors, *place)
+                for g, place in zip(gradients, places, strict=True)
+            ]
 
     def attach(self, output: Any) -> Any:
         """Return the model's output, such that its backward begins with the choice.
@@ -109,7 +120,7 @@ class _Choose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         known = [(i, g) for i, g in enumerate(gradients) if g is not None]
-        made = ctx.choice.make([g for _, g in known], [ctx.dims[i] for i, _ in known])
+        made = ctx.choice.make([g for _, g in known], [(ctx.dims[i], 1) for i, _ in known])
         results: list[Tensor | None] = [None] * len(gradients)
         for (i, _), gradient in zip(known, made, strict=True):
             results[i] = gradient

@@ -6,7 +6,7 @@ from typing import Any
 import sympy
 from ssprop_passes.graph.batch_dims import BatchDim
 from ssprop_passes.selection.samples import scatter_samples
-from ssprop_passes.transforms.sliced_backward import SlicedInputs, slice_backward
+from ssprop_passes.transforms.sliced_backward import SlicedGraph, slice_backward
 from torch import Tensor, fx
 
 from ssprop_fx.compiler.sample_choice import SampleChoice
@@ -23,29 +23,33 @@ def compile_sliced(
     """Compile a backward graph for the kept samples; as it is if it has no marker.
 
     Args:
-        compile_graph: compiles a graph for example inputs.
+        compile_graph: compiles a graph for example inputs. What it returns takes one list.
         gm: the backward, as the partitioner made it.
         inputs: its example inputs.
         batch: the symbol of the batch size.
     """
-    found = slice_backward(gm, inputs, batch)
-    if found is None:
+    sliced = slice_backward(gm, inputs, batch)
+    if sliced is None:
         return compile_graph(gm, list(inputs))
-    examples, how = found
-    return SlicedBackward(compile_graph(gm, examples), how)
+    head = None if sliced.head is None else compile_graph(sliced.head, list(inputs))
+    return SlicedBackward(head, compile_graph(gm, sliced.examples), sliced)
 
 
 class SlicedBackward:
     """A compiled backward of the kept samples, called like the backward of the whole batch.
 
     Args:
-        compiled: takes the inputs, the batch size and the kept samples, as one list.
-        how: which inputs and results depend on the batch.
+        head: the compiled head of the graph; None if it has none.
+        compiled: the compiled graph.
+        graph: how to call it.
     """
 
-    def __init__(self, compiled: Callable[..., Any], how: SlicedInputs) -> None:
+    def __init__(
+        self, head: Callable[..., Any] | None, compiled: Callable[..., Any], graph: SlicedGraph
+    ) -> None:
+        self._head = head
         self._compiled = compiled
-        self._how = how
+        self._graph = graph
         # AOTAutograd passes one list, which the callee empties: it frees saved tensors early. An
         # attribute of the instance, because torch's wrappers copy those alone.
         self._boxed_call = True
@@ -56,33 +60,32 @@ class SlicedBackward:
         Args:
             args: inputs of the whole backward; the list is emptied.
         """
-        how = self._how
-        choice = SampleChoice.find(args[how.choice])
+        graph = self._graph
+        choice = SampleChoice.find(args[graph.choice])
+        if self._head is not None:
+            args.extend(self._head(list(args)))
         if choice.indices is None:
-            tangents = [args[i] for i in how.tangents]
-            dims = [position.dim for position in how.tangents.values()]
-            for i, tangent in zip(how.tangents, choice.make(tangents, dims), strict=True):
-                args[i] = tangent
+            gradients = [args[i] for i in graph.gradients]
+            places = [
+                (position.dim, _inner(gradient, position, choice.size))
+                for gradient, position in zip(gradients, graph.gradients.values(), strict=True)
+            ]
+            for i, gradient in zip(graph.gradients, choice.make(gradients, places), strict=True):
+                args[i] = gradient
         indices, size = choice.indices, choice.size
         assert indices is not None
-        for i in how.sizes:
+        for i in graph.sizes:
             args[i] = args[i] // size * choice.kept
         args += [size, indices]
-        results = self._compiled(args)
-        if not how.scattered:
-            return results
-        return [
-            self._whole(result, indices, size, how.scattered[i]) if i in how.scattered else result
-            for i, result in enumerate(results)
-        ]
+        results = list(self._compiled(args))
+        for i, position in graph.scattered.items():
+            inner = _inner(results[i], position, choice.kept)
+            results[i] = scatter_samples(results[i], indices, size, position.dim, inner)
+        return results
 
-    @staticmethod
-    def _whole(rows: Tensor, indices: Tensor, size: int, position: BatchDim) -> Tensor:
-        whole = position.inner * position.outer
-        inner = (
-            int(position.inner)
-            if position.inner.is_Integer
-            else (rows.shape[position.dim] // len(indices))
-        )
-        assert position.inner.is_Integer or whole == position.inner
-        return scatter_samples(rows, indices, size, position.dim, inner)
+
+def _inner(x: Tensor, position: BatchDim, samples: int) -> int:
+    """Return `inner` of a tensor with this many samples; the expression may have other symbols."""
+    if position.inner.is_Integer:
+        return int(position.inner)
+    return x.shape[position.dim] // samples // int(position.outer)

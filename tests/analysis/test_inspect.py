@@ -52,7 +52,7 @@ class Broken(Net):
         return self.fc(self.norm(self.grouped(x)).mean((2, 3)))
 
 
-SLOWER = {"test_vit", "test_efficientnet"}
+SLOWER = {"test_resnet", "test_vit", "test_efficientnet"}
 MODELS = {
     "plain": (Net, (2, 3, 8, 8)),
     "two graphs": (Broken, (2, 3, 8, 8)),

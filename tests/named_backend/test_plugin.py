@@ -178,7 +178,7 @@ def test_a_function_is_refused() -> None:
         step(X)
 
 
-def test_inductor_gets_its_options() -> None:
+def test_inductor_gets_its_options(no_code: None) -> None:
     seen: list[object] = []
     model = small_net(16)
     options = {"backend": "inductor", "joint_custom_pre_pass": seen.append}

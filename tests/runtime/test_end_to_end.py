@@ -54,8 +54,8 @@ def test_one_sparse_compile_serves_forty_drop_rates(backend: str) -> None:
     [
         ("aot_eager", 0.5),
         ("aot_eager", 0.9),
-        ("inductor", 0.5),
-        pytest.param("inductor", 0.9, marks=pytest.mark.slow),
+        # test_plugin.py has a quick test under Inductor.
+        *[pytest.param("inductor", rate, marks=pytest.mark.slow) for rate in (0.5, 0.9)],
     ],
 )
 def test_gradients_equal_the_oracle(backend: str, drop_rate: float) -> None:
@@ -233,7 +233,7 @@ def test_bfloat16_autocast_is_as_close_as_dense_bfloat16() -> None:
     assert model[3].weight.grad.dtype == torch.float32
 
 
-def test_mode_and_options_reach_inductor() -> None:
+def test_mode_and_options_reach_inductor(no_code: None) -> None:
     seen = []
     model = small_net(16)
     compiled = ssprop_compile(

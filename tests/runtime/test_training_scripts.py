@@ -203,7 +203,9 @@ def test_evaluation_between_training_steps_is_dense_and_changes_nothing() -> Non
     assert compiled.ssprop.graphs[0].runs == 2
 
 
-@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.slow), True])
+# test_batch_norm.py has a quick test of channels_last under Inductor.
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_contiguous_and_channels_last(channels_last: bool) -> None:
     model = small_net(16).double()
     if channels_last:

@@ -69,7 +69,7 @@ CASES = {
     "rates by layer": Case(config=RATES, shares="plain"),
     "other values": Case(factor=1.5, shares="plain"),
     # The configuration.
-    "l2": Case(config={"score": "l2"}),
+    "mean_abs": Case(config={"score": "mean_abs"}),
     "sampled": Case(config={"select": "sampled"}),
     "weight": Case(config={"gradients": "weight"}),
     "block": Case(config={"block": 2}),

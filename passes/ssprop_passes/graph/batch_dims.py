@@ -153,7 +153,7 @@ def _of_result(
     if packet in _FILLERS or (operands and all(position.is_filler for position in operands)):
         return BatchDim(dim, sympy.Integer(1), rows, is_filler=True)
     if packet in _RESHAPES:
-        inner = _reshaped(node, dim)
+        inner = _reshaped(node, dim, rows)
     elif packet is aten.as_strided_scatter and node.meta["val"].ndim == 1:
         inner = _strided(node, batch)
     elif packet is aten.cat and _along(node) == dim:
@@ -182,12 +182,15 @@ def _along(node: fx.Node) -> int:
     return dim % int(node.meta["val"].ndim)
 
 
-def _reshaped(node: fx.Node, dim: int) -> sympy.Expr:
+def _reshaped(node: fx.Node, dim: int, rows: sympy.Expr) -> sympy.Expr:
     """Return `inner` after a reshape, which keeps the order of all entries."""
     operand = cast(fx.Node, node.args[0])
     before: BatchDim | None = operand.meta.get(BATCH_DIM_KEY)
     if before is None:
         raise ValueError("reshapes a tensor whose samples are in unknown order")
+    if before.dim == dim == 0 and before.outer == 1:
+        # Samples stay outermost. With several symbols no quotient would show it.
+        return rows
     entries = before.inner * _product(operand.meta["val"].shape[before.dim + 1 :])
     return sympy.cancel(entries / _product(node.meta["val"].shape[dim + 1 :]))
 
@@ -204,10 +207,8 @@ def _strided(node: fx.Node, batch: sympy.Symbol) -> sympy.Expr:
 def _refuse_mixing(node: fx.Node) -> None:
     """Raise a ValueError if a node moves samples, or mixes them into other samples."""
     packet = getattr(node.target, "overloadpacket", None)
-    if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-        if _of_operands(node):
-            raise ValueError("returns as many rows as its values say")
-        return
+    if _returns_any_number_of_rows(node) and _of_operands(node):
+        raise ValueError("returns as many rows as its values say")
     if packet not in _ALONG and packet not in _INDEXED:
         return
     operand = cast(fx.Node, node.args[0])
@@ -226,6 +227,13 @@ def _refuse_mixing(node: fx.Node) -> None:
     dims = along if isinstance(along, (list, tuple)) else [along]
     if not dims or position.dim in {cast(int, d) % ndim for d in dims}:
         raise ValueError("moves or mixes samples")
+
+
+def _returns_any_number_of_rows(node: fx.Node) -> bool:
+    if getattr(node.target, "overloadpacket", None) is aten.index:
+        indices = [index for index in cast(Any, node.args[1]) if index is not None]
+        return any(index.meta["val"].dtype == torch.bool for index in indices)
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _counts_samples(index: fx.Node) -> bool:

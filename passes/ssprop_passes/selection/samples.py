@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ssprop_passes.selection.policy import Selection
 
-__all__ = ["choose_samples", "sample_factors", "scatter_samples", "weigh_samples"]
+__all__ = [
+    "choose_samples",
+    "sample_factors",
+    "scatter_samples",
+    "split_samples",
+    "weigh_samples",
+]
 
 
 def choose_samples(
@@ -58,38 +64,54 @@ def sample_factors(indices: Tensor, weights: Tensor | None, size: int) -> Tensor
     return factors.to(indices.device).index_copy(0, indices, ones if weights is None else weights)
 
 
-def weigh_samples(gradient: Tensor, dim: int, factors: Tensor) -> Tensor:
+def split_samples(x: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:
+    """Return a tensor with a dimension for the samples alone, at `dim + 1`.
+
+    Args:
+        x: any shape. Entry i of dimension `dim` belongs to sample `i // inner % size`.
+        size: number of samples.
+        dim: the dimension.
+        inner: see above.
+
+    Returns:
+        The shape of `x` with the sizes (outer, size, inner) in place of dimension `dim`.
+    """
+    return x.reshape(*x.shape[:dim], -1, size, inner, *x.shape[dim + 1 :])
+
+
+def weigh_samples(gradient: Tensor, factors: Tensor, dim: int, inner: int = 1) -> Tensor:
     """Return a gradient with every sample multiplied by its factor, in the gradient's dtype.
 
     A sample with the factor 0 becomes 0 even if it is not finite.
 
     Args:
-        gradient: any shape, with N samples in dimension `dim`.
-        dim: that dimension.
+        gradient: any shape, with N samples as `split_samples` describes.
         factors: [N].
+        dim: the dimension that has the samples.
+        inner: see `split_samples`.
     """
-    shape = [1] * gradient.ndim
-    shape[dim] = -1
+    split = split_samples(gradient, len(factors), dim, inner)
+    shape = [1] * split.ndim
+    shape[dim + 1] = -1
     factors = factors.view(shape)
-    return torch.where(factors == 0, 0, gradient * factors.to(gradient.dtype)).to(gradient.dtype)
+    weighed = torch.where(factors == 0, 0, split * factors.to(gradient.dtype))
+    return weighed.to(gradient.dtype).view(gradient.shape)
 
 
 def scatter_samples(rows: Tensor, indices: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:
     """Return zeros for the whole batch, with the kept samples at their places.
 
     Args:
-        rows: any shape, with k samples in dimension `dim`: its size is a multiple of k * inner, and
-            entry i belongs to kept sample `i // inner % k`.
+        rows: any shape, with k samples as `split_samples` describes.
         indices: the kept samples, int64 [k].
         size: samples in the batch, N.
-        dim: the dimension.
-        inner: see above.
+        dim: the dimension that has the samples.
+        inner: see `split_samples`.
 
     Returns:
         The shape of `rows` with N in place of k.
     """
-    sizes = rows.shape
-    split = rows.reshape(*sizes[:dim], -1, indices.shape[0], inner, *sizes[dim + 1 :])
+    split = split_samples(rows, len(indices), dim, inner)
     whole = split.new_zeros(*split.shape[: dim + 1], size, *split.shape[dim + 2 :])
     scattered: Tensor = whole.index_copy_(dim + 1, indices, split).flatten(dim, dim + 2)
     return scattered

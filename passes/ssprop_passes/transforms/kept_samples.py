@@ -12,6 +12,8 @@ computes the rest again, from the kept rows. This pass makes both right:
     before    ... = f(tangents_1, saved)
     after     ... = f(kept_samples(tangents_1, choice), saved)
 
+If the model returns its loss, the marker goes where the gradient first has samples again.
+
 With `saved="kept"` the backward computes everything else again: then the forward saves its inputs,
 and activations of the kept samples alone are ever held at once.
 
@@ -65,10 +67,16 @@ class KeptSamplesPass(GraphPass):
         """Mark what the backward must not compute again, and where it begins."""
         unknown = find_batch_dims(graph, self.batch)
         tangents = [n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)]
-        of_batch = [node for node in tangents if BATCH_DIM_KEY in node.meta]
-        self.reason = _why_whole(tangents, of_batch, unknown)
+        begin = _find_beginning_maybe(graph, tangents)
+        self.reason = next(iter(unknown.values()), "")
+        if not self.reason and begin is None:
+            self.reason = (
+                "an output that has a gradient, such as a loss, is of the batch as a whole, and no"
+                " other gradient depends on it only through a tensor that has samples"
+            )
         if self.reason:
             return PassSummary(1, 0, Counter([self.reason]))
+        assert begin is not None
         backward = _descendants(tangents)
         whole: set[fx.Node] = set()
         for node in graph.nodes:
@@ -83,23 +91,36 @@ class KeptSamplesPass(GraphPass):
                 node.meta["ac_graph_id"] = 0
         choice = find_state_inputs(graph, self.layout).choice
         assert choice is not None
-        _insert_marker(of_batch[0], choice)
+        _insert_marker(begin, choice)
         return PassSummary(1 + len(whole), 1 + len(whole))
 
 
-def _why_whole(
-    tangents: list[fx.Node], of_batch: list[fx.Node], unknown: dict[fx.Node, str]
-) -> str:
-    """Return why the backward must stay whole, "" if it need not."""
-    if unknown:
-        return next(iter(unknown.values()))
-    if not of_batch:
-        return "no output that has a gradient has a dimension for the batch, such as a loss"
-    whole = [node for node in tangents if node not in of_batch]
-    if whole:
-        # Its gradient would reach all samples.
-        return "an output that has a gradient, such as a loss, is of the batch as a whole"
-    return ""
+def _find_beginning_maybe(graph: fx.Graph, tangents: list[fx.Node]) -> fx.Node | None:
+    """Return the node where a backward of the kept samples begins, None if there is none.
+
+    It is a tangent if all of them have samples. Otherwise the model returns its loss, say: then it
+    is the last node through which every gradient depends on the tangents. For cross entropy that is
+    the gradient of the logits.
+    """
+    if tangents and all(BATCH_DIM_KEY in node.meta for node in tangents):
+        return tangents[0]
+    begin = None
+    after = _descendants(tangents)
+    # Tangents and nodes after them that a later node still uses.
+    live = {node: len(node.users) for node in tangents if node.users}
+    for node in graph.nodes:
+        if node not in after or node.op != "call_function":
+            continue
+        for operand in node.all_input_nodes:
+            if operand in live:
+                live[operand] -= 1
+                if not live[operand]:
+                    del live[operand]
+        if node.users:
+            live[node] = len(node.users)
+        if list(live) == [node] and BATCH_DIM_KEY in node.meta:
+            begin = node
+    return begin
 
 
 def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -28,33 +28,39 @@ from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, batch_dim_ma
 from ssprop_passes.graph.sample_marker import MARKER
 from ssprop_passes.selection.gather_scatter import dims_order
 
-__all__ = ["SlicedInputs", "slice_backward"]
+__all__ = ["SlicedGraph", "slice_backward"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SlicedInputs:
-    """How to call a sliced backward, and what to do with its results.
+class SlicedGraph:
+    """A backward that was sliced, and how to call it.
 
-    The batch size and the kept samples, int64 [k], follow the inputs of the whole backward.
+    Its inputs are those of the whole backward, the gradient that `head` returns if there is a head,
+    the batch size, and the kept samples, int64 [k].
 
     Attributes:
+        examples: example inputs.
+        head: what runs before on the whole batch, with the inputs of the whole backward: it returns
+            the gradient from which samples are chosen, in a tuple. None if that is a tangent.
         choice: position of the number of the choice.
         sizes: positions of the inputs that are multiples of the batch size.
-        tangents: position of each gradient of an output -> where it holds the samples.
-        scattered: position of each result that has only the kept samples -> where it holds them.
+        gradients: position of each gradient from which samples are chosen -> where it has them.
+        scattered: position of each result that has only the kept samples -> where it has them.
     """
 
+    examples: list[Any]
+    head: fx.GraphModule | None
     choice: int
     sizes: tuple[int, ...]
-    tangents: dict[int, BatchDim]
+    gradients: dict[int, BatchDim]
     scattered: dict[int, BatchDim]
 
 
 def slice_backward(
     gm: fx.GraphModule, inputs: Sequence[Any], batch: sympy.Symbol
-) -> tuple[list[Any], SlicedInputs] | None:
+) -> SlicedGraph | None:
     """Make a backward graph run on the kept samples alone, in place.
 
     Args:
@@ -63,8 +69,7 @@ def slice_backward(
         batch: the symbol of the batch size.
 
     Returns:
-        The example inputs of the sliced backward, and how to call it. None if the graph has no
-        marker.
+        How to call it; None if the graph has no marker.
 
     Raises:
         RuntimeError: the graph computes something over the whole batch again, or takes a size that
@@ -78,36 +83,72 @@ def slice_backward(
     gradient, choice = cast(tuple[fx.Node, fx.Node], marker.args)
     marker.replace_all_uses_with(gradient)
     graph.erase_node(marker)
-    _check_whole_batch(graph)
     placeholders = graph.find_nodes(op="placeholder")
-    tangents = {
-        number: _position(node, batch)
-        for number, node in enumerate(placeholders)
-        if "tangents" in str(node.target)
-    }
+    examples, head = list(inputs), None
+    gradients = [node for node in placeholders if "tangents" in str(node.target)]
+    if gradient not in placeholders:
+        head = _split_head(gm, gradient)
+        placeholders = graph.find_nodes(op="placeholder")
+        gradients = placeholders[-1:]
+        examples.append(gradients[0].meta["val"])
+    _check_whole_batch(graph, gradients)
+    positions = {placeholders.index(node): _position(node, batch) for node in gradients}
     slicer = _Slicer(graph, placeholders, batch)
     sizes = []
-    for number, (node, example) in enumerate(zip(placeholders, inputs, strict=True)):
+    for number, (node, example) in enumerate(zip(placeholders, examples, strict=True)):
         if isinstance(example, Tensor):
-            slicer.gather(node, example)
+            # Dynamo cannot guard on a size of ours.
+            with slicer.shapes.suppress_guards():
+                slicer.gather(node, example)
         elif isinstance(example, torch.SymInt) and batch in size_expr(example).free_symbols:
             if batch in sympy.cancel(size_expr(example) / batch).free_symbols:
                 raise RuntimeError(
                     f"the backward takes the size {example}, which is no multiple of the batch size"
                 )
             sizes.append(number)
-    results = graph.output_node().args[0]
+    results = cast(Sequence[Any], graph.output_node().args[0])
     scattered = {
         number: _position(result, batch)
-        for number, result in enumerate(cast(Sequence[Any], results))
+        for number, result in enumerate(results)
         if isinstance(result, fx.Node)
         and isinstance(result.meta.get("val"), Tensor)
         and batch_dim_maybe(result.meta["val"], batch) is not None
     }
+    graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()
-    examples = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
-    return examples, SlicedInputs(placeholders.index(choice), tuple(sizes), tangents, scattered)
+    return SlicedGraph(
+        [node.meta["val"] for node in graph.find_nodes(op="placeholder")],
+        head,
+        placeholders.index(choice),
+        tuple(sizes),
+        positions,
+        scattered,
+    )
+
+
+def _split_head(gm: fx.GraphModule, gradient: fx.Node) -> fx.GraphModule:
+    """Cut a graph at a node through which all results depend on the tangents.
+
+    Returns:
+        The part before, with the same placeholders. In the graph itself the node becomes the last
+        placeholder.
+    """
+    graph, head = gm.graph, fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        environment[node] = head.node_copy(node, environment.__getitem__)
+        if node is gradient:
+            break
+    head.output((environment[gradient],)).meta = dict(graph.output_node().meta)
+    head.eliminate_dead_code()
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        begin = graph.placeholder("tangents_of_samples")
+    begin.meta = dict(gradient.meta)
+    gradient.replace_all_uses_with(begin)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, head)
 
 
 class _Slicer:
@@ -123,10 +164,10 @@ class _Slicer:
         )
         shapes = self._mode.shape_env
         assert shapes is not None
-        self._shapes: Any = shapes
+        self.shapes: Any = shapes
         k = self._symint(batch)
         self._hint = k.node.hint
-        self._whole = self._shapes.create_symbol(
+        self._whole = self.shapes.create_symbol(
             self._hint, ConstantSource("ssprop_batch"), DimDynamic.DYNAMIC, constraint_dim=None
         )
         self._last = placeholders[-1]
@@ -202,7 +243,7 @@ class _Slicer:
             )
 
     def _symint(self, expr: sympy.Expr) -> Any:
-        return self._shapes.create_symintnode(expr, hint=None)
+        return self.shapes.create_symintnode(expr, hint=None)
 
     def _placeholder(self, name: str, value: Any) -> fx.Node:
         with self._graph.inserting_after(self._last):
@@ -237,9 +278,9 @@ def _static(size: sympy.Expr) -> int:
     return int(size) if size.is_Integer else -1
 
 
-def _check_whole_batch(graph: fx.Graph) -> None:
+def _check_whole_batch(graph: fx.Graph, begin: Sequence[fx.Node]) -> None:
     """Raise a RuntimeError if the backward reduces what the forward computed over the batch."""
-    gradients = {n for n in graph.find_nodes(op="placeholder") if "tangents" in str(n.target)}
+    gradients = set(begin)
     for node in graph.nodes:
         if node.op != "call_function":
             continue

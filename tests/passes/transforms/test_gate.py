@@ -123,7 +123,9 @@ def test_sites_that_are_slower_sparse_stay_dense(fresh_cache: None, measured: li
     }
 
 
-def test_without_a_gate_every_site_is_sparse(fresh_cache: None, measured: list[int]) -> None:
+def test_without_a_gate_every_site_is_sparse(
+    fresh_cache: None, no_code: None, measured: list[int]
+) -> None:
     model, x = compile_two_layers(constant(0.75), gate=False)
     model(x).sin().sum().backward()
     assert kept_rows(model) == [16, 8]
@@ -134,7 +136,7 @@ def test_without_a_gate_every_site_is_sparse(fresh_cache: None, measured: list[i
     ("rate", "share"), [(0.33, "9%"), pytest.param(0.2, "-3%", marks=pytest.mark.slow)]
 )
 def test_drop_rates_that_do_not_pay_run_dense(
-    fresh_cache: None, measured: list[int], rate: float, share: str
+    fresh_cache: None, no_code: None, measured: list[int], rate: float, share: str
 ) -> None:
     # The arithmetic takes 1 ms, and drop rate 0.75 saves 0.5 ms. In proportion, 0.25 saves nothing,
     # and 0.33 saves too little to cover the costs that are not measured.
@@ -149,7 +151,7 @@ def test_drop_rates_that_do_not_pay_run_dense(
     assert kept_rows(model) == [64, 32]
 
 
-def test_times_are_kept_on_disk(fresh_cache: None, measured: list[int]) -> None:
+def test_times_are_kept_on_disk(fresh_cache: None, no_code: None, measured: list[int]) -> None:
     for _ in range(2):
         torch._dynamo.reset()
         model, x = compile_two_layers(constant(0.75))
@@ -159,7 +161,7 @@ def test_times_are_kept_on_disk(fresh_cache: None, measured: list[int]) -> None:
 
 
 def test_selectors_without_an_identity_share_no_times(
-    fresh_cache: None, measured: list[int]
+    fresh_cache: None, no_code: None, measured: list[int]
 ) -> None:
     """Nothing tells one from another, so each is measured anew."""
 
@@ -186,7 +188,9 @@ def test_times_are_in_the_record_of_a_graph(fresh_cache: None, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_another_highest_drop_rate_is_measured_anew(fresh_cache: None, measured: list[int]) -> None:
+def test_another_highest_drop_rate_is_measured_anew(
+    fresh_cache: None, no_code: None, measured: list[int]
+) -> None:
     for rate in (0.75, 0.5):
         torch._dynamo.reset()
         model, x = compile_two_layers(constant(rate))
@@ -197,7 +201,7 @@ def test_another_highest_drop_rate_is_measured_anew(fresh_cache: None, measured:
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3, groups=32), nn.Linear(6, 32)]
 )
-def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
+def test_measuring_leaves_no_trace(fresh_cache: None, no_code: None, layer: nn.Module) -> None:
     """This measures real times, with random numbers that are not the model's."""
     shape = (4, 6) if isinstance(layer, nn.Linear) else (4, layer.in_channels, 6, 6)
     config = SparsityConfig(min_channels=1, targets=("conv", "depthwise", "linear"))
@@ -221,7 +225,11 @@ def test_measuring_leaves_no_trace(fresh_cache: None, layer: nn.Module) -> None:
     [(nn.Conv2d(8, 32, 3), "l2_weight"), (nn.Linear(6, 32), "mean_abs")],
 )
 def test_channels_are_gathered_once_whatever_number_of_runs(
-    fresh_cache: None, monkeypatch: pytest.MonkeyPatch, layer: nn.Module, score: object
+    fresh_cache: None,
+    no_code: None,
+    monkeypatch: pytest.MonkeyPatch,
+    layer: nn.Module,
+    score: object,
 ) -> None:
     """Eager gathers are slower than those of a compiled step, so no timed run does one."""
     gathers: list[int] = []

@@ -1,0 +1,407 @@
+"""`axis="sample"` end to end: gradients of the kept samples, in every way that people train."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import inclusion_probabilities, relative_error
+from sample_oracle import kept_gradients, strongest
+from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+
+BATCH, KEPT = 6, 3
+
+
+class Net(nn.Module):
+    """Convolutions, batch norm, tokens merged into the batch, windows, attention, a class token."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.first = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.window = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(drop)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.dropout(torch.tanh(self.depthwise(x)))
+        x = x.flatten(2).transpose(1, 2)
+        # The leading dimension becomes four times the batch.
+        windows = torch.tanh(self.window(x.reshape(4 * x.shape[0], -1, 8)))
+        x = x + windows.reshape(x.shape)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        y = self.first(x)
+        x = x + self.dropout(self.attention(y, y, y, need_weights=False)[0])
+        return x[:, 0]
+
+
+class Tuple(Net):
+    """Returns several outputs."""
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.features(x)
+        return self.head(features), features
+
+
+class Broken(Net):
+    """Two graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        torch._dynamo.graph_break()
+        return self.head(torch.tanh(features))
+
+
+class Checkpointed(Net):
+    """The backward computes most of the forward again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.features, x, use_reentrant=False))
+
+
+class TimeFirst(nn.Module):
+    """The batch is the second dimension: [T, N, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Tokens are merged with the batch, which is the inner one of the two.
+        x = torch.tanh(x.transpose(0, 1).reshape(-1, 8)).view(x.shape[1], x.shape[0], 8)
+        return self.head(self.layer(x))[0]
+
+
+def loss(output: Any) -> Tensor:
+    outputs = [output] if isinstance(output, Tensor) else output
+    strength = torch.arange(1.0, outputs[0].shape[0] + 1, dtype=outputs[0].dtype)
+    return sum((o.sin() * strength[:, None]).sum() for o in outputs)
+
+
+def images(batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+
+
+def expected(
+    model: nn.Module, x: Tensor, kept: int = KEPT, loss: Callable[[Any], Tensor] = loss
+) -> dict[str, Tensor]:
+    model = copy.deepcopy(model)
+    return kept_gradients(model, (x,), loss, lambda g: strongest(g, kept), x.shape[0])
+
+
+def compile_net(model: nn.Module, rate: float = 0.5, **options: Any) -> Any:
+    config = SparsityConfig(axis="sample", **options.pop("config", {}))
+    scheduler = SparsityScheduler(constant(rate))
+    return ssprop_compile(model, scheduler, config=config, **{"backend": "aot_eager", **options})
+
+
+def found(model: nn.Module) -> dict[str, Tensor]:
+    model = getattr(model, "_orig_mod", model)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def check(model: nn.Module, compiled: Any, x: Tensor, kept: int = KEPT) -> None:
+    want = expected(model, x, kept)
+    loss(compiled(x)).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+@pytest.fixture(autouse=True)
+def no_warning() -> Iterator[None]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        yield
+
+
+@pytest.mark.parametrize("saved", ["all", "kept"])
+@pytest.mark.parametrize("kind", [Net, Tuple, Broken, Checkpointed])
+def test_gradients_are_those_of_the_kept_samples(kind: type[Net], saved: str) -> None:
+    model = kind().double()
+    check(model, compile_net(model, config={"saved": saved}), images())
+
+
+def test_the_batch_may_be_a_later_dimension() -> None:
+    model = TimeFirst().double()
+    x = torch.randn(BATCH, 5, 8, dtype=torch.float64)
+    check(model, compile_net(model), x)
+
+
+@pytest.mark.parametrize("saved", ["all", "kept"])
+def test_inductor(saved: str) -> None:
+    model, x = Net(), images().float()
+    compiled = compile_net(model, backend="inductor", config={"saved": saved})
+    want = expected(model, x)
+    loss(compiled(x)).backward()
+    assert relative_error(found(model), want) < 1e-4
+
+
+def test_one_compile_serves_every_batch_and_rate() -> None:
+    model = Net().double()
+    compiled = compile_net(model)
+    check(model, compiled, images())
+    graphs = len(compiled.ssprop.graphs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (8, 11, 4):
+            check(model, compiled, images(batch), batch // 2)
+    assert len(compiled.ssprop.graphs) == graphs
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+def test_all_but_one_and_a_single_sample(rate: float) -> None:
+    model = Net().double()
+    check(model, compile_net(model, rate), images(), 5 if rate == 0.1 else 1)
+
+
+def test_a_batch_of_one_is_kept() -> None:
+    model = Net().double()
+    compiled = compile_net(model)
+    check(model, compiled, images(1), 1)
+    check(model, compiled, images(), KEPT)
+
+
+def test_inputs_get_gradients_of_the_whole_batch() -> None:
+    model, x = Net().double(), images().requires_grad_()
+    want = expected(model, x)
+    loss(compile_net(model)(x)).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, want["input 0"])
+    assert (x.grad.flatten(1).any(1).sum()) == KEPT
+
+
+def test_accumulation_keeps_a_choice_for_each_forward() -> None:
+    model = Net().double()
+    compiled = compile_net(model)
+    x, y = images(), images()
+    want = expected(model, x)
+    for name, gradient in expected(model, y).items():
+        want[name] += gradient
+    first, second = loss(compiled(x)), loss(compiled(y))
+    first.backward()
+    second.backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_a_second_backward_chooses_again() -> None:
+    model, x = Net().double(), images()
+    want = expected(model, x)
+    with torch._functorch.config.patch(donated_buffer=False):
+        output = compile_net(model)(x)
+        loss(output).backward(retain_graph=True)
+        found(model)
+        loss(output).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_dropout_masks_are_those_of_the_forward() -> None:
+    model, x = Net(0.3).double(), images()
+    compiled = compile_net(model)
+    for saved in ("all", "kept"):
+        compiled = compile_net(model, config={"saved": saved})
+        torch.manual_seed(1)
+        want = expected(model, x)
+        torch.manual_seed(1)
+        loss(compiled(x)).backward()
+        assert relative_error(found(model), want) < 1e-9
+
+
+def test_a_dict_of_outputs() -> None:
+    class Dict(Tuple):
+        def forward(self, x: Tensor) -> Any:
+            logits, features = super().forward(x)
+            return {"logits": logits, "features": features, "name": "net"}
+
+    model, x = Dict().double(), images()
+    plain = Tuple().double()
+    plain.load_state_dict(model.state_dict())
+    want = expected(plain, x)
+    output = compile_net(model)(x)
+    loss([output["logits"], output["features"]]).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_outputs_without_a_gradient() -> None:
+    """Only the outputs that the loss uses count."""
+    model, x = Tuple().double(), images()
+    single = Net().double()
+    single.load_state_dict(model.state_dict())
+    want = expected(single, x)
+    loss(compile_net(model)(x)[0]).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    model, x = Tuple().double(), images()
+    want = expected(model, x)
+    logits, features = compile_net(model)(x)
+    logits += 0
+    loss((logits, features)).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_in_place() -> None:
+    model = Net().double()
+    want = expected(model, x := images())
+    compile_net(model, in_place=True)
+    loss(model(x)).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_named_backend() -> None:
+    model, x = Net().double(), images()
+    want = expected(model, x)
+    options = {"schedule": constant(0.5), "axis": "sample", "backend": "aot_eager"}
+    compiled = torch.compile(model, backend="ssprop", options=options)
+    loss(compiled(x)).backward()
+    assert relative_error(found(compiled), want) < 1e-9
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_dynamic_sizes(dynamic: bool | None) -> None:
+    model = Net().double()
+    compiled = compile_net(model, dynamic=dynamic)
+    check(model, compiled, images())
+    check(model, compiled, torch.randn(8, 3, 12, 12, dtype=torch.float64), 4)
+
+
+def test_autocast_and_a_grad_scaler() -> None:
+    model, x = Net(), images().float()
+    compiled = compile_net(model, backend="inductor")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = scaler.get_scale()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(compiled(x).float())
+        scaler.scale(value * (float("inf") if scaler.get_scale() == before else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        found(model)
+    assert scaler.get_scale() < before
+
+
+def test_copies_of_the_model() -> None:
+    model = Net().double()
+    compiled = compile_net(model)
+    other = copy.deepcopy(compiled)
+    x = images()
+    check(model, compiled, x)
+    check(other._orig_mod, other, x)
+
+
+def test_channels_inside_kept_samples() -> None:
+    """Layers named in `rates` keep some channels as well."""
+    model, x = Net().double(), images()
+    config = {"rates": {"window": 0.5}, "channel_multiple": 1, "min_channels": 1}
+    compiled = compile_net(model, config=config)
+    loss(compiled(x)).backward()
+    rows = found(model)["window.weight"].any(1)
+    assert rows.sum() == 4
+    want = expected(model, x)["head.weight"]
+    loss(compiled(x)).backward()
+    torch.testing.assert_close(found(model)["head.weight"], want)
+
+
+def test_weights_of_sampled_samples() -> None:
+    model = Net().double()
+    compiled = compile_net(model, config={"select": "sampled"})
+    scores: list[Tensor] = []
+
+    def choose(gradients: list[Tensor]) -> Tensor:
+        scores.append(gradients[0].flatten(1).norm(dim=1))
+        factors = torch.zeros(BATCH, dtype=torch.float64)
+        factors[kept] = 1 / inclusion_probabilities(scores[0], KEPT)[kept]
+        return factors
+
+    y = images().requires_grad_()
+    loss(compiled(y)).backward()
+    assert y.grad is not None
+    kept = y.grad.flatten(1).any(1).nonzero().flatten()
+    got = found(model)
+    want = kept_gradients(copy.deepcopy(model), (y.detach(),), loss, choose, BATCH)
+    assert relative_error(got, want) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_a_model_that_returns_its_loss(with_logits: bool, backend: str) -> None:
+    """Samples are chosen by the gradient of the logits, inside the graph."""
+
+    class Loss(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            logits = super().forward(x)
+            value = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+            return {"loss": value, "logits": logits} if with_logits else value
+
+    is_double = backend == "aot_eager"
+    model, x = Loss(), images()
+    model, x = (model.double(), x) if is_double else (model, x.float())
+    labels = torch.randint(4, (BATCH,))
+    plain = Net().to(x.dtype)
+    plain.load_state_dict(model.state_dict())
+    want = expected(
+        plain,
+        x,
+        loss=lambda logits: nn.functional.cross_entropy(logits, labels, label_smoothing=0.1),
+    )
+    compiled = compile_net(model, backend=backend)
+    output = compiled(x, labels)
+    (output["loss"] if with_logits else output).backward()
+    assert relative_error(found(model), want) < (1e-9 if is_double else 1e-4)
+
+
+def test_a_model_that_moves_samples_says_so() -> None:
+    class Flipped(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + x.flip(0))
+
+    model, x = Flipped().double(), images()
+    compiled = compile_net(model)
+    with pytest.warns(NoEffectWarning, match=r"aten\.flip\.default moves or mixes samples"):
+        loss(compiled(x)).backward()
+    got = found(model)
+    loss(model(x)).backward()
+    assert relative_error(got, found(model)) < 1e-9
+
+
+def test_a_model_that_fixes_the_batch_says_so() -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.shape[0] == BATCH else 2 * x)
+
+    model, x = Fixed().double(), images()
+    with pytest.warns(NoEffectWarning, match="the model makes the batch size a constant, 6"):
+        loss(compile_net(model)(x)).backward()
+
+
+def test_compiled_autograd_is_refused() -> None:
+    model, x = Net().double(), images()
+    value = loss(compile_net(model)(x))
+    compiler = torch.compile(backend="aot_eager")
+    with (
+        torch._dynamo.compiled_autograd._enable(compiler),
+        pytest.raises(Exception, match="compiled autograd"),
+    ):
+        value.backward()
+
+
+def test_the_marker_never_runs() -> None:
+    with pytest.raises(SsPropCompileError, match="compiled autograd does not work"):
+        torch.ops.ssprop.kept_samples(torch.ones(2), torch.ones(1, dtype=torch.int64))
