@@ -2,12 +2,13 @@
 
 import argparse
 import ast
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from ssprop_fx import SparsityConfig
 from ssprop_fx.config import TARGETS
 
-__all__ = ["NAME", "add_config_arguments", "configs_of", "parse_overrides"]
+__all__ = ["NAME", "add_config_arguments", "configs_of", "parse_overrides", "variants_of"]
 
 # Name of the rows of `ssprop_compile`; overrides, if any, follow it.
 NAME = "ssprop"
@@ -34,10 +35,18 @@ def configs_of(args: argparse.Namespace) -> dict[str, SparsityConfig]:
         ValueError: a `--variant` has the wrong form.
     """
     base = SparsityConfig(min_channels=args.min_channels, targets=tuple(args.targets))
-    configs = {NAME: base}
-    for text in args.variant:
-        configs[f"{NAME} {text}"] = replace(base, **parse_overrides(text))
-    return configs
+    return {NAME: base, **variants_of(args.variant, base, NAME)}
+
+
+def variants_of(texts: Sequence[str], base: SparsityConfig, name: str) -> dict[str, SparsityConfig]:
+    """Return a configuration for each `--variant`, by name of its rows.
+
+    Args:
+        texts: overrides, as `parse_overrides` reads them.
+        base: what they change.
+        name: name of the rows of `base`.
+    """
+    return {f"{name} {text}": replace(base, **parse_overrides(text)) for text in texts}
 
 
 def parse_overrides(text: str) -> dict[str, object]:

@@ -12,6 +12,8 @@ eager and compiled. All run in one process and take turns.
                 rounds, and its 95 % confidence interval by the bootstrap
     over_plain  T / T of the first configuration, likewise: the cost of a --variant
 
+With --axis sample the rows and columns are those of `benchmarks/samples.py`.
+
 The profiler measures T_backward: the time of the dense step inside `aten::convolution_backward` and
 inside the backward products of the linear layers that take part.
 """
@@ -22,8 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from benchmarks import samples
 from benchmarks.backward_time import ProfiledStep, linear_products
-from benchmarks.configs import add_config_arguments, configs_of
+from benchmarks.configs import add_config_arguments, configs_of, variants_of
 from benchmarks.machine import describe, environment
 from benchmarks.memory import peak_mib
 from benchmarks.results import save, table
@@ -47,6 +50,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add_workload_arguments(parser)
     add_config_arguments(parser)
+    parser.add_argument(
+        "--axis",
+        choices=("channel", "sample"),
+        default="channel",
+        help="what a backward leaves out",
+    )
+    parser.add_argument("--other-checkout", help="with --axis sample: a checkout to compare with")
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.8])
     parser.add_argument("--peers", action="store_true", help="add eager and the module swap")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
@@ -65,10 +75,24 @@ def run(args: argparse.Namespace) -> None:
     workload = workload_of(args)
     if args.cpu_time and torch.device(workload.device).type != "cpu":
         raise ValueError(f"--cpu-time is for --device cpu, got {workload.device}")
+    if args.axis == "sample":
+        _run_samples(workload, args)
+        return
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = measure(workload, configs_of(args), args.drop_rates, args.rounds, args.peers, clock)
     if args.output:
         save(rows, environment(args.device), args.output, f"step-{workload.slug}")
+
+
+def _run_samples(workload: Workload, args: argparse.Namespace) -> None:
+    rates = _above_0(args.drop_rates)
+    configs = samples.CONFIGS | variants_of(args.variant, samples.CONFIGS["sliced"], "sliced")
+    clock = "processor time" if args.cpu_time else "wall time"
+    rows = samples.measure(
+        workload, rates, args.rounds, configs, args.peers, clock, args.other_checkout
+    )
+    if args.output:
+        save(rows, environment(args.device), args.output, f"samples-{workload.slug}")
 
 
 def measure(
@@ -95,9 +119,7 @@ def measure(
     Raises:
         ValueError: no drop rate is above 0.
     """
-    rates = [rate for rate in drop_rates if rate]
-    if not rates:
-        raise ValueError(f"--drop-rates must have one above 0, got {list(drop_rates)}")
+    rates = _above_0(drop_rates)
     model, images = workload.build()
     torch._dynamo.reset()
     # Every variant recompiles the same code, and none may silently fall back to eager.
@@ -138,3 +160,10 @@ def measure(
     print(table(rows, FORMATS_OF_VARIANTS if len(configs) > 1 else FORMATS))
     print(describe(workload.device))
     return rows
+
+
+def _above_0(drop_rates: Sequence[float]) -> list[float]:
+    rates = [rate for rate in drop_rates if rate]
+    if not rates:
+        raise ValueError(f"--drop-rates must have one above 0, got {list(drop_rates)}")
+    return rates

@@ -66,12 +66,16 @@ class Workload:
         model = model.to(self.device, memory_format=layout).train()
         return model, images.to(memory_format=layout)
 
-    def step(self, module: Callable[[Tensor], Tensor], images: Tensor) -> None:
-        """Run forward and backward with a loss that depends on every output."""
+    def losses(self, module: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Run the forward; return a loss for each image, [N], that depends on every output."""
         device_type = torch.device(self.device).type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.amp):
             output = module(images)
-        output.float().logsumexp(1).mean().backward()
+        return output.float().logsumexp(1)
+
+    def step(self, module: Callable[[Tensor], Tensor], images: Tensor) -> None:
+        """Run forward and backward."""
+        self.losses(module, images).mean().backward()
 
 
 def add_workload_arguments(

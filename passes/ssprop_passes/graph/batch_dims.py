@@ -156,6 +156,12 @@ def _of_result(
         inner = _reshaped(node, dim, rows)
     elif packet is aten.as_strided_scatter and node.meta["val"].ndim == 1:
         inner = _strided(node, batch)
+    elif packet is aten.cat and _along(node) == dim:
+        # Each operand has whole rounds of the samples. The backward of `unbind` is such a stack.
+        inners = {position.inner for position in operands if not position.is_filler}
+        if len(inners) != 1:
+            raise ValueError(f"puts samples in different orders together, [{rows * batch}]")
+        inner = inners.pop()
     elif node.target is operator.getitem and node.args[0] in shared:
         inner = shared[cast(fx.Node, node.args[0])]
     else:
@@ -168,6 +174,12 @@ def _of_result(
     if outer.as_numer_denom()[1] != 1 or inner.as_numer_denom()[1] != 1:
         raise ValueError(f"splits the rows of a sample, {rows}, in unknown order")
     return BatchDim(dim, inner, outer)
+
+
+def _along(node: fx.Node) -> int:
+    """Return the dimension along which an `aten.cat` joins its operands."""
+    dim = cast(int, node.args[1]) if len(node.args) > 1 else 0
+    return dim % int(node.meta["val"].ndim)
 
 
 def _reshaped(node: fx.Node, dim: int, rows: sympy.Expr) -> sympy.Expr:

@@ -192,6 +192,7 @@ class _Slicer:
             node.meta = {**node.meta, "val": example}
             return
         position, users = _position(node, self._batch), list(node.users)
+        self._first_user = min(users, default=self._graph.output_node())
         # The partitioner shares the metadata with the forward graph.
         node.meta = {**node.meta, "val": self._whole_batch(example)}
         order = dims_order(node.meta["val"])
@@ -251,12 +252,14 @@ class _Slicer:
         return self._last
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        with self._graph.inserting_after(self._last):
-            self._last = self._graph.call_function(target, args)
+        # As late as possible: gathers side by side would become one kernel, early and from and to
+        # cold memory.
+        with self._graph.inserting_before(self._first_user):
+            result = self._graph.call_function(target, args)
         values = fx.map_arg(args, lambda node: node.meta["val"])
         with self._mode:
-            self._last.meta["val"] = target(*values)
-        return self._last
+            result.meta["val"] = target(*values)
+        return result
 
 
 def _position(node: fx.Node, batch: sympy.Symbol) -> BatchDim:

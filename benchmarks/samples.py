@@ -1,0 +1,106 @@
+"""`python -m benchmarks step --axis sample`: steps whose backward is made of some samples.
+
+Rows: dense torch.compile; the sliced backward at drop rate 0 (its dense phase) and at the given
+drop rates; the same in two passes (`saved="kept"`), and in each --variant. --peers adds selective
+backprop, eager and compiled. --other-checkout adds `axis="sample"` of another commit.
+
+    bound    T / (F + q B), with forward F and backward B of the dense step, T = F + B, and the
+             share q of samples kept
+    share    speed-up over bound
+
+Choose a batch size of which every drop rate keeps a whole number of samples.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.phases import CLOCKS, OtherCheckout, OtherStep, PhasedStep, Step
+from benchmarks.results import table
+from benchmarks.sample_row import FORMATS_OF_SAMPLES, Phases, SampleRow
+from benchmarks.selective import selective_variants
+from benchmarks.timing import alternate
+from benchmarks.variants import DENSE, make_variants
+from benchmarks.workload import Workload
+from ssprop_fx import SparsityConfig
+from ssprop_fx.scheduling.keep_counts import keep_count
+
+__all__ = ["CONFIGS", "measure"]
+
+CONFIGS = {
+    "sliced": SparsityConfig(axis="sample"),
+    "two passes": SparsityConfig(axis="sample", saved="kept"),
+}
+
+
+def measure(
+    workload: Workload,
+    drop_rates: Sequence[float],
+    rounds: int,
+    configs: Mapping[str, SparsityConfig] = CONFIGS,
+    with_peers: bool = False,
+    clock: str = "wall time",
+    other: str | None = None,
+) -> list[SampleRow]:
+    """Measure every variant of a workload's step and print the table.
+
+    Args:
+        workload: the model and its input.
+        drop_rates: drop rates of the sparse variants, each above 0.
+        rounds: timed steps of each row.
+        configs: configurations of the sparse variants, by name.
+        with_peers: add the peers.
+        clock: name of the clock, one of `phases.CLOCKS`.
+        other: another checkout, to add its `axis="sample"`.
+
+    Returns:
+        The rows, dense first.
+    """
+    size = workload.batch_size
+    for rate in drop_rates:
+        if abs(keep_count(size, rate) - (1 - rate) * size) > 1e-6:
+            print(f"note: drop rate {rate:g} keeps {keep_count(size, rate)} of {size} samples")
+    model, images = workload.build()
+    torch._dynamo.reset()
+    with ExitStack() as stack:
+        # Every variant recompiles the same code, and none may silently fall back to eager.
+        limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+        stack.enter_context(limits)
+        variants = make_variants(workload, model, images, configs, drop_rates, with_peers=False)
+        if with_peers:
+            variants += selective_variants(workload, model, images, drop_rates)
+        steps: dict[tuple[str, float], Step] = {
+            (v.name, v.drop_rate): PhasedStep(v, workload.device, CLOCKS[clock]) for v in variants
+        }
+        if other:
+            checkout = stack.enter_context(OtherCheckout(other, workload, [*drop_rates], clock))
+            steps |= {(checkout.name, rate): OtherStep(checkout, rate) for rate in drop_rates}
+        first_s = {}
+        for (name, rate), step in steps.items():
+            start = time.perf_counter()
+            step()
+            first_s[name, rate] = time.perf_counter() - start
+            print(f"first step, {name} {rate:g}: {first_s[name, rate]:.1f} s", flush=True)
+        names = {f"{name} {rate}": step for (name, rate), step in steps.items()}
+        alternate(names, rounds, warmup=1)
+        timings = {key: Phases.of(step.phases[-rounds:]) for key, step in steps.items()}
+        rows = [
+            SampleRow.of(
+                workload,
+                *key,
+                keep_count(size, key[1]),
+                timings[key],
+                timings[DENSE, 0.0],
+                step.peak_mib(),
+                first_s[key],
+                clock,
+            )
+            for key, step in steps.items()
+        ]
+    print(f"\n{workload.title}, {clock}, medians of {rounds} rounds")
+    print(table(rows, FORMATS_OF_SAMPLES))
+    print(describe(workload.device))
+    return rows
