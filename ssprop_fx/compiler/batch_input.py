@@ -88,7 +88,7 @@ def find_batch_input(
     if _mark(tensors, size):
         raise RestartAnalysis
     raise ValueError(
-        f"the model makes the batch size a constant, {size}: it compares the size with a number, say"
+        f"the model makes the batch size a constant, {size}: it may compare the size with a number"
     )
 
 
