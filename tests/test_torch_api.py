@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_api_samples  # noqa: F401, it adds canaries
 from sources import FOLDERS, ROOT, files, imported_names, used_names
 from torch_api import CANARIES, Canary, explanation
 

@@ -21,7 +21,7 @@ class SiteReport:
         name: the layer's name; "" if the site belongs to no layer.
         kind: such as `conv2d`.
         channels: output channels, C.
-        kept: channels kept now, in all groups together; C if the site stays dense.
+        kept: channels kept now, in all groups together; C if all are.
         flops: floating-point operations of its dense backward, for one batch.
         reason: why it stayed dense; "" if it is sparse.
         sparse_flops: FLOPs of the gradients that became sparse, at full size; 0 if the site stays
@@ -50,6 +50,8 @@ class Report:
         specialized: whether the keep counts were compiled in as constants.
         step: the step of the schedule in force.
         drop_rate: its drop rate.
+        kept_samples: how many samples the backward keeps of how many, in the last batch; None with
+            `axis="channel"`, and if the backward runs on the whole batch.
     """
 
     sites: tuple[SiteReport, ...]
@@ -57,6 +59,7 @@ class Report:
     specialized: bool = False
     step: int = 0
     drop_rate: float = 0.0
+    kept_samples: tuple[int, int] | None = None
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -66,7 +69,13 @@ class Report:
     @property
     def saved_flops(self) -> int:
         """FLOPs that one backward saves at the keep counts in force."""
-        return sum(site.saved_flops for site in self.sparse_sites)
+        saved = sum(site.saved_flops for site in self.sparse_sites)
+        if self.kept_samples is not None:
+            kept, size = self.kept_samples
+            # Products of activations, such as those of attention, shrink as well.
+            rest = self.backward_flops - sum(site.flops for site in self.sites)
+            saved += rest * (size - kept) // size
+        return saved
 
     def __str__(self) -> str:
         if not self.sites:
@@ -81,6 +90,14 @@ class Report:
             f" {site.flops / self.backward_flops:6.1%}  {_state(site)}"
             for site in self.sites
         ]
+        if self.kept_samples is not None:
+            kept, size = self.kept_samples
+            lines.append(
+                f"the whole backward of {self.backward_flops / 1e9:.3g} GFLOPs runs on {kept} of"
+                f" {size} samples; {self.saved_flops / self.backward_flops:.1%} saved at step"
+                f" {self.step}, drop rate {self.drop_rate:g}"
+            )
+            return "\n".join(lines)
         covered = sum(site.sparse_flops for site in self.sites) / self.backward_flops
         lines.append(
             f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
@@ -140,21 +157,38 @@ def report(model: nn.Module) -> Report:
         )
     keep_counts, graphs = variant.keep_counts.tolist(), variant.graphs
     whole = variant.why_whole_steps_are_dense
+    kept_samples = variant.kept_samples
     return Report(
         sites=tuple(
-            _site_report(site, keep_counts, whole) for graph in graphs for site in graph.sites
+            _site_report(site, keep_counts, graph.whole or site.reason or whole, kept_samples)
+            for graph in graphs
+            for site in graph.sites
         ),
         backward_flops=sum(graph.total_flops for graph in graphs),
         specialized=variant.backend.constants is not None,
         step=variant.scheduler.last_step,
         drop_rate=variant.scheduler.drop_rate,
+        kept_samples=kept_samples,
     )
 
 
-def _site_report(site: Site, keep_counts: Sequence[int], whole: str) -> SiteReport:
-    """Return the report on a site; `whole` says why all steps are dense, "" if they are not."""
-    reason = site.reason or whole
+def _site_report(
+    site: Site, keep_counts: Sequence[int], reason: str, kept_samples: tuple[int, int] | None
+) -> SiteReport:
+    """Return the report on a site.
+
+    Args:
+        site: the site.
+        keep_counts: the keep count of each slot.
+        reason: why it stays dense; "" if it is sparse.
+        kept_samples: k and N if the backward runs on k of N samples.
+    """
     kept = site.channels if reason else keep_counts[site.slot] * site.groups
+    saved, sparse_flops = site.saved_flops(kept), 0 if reason else site.sparse_flops
+    if kept_samples is not None:
+        samples, size = kept_samples
+        reason, sparse_flops = "", site.flops
+        saved = site.flops - (site.flops - saved) * samples // size
     return SiteReport(
         name=site.name,
         kind=site.kind,
@@ -162,8 +196,8 @@ def _site_report(site: Site, keep_counts: Sequence[int], whole: str) -> SiteRepo
         kept=kept,
         flops=site.flops,
         reason=reason,
-        sparse_flops=0 if reason else site.sparse_flops,
-        saved_flops=site.saved_flops(kept),
+        sparse_flops=sparse_flops,
+        saved_flops=saved,
     )
 
 

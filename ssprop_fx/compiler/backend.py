@@ -212,8 +212,7 @@ class SparseBackend:
                     {**self.options, "force_disable_caches": True}
                 )
         graph = known or GraphRecord(sparse_pass.sites, sparse_pass.total_flops)
-        if self.config.axis == "sample":
-            graph.whole = whole if samples_pass is None else samples_pass.reason
+        graph.whole = whole if samples_pass is None else samples_pass.reason
         if known is None and batch is None and self.kind == "inductor":
             save_record(key, graph)
         logger.info("graph compiled%s: %s", " before, found in the cache" if known else "", graph)
@@ -223,10 +222,13 @@ class SparseBackend:
 
     def _find_batch(
         self, gm: fx.GraphModule, inputs: Sequence[Any]
-    ) -> tuple[BatchInput | None, str]:
-        """Return the input that holds the batch, None with a reason if the backward stays whole."""
+    ) -> tuple[BatchInput | None, str | None]:
+        """Return the input that holds the batch, and why the backward stays whole if it does.
+
+        The reason is None if no samples are chosen.
+        """
         if self.config.axis == "channel" or not is_differentiable(inputs):
-            return None, ""
+            return None, None
         choice = current_choice_maybe()
         try:
             return find_batch_input(gm, inputs, self.model, choice.size if choice else 0), ""

@@ -20,11 +20,11 @@ from torch import Tensor, fx, nn
 from ssprop_fx.compiler.dynamo_graph import input_sizes, is_fake
 from ssprop_fx.compiler.inductor import RestartAnalysis
 
-__all__ = ["BatchInput", "batch_marked", "find_batch_input"]
+__all__ = ["MARK", "BatchInput", "batch_marked", "find_batch_input"]
 
 # What Dynamo treats as dynamic without a guard on the mark itself.
 _IS_NEW = torch.__version__ >= torch.torch_version.TorchVersion("2.14")
-_MARK = "_dynamo_propagated_dynamic_indices" if _IS_NEW else "_dynamo_weak_dynamic_indices"
+MARK = "_dynamo_propagated_dynamic_indices" if _IS_NEW else "_dynamo_weak_dynamic_indices"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def batch_marked(leaves: Iterable[Any]) -> Iterator[None]:
     The marks go afterwards: the dense variant must not see them.
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    before = [getattr(tensor, _MARK, None) for tensor in tensors]
+    before = [getattr(tensor, MARK, None) for tensor in tensors]
     if tensors:
         _mark(tensors, tensors[0].shape[0])
     try:
@@ -108,9 +108,9 @@ def batch_marked(leaves: Iterable[Any]) -> Iterator[None]:
     finally:
         for tensor, mark in zip(tensors, before, strict=True):
             if mark is not None:
-                setattr(tensor, _MARK, mark)
-            elif hasattr(tensor, _MARK):
-                delattr(tensor, _MARK)
+                setattr(tensor, MARK, mark)
+            elif hasattr(tensor, MARK):
+                delattr(tensor, MARK)
 
 
 def _mark(tensors: Iterable[Tensor], size: int) -> bool:
@@ -118,8 +118,8 @@ def _mark(tensors: Iterable[Tensor], size: int) -> bool:
     is_new = False
     for tensor in tensors:
         dim = next((d for d, length in enumerate(tensor.shape) if length == size), None)
-        known: set[int] = getattr(tensor, _MARK, set())
+        known: set[int] = getattr(tensor, MARK, set())
         if dim is not None and size > 1 and dim not in known:
-            setattr(tensor, _MARK, {*known, dim})
+            setattr(tensor, MARK, {*known, dim})
             is_new = True
     return is_new

@@ -103,6 +103,17 @@ class SparseVariant:
         """The model's part of the runtime sparsity tensor: int64, CPU, [slots]."""
         return self.counts.tensor
 
+    @property
+    def kept_samples(self) -> tuple[int, int] | None:
+        """How many samples a backward keeps now, of how many in the last batch.
+
+        None unless all compiled graphs run on the kept samples.
+        """
+        graphs = self.graphs
+        if not graphs or not all(graph.is_sliced for graph in graphs):
+            return None
+        return int(self.keep_counts[-1]), self.counts.channels[-1]
+
     def telemetry(self) -> dict[str, SiteTelemetry]:
         """Return the telemetry of each layer; see `SparsityScheduler.telemetry`."""
         return self.counts.telemetry.latest()

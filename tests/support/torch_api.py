@@ -505,12 +505,20 @@ def modes_can_be_left_for_a_while() -> None:
             assert torch.ones(2).sum().item() == 2
 
 
-@relies_on("torch.utils._pytree.tree_leaves", "torch.utils._pytree.tree_map")
+@relies_on(
+    "torch.utils._pytree.tree_leaves",
+    "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_flatten",
+    "torch.utils._pytree.tree_unflatten",
+)
 def containers_can_be_flattened_and_mapped() -> None:
-    """`tree_leaves` and `tree_map` go through lists, tuples and dicts."""
-    from torch.utils._pytree import tree_leaves, tree_map
+    """`tree_leaves` and `tree_map` go through lists, tuples and dicts. `tree_unflatten` puts
+    together what `tree_flatten` took apart.
+    """
+    from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
     assert tree_leaves(((1, [2]), {"a": 3})) == [1, 2, 3]
+    assert tree_unflatten(*tree_flatten(((1, [2]), {"a": 3}))) == ((1, [2]), {"a": 3})
     assert tree_map(lambda n: n + 1, ((1, [2]), {"a": 3})) == ((2, [3]), {"a": 4})
 
 

@@ -58,8 +58,6 @@ _FILLERS = (
     *(aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty),
 )
 
-_COUNTERS = (aten.arange, torch.ops.prims.iota)
-
 
 @dataclass(frozen=True)
 class BatchDim:
@@ -223,7 +221,9 @@ def _refuse_mixing(node: fx.Node) -> None:
         if not is_fixed:
             raise ValueError("looks up samples by index")
         return
-    along = node.args[_ALONG[packet]] if len(node.args) > _ALONG[packet] else -1
+    # Without dimensions `roll` flattens its operand; the others take the last one.
+    default: Any = [] if packet is aten.roll else -1
+    along = node.args[_ALONG[packet]] if len(node.args) > _ALONG[packet] else default
     dims = along if isinstance(along, (list, tuple)) else [along]
     if not dims or position.dim in {cast(int, d) % ndim for d in dims}:
         raise ValueError("moves or mixes samples")
@@ -241,10 +241,18 @@ def _counts_samples(index: fx.Node) -> bool:
     while getattr(index.target, "overloadpacket", None) in (*_RESHAPES, aten.unsqueeze):
         index = cast(fx.Node, index.args[0])
     position: BatchDim | None = index.meta.get(BATCH_DIM_KEY)
-    is_counter = getattr(index.target, "overloadpacket", index.target) in _COUNTERS or (
-        index.target in _COUNTERS
-    )
-    return is_counter and position is not None and position.is_plain
+    return position is not None and position.is_plain and _counts_from_zero(index)
+
+
+def _counts_from_zero(node: fx.Node) -> bool:
+    """Say whether a node returns 0, 1, 2, ..."""
+    if node.target in (aten.arange.default, torch.ops.prims.iota.default):
+        start, step = node.kwargs.get("start", 0), node.kwargs.get("step", 1)
+    elif node.target in (aten.arange.start, aten.arange.start_step):
+        start, step = node.args[0], node.args[2] if len(node.args) > 2 else 1
+    else:
+        return False
+    return (start, step) == (0, 1)
 
 
 def _of_operands(node: fx.Node) -> list[BatchDim]:

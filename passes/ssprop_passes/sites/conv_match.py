@@ -18,7 +18,7 @@ from ssprop_passes.replacements.conv import (
 )
 from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.policy import Selection
-from ssprop_passes.sites.flops import hinted
+from ssprop_passes.sites.flops import hinted, size_hint
 from ssprop_passes.sites.match import SiteMatch
 
 __all__ = ["ConvMatch", "match_conv_backward"]
@@ -53,7 +53,7 @@ class ConvMatch(SiteMatch):
     @property
     def channels(self) -> int:
         """Output channels, C."""
-        return int(self.grad_output.meta["val"].shape[1])
+        return size_hint(self.grad_output.meta["val"].shape[1])
 
     @property
     def groups(self) -> int:

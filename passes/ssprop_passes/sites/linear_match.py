@@ -160,6 +160,9 @@ def match_linear_backward(node: fx.Node) -> LinearMatch | None:
     if forward is None:
         return None
     input_, transposed_weight = cast(tuple[fx.Node, fx.Node], forward.args[-2:])
+    if not all(isinstance(size, int) for size in transposed_weight.meta["val"].shape):
+        # A product of two activations: to compare its sizes would fix the batch size.
+        return None
     products = [n for n in grad_output.users if _is_backward_product(n) and _same_call(n, node)]
     products += [
         n

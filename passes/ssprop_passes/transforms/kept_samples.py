@@ -38,6 +38,16 @@ from ssprop_passes.transforms.keep_count_input import find_state_inputs
 __all__ = ["KeptSamplesPass"]
 
 
+_CONSTANT = (
+    "an operation makes the batch size a constant (TORCH_LOGS=dynamic shows where: it says Eq)"
+)
+
+_NO_BEGINNING = (
+    "an output that has a gradient, such as a loss, is of the batch as a whole, and no tensor that"
+    " has samples stands between it and all other gradients"
+)
+
+
 class KeptSamplesPass(GraphPass):
     """Prepares a joint graph for `slice_backward`.
 
@@ -70,10 +80,8 @@ class KeptSamplesPass(GraphPass):
         begin = _find_beginning_maybe(graph, tangents)
         self.reason = next(iter(unknown.values()), "")
         if not self.reason and begin is None:
-            self.reason = (
-                "an output that has a gradient, such as a loss, is of the batch as a whole, and no"
-                " other gradient depends on it only through a tensor that has samples"
-            )
+            is_constant = not any(BATCH_DIM_KEY in node.meta for node in graph.nodes)
+            self.reason = _CONSTANT if is_constant else _NO_BEGINNING
         if self.reason:
             return PassSummary(1, 0, Counter([self.reason]))
         assert begin is not None
