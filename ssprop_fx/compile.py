@@ -33,12 +33,13 @@ def ssprop_compile(
     largest l2 norms. (ssProp, arXiv 2408.12561, ranks channels by mean magnitude:
     `SparsityConfig(score="mean_abs")`.) One sparse compile serves every drop rate. If the schedule
     has only one or two, each gets its own compile with constant keep counts
-    (`SparsityConfig(specialize=...)`).
+    (`SparsityConfig(specialize=...)`). `SparsityConfig(axis="sample")` leaves out samples of the
+    batch in place of channels.
 
     Args:
         model: the model; its source and its parameters do not change.
         scheduler: sets the drop rate; one scheduler may serve several models.
-        config: which layers take part; `SparsityConfig()` by default.
+        config: which layers take part, and what is kept; `SparsityConfig()` by default.
         backend: `"inductor"`, or `"aot_eager"`, which compiles quickly and runs slowly.
         mode: as in `torch.compile`.
         options: as in `torch.compile`; its `joint_custom_pre_pass` still runs.

@@ -1,4 +1,4 @@
-"""SparsityConfig: what takes part in sparse back-propagation, and how channels are chosen."""
+"""SparsityConfig: what takes part in sparse back-propagation, and how it is chosen."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,33 +18,34 @@ TARGETS = ("conv", "depthwise", "linear")
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """Which layers take part in sparse back-propagation, and how their channels are chosen.
+    """Which layers take part in sparse back-propagation, and how channels or samples are chosen.
 
     Args:
         channel_multiple: keep counts are rounded to the nearest multiple of this: at least one
             multiple, at most all channels of the layer. `"auto"` is 8, and 16 in layers of 256
-            channels or more, on every device; with `axis="sample"` it is 1. `1` means
-            `max(int(share_kept * C), 1)` in each group, as the published code has it.
+            channels or more, on every device. `1` means `max(int(share_kept * C), 1)` in each
+            group, as the published code has it. Counts of samples are not rounded to it.
         min_channels: layers with fewer output channels stay dense.
         filter_fn: `filter_fn(module, fqn) -> bool` says whether a module takes part; `fqn` is its
             name in `model.named_modules()`. None lets every module take part, except the classifier
             of a timm model (`model.get_classifier()`).
         targets: the kinds of layer that take part: `"conv"`, `"depthwise"` (convolutions whose
             output channels read one input channel each) and `"linear"`.
-        select: which channels are kept, given their scores. `"topk"` keeps the largest, `"random"`
-            keeps any. `"sampled"` draws channels in proportion to their score, and weights them so
-            that the expected gradients are the dense ones. Or your own function, as in the second
-            example; `ssprop_passes.selection.selectors` describes it.
-        axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: all layers keep
-            the same samples of the batch, `max(int(share_kept * N), 1)` of N. The batch must
-            be the leading dimension, and the model one graph. `block`, `memory`, rates above 0,
-            `specialize=True`, `ranks="shared"` and `telemetry` do not work with `"sample"`. See
-            docs/schedules.md.
-        score: what a channel is worth. `"l2"` is the l2 norm of its gradient, nearly free behind a
-            batch norm. `"mean_abs"` is the mean magnitude of its gradient, as in the published
-            code. `"l2_weight"` is the l2 norm times the norm of the channel's row of the weight
-            (with `axis="sample"`, times the norm of the layer's input). Or your own function, as
-            `ssprop_passes.selection.scores` describes.
+        select: which channels, or samples, are kept, given their scores. `"topk"` keeps the
+            largest, `"random"` keeps any. `"sampled"` draws them in proportion to their score, and
+            weights them so that the expected gradients are the dense ones. Or your own function, as
+            in the second example; `ssprop_passes.selection.selectors` describes it.
+        axis: `"channel"`: each layer keeps some of its output channels. `"sample"`: the whole
+            backward runs on some samples of the batch, `max(int(share_kept * N), 1)` of N. They are
+            chosen once, by their gradients of the model's outputs. Then `targets`, `min_channels`
+            and `filter_fn` matter only to layers in `rates`. `block`, `memory`, `gradients`,
+            `specialize=True`, `ranks="shared"`, `score="l2_weight"` and `telemetry`, so controllers
+            too, do not work with `"sample"`. See docs/schedules.md.
+        score: what a channel, or a sample, is worth. `"l2"` is the l2 norm of its gradient, for
+            channels nearly free behind a batch norm. `"mean_abs"` is the mean magnitude of its
+            gradient, as in the published code. `"l2_weight"` is the l2 norm times the norm of the
+            channel's row of the weight. Or your own function, as `ssprop_passes.selection.scores`
+            describes.
         gradients: which gradients use the kept channels only: `"both"`, or just that of the
             `"weight"` or of the `"input"`. The other gradient is then dense and exact, and half of
             the FLOPs are saved. The bias follows the weight.
@@ -58,11 +59,16 @@ class SparsityConfig:
             docs/schedules.md.
         rates: name pattern -> drop rate in [0, 1), for layers that do not follow the schedule, such
             as `{"stem.*": 0, "layer4.*": 0.9}`. Patterns are those of `fnmatch`; the first that
-            matches counts. A rate holds in every step whose scheduled drop rate is above 0.
+            matches counts. A rate holds in every step whose scheduled drop rate is above 0. With
+            `axis="sample"` these layers keep some of their channels too, inside the kept samples.
+        saved: with `axis="sample"`, what the forward saves for the backward. `"all"`: all that the
+            backward needs. `"kept"`: the inputs, batch statistics and random masks alone; the
+            backward computes the rest again for the kept samples. This takes less memory and more
+            time. The gradients are the same.
         gate: whether a layer whose sparse backward is not faster stays dense. Each layer is timed
             once, when it is compiled. A step whose layers would save less than a tenth of their
-            time runs dense. False makes every layer sparse at every drop rate above 0. AOT eager
-            and `ranks="shared"` have no gate.
+            time runs dense. False makes every layer sparse at every drop rate above 0. AOT eager,
+            `axis="sample"` and `ranks="shared"` have no gate.
         specialize: whether each drop rate gets its own compile, with constant keep counts. This is
             a few percent faster at most, and CUDA graphs need it. `"auto"` does so for schedules of
             one or two drop rates above 0 if layers of one shape have one rate; True for up to six.
@@ -123,12 +129,14 @@ class SparsityConfig:
         TARGETS, help="Make these kinds of layer sparse", choices=TARGETS, inspect=True
     )
     select: str | Selector = option(
-        "topk", help="Choose the kept channels by this rule", choices=tuple(SELECTORS)
+        "topk", help="Choose the kept channels or samples by this rule", choices=tuple(SELECTORS)
     )
     axis: Literal["channel", "sample"] = option(
         "channel", help="Keep some channels of each layer, or some samples of the batch"
     )
-    score: str | Score = option("l2", help="Rank channels by this score", choices=tuple(SCORES))
+    score: str | Score = option(
+        "l2", help="Rank channels or samples by this score", choices=tuple(SCORES)
+    )
     gradients: Literal["both", "weight", "input"] = option(
         "both", help="Make these gradients sparse", inspect=True
     )
@@ -151,7 +159,8 @@ class SparsityConfig:
         example={"layer4.*": 0.9},
     )
     saved: Literal["all", "kept"] = option(
-        "all", help="Save for the backward all that it needs, or compute the kept samples again"
+        "all",
+        help="With samples: save all that the backward needs, or compute the kept samples again",
     )
     gate: bool = option(True, help="Leave a layer dense if its sparse backward is not faster")
     specialize: bool | Literal["auto"] = option(
@@ -167,7 +176,7 @@ class SparsityConfig:
 
     @property
     def selection(self) -> Selection:
-        """How channels are chosen, as the pass takes it."""
+        """How channels or samples are chosen, as the pass takes it."""
         return Selection(
             score=SCORES[self.score] if isinstance(self.score, str) else self.score,
             axis=self.axis,

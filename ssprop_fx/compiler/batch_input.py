@@ -88,8 +88,7 @@ def find_batch_input(
     if _mark(tensors, size):
         raise RestartAnalysis
     raise ValueError(
-        f"the model makes the batch size a constant, {size}: it reads the size as a Python number,"
-        " or dynamic=False forbids a symbol"
+        f"the model makes the batch size a constant, {size}: it compares the size with a number, say"
     )
 
 

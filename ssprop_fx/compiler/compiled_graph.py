@@ -278,7 +278,9 @@ class CompiledGraph:
         """
         if self.batch is None:
             return None
-        choice = current_choice_maybe() or SampleChoice(self.selection, self.counts.of_batch)
+        # The named backend sees graphs, not forwards: a graph shares the choice of the one before.
+        choice = current_choice_maybe() or SampleChoice.behind_maybe(args)
+        choice = choice or SampleChoice(self.selection, self.counts.of_batch)
         size = args[self.batch.position].shape[self.batch.dim]
         # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
         if self.instances.graph.is_sliced and isinstance(size, int):

@@ -25,6 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["SampleChoice", "current_choice_maybe", "opened"]
 
+# Key in the metadata of autograd nodes.
+_KEY = "ssprop_choice"
+
 _current: ContextVar["SampleChoice | None"] = ContextVar("ssprop_sample_choice", default=None)
 
 
@@ -59,6 +62,15 @@ class SampleChoice:
         """Return the choice with a number, int64 [1]."""
         return cls._open[int(number)]
 
+    @staticmethod
+    def behind_maybe(inputs: Sequence[Any]) -> "SampleChoice | None":
+        """Return the choice of the graph that these inputs come from, None if there is none."""
+        for value in inputs:
+            node: Any = value.grad_fn if isinstance(value, Tensor) else None
+            if node is not None and _KEY in node.metadata:
+                return cast(SampleChoice, node.metadata[_KEY])
+        return None
+
     def start(self, size: int) -> None:
         """Set the batch size, at the first compiled forward."""
         if not self.size:
@@ -69,7 +81,7 @@ class SampleChoice:
         for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 node: Any = output.grad_fn
-                node.metadata["ssprop_choice"] = self
+                node.metadata[_KEY] = self
 
     def make(self, gradients: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Choose the samples; return the gradients multiplied by the samples' weights.

@@ -40,7 +40,8 @@ class KeepCounts:
     `SparsityScheduler.register` makes it.
 
     Attributes:
-        channels: output channels of each slot of the model.
+        channels: output channels of each slot of the model; of a last slot for samples, the batch
+            size.
         groups: number of groups in which each slot selects channels.
         rates: drop rate of each slot that has its own, None for the others.
         block: keep counts are multiples of this.

@@ -273,6 +273,24 @@ def test_named_backend() -> None:
     assert relative_error(found(compiled), want) < 1e-9
 
 
+def test_graphs_of_the_named_backend_share_one_choice() -> None:
+    model, x = Broken().double(), images().requires_grad_()
+    options = {
+        "schedule": constant(0.5),
+        "axis": "sample",
+        "select": "random",
+        "backend": "aot_eager",
+    }
+    compiled = torch.compile(model, backend="ssprop", options=options)
+    loss(compiled(x)).backward()
+    assert x.grad is not None
+    kept = x.grad.flatten(1).any(1)
+    assert kept.sum() == KEPT
+    got = found(compiled)
+    want = kept_gradients(copy.deepcopy(model), (x.detach(),), loss, lambda g: kept.double(), BATCH)
+    assert relative_error(got, want) < 1e-9
+
+
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_dynamic_sizes(dynamic: bool | None) -> None:
     model = Net().double()

@@ -66,7 +66,7 @@ def the_partitioner_saves_and_recomputes_what_it_is_told() -> None:
 
 @relies_on("torch._dynamo.backends.debugging.boxed_nop")
 def the_eager_backend_takes_a_compiler_for_the_backward() -> None:
-    """`lookup_backend("aot_eager")` takes `bw_compiler`. `boxed_nop` makes a graph take one list."""
+    """`lookup_backend("aot_eager")` takes `bw_compiler`; `boxed_nop` returns a boxed callable."""
     from torch._dynamo.backends.debugging import boxed_nop
 
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Selection: which channels a sparse backward keeps, and for which gradients.
+"""Selection: which channels or samples a backward keeps, and for which gradients.
 
 This is plain torch, both the reference and what the pass traces. The keep count k may be an int or
 a SymInt that is read at run time.
@@ -29,7 +29,7 @@ GRADIENTS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """How channels are chosen, and for which gradients.
+    """How channels or samples are chosen, and for which gradients.
 
     Attributes:
         score: how much each channel matters; see `ssprop_passes.selection.scores`.
@@ -44,7 +44,8 @@ class Selection:
             if each process chooses its own.
         observer: called with grad_output, scores, indices and weights of each choice. It must not
             change what is computed, and is not part of the identity.
-        axis: `"channel"`, or `"sample"`: see `ssprop_passes.selection.samples`.
+        axis: what is chosen first, `"channel"` or `"sample"`; see
+            `ssprop_passes.selection.samples`.
     """
 
     score: Score = l2

@@ -7,11 +7,14 @@ A score is a function `score(grad_output, weight) -> scores` of
     scores       [C]; NaN or infinite for a channel that holds such a value, so that selectors
                  keep it and a `GradScaler` finds it
 
-When samples are chosen (`ssprop_passes.selection.samples`), samples take the place of channels.
-They are dimension 1 of grad_output, [m, N, C, *space] with m rows per sample, and dimension 0 of
-"weight", which is then the layer's input, [N, m, C_in, *space].
+When samples are chosen (`ssprop_passes.selection.samples`), samples take the place of channels:
 
-Scores are plain torch that the pass traces: no Python value may depend on a tensor's values.
+    grad_output  [D, N]: column i is the gradient of the model's outputs for sample i, D numbers
+    weight       [N, D]: the same numbers as rows
+    scores       [N]
+
+Scores of channels are plain torch that the pass traces: no Python value may depend on a tensor's
+values.
 """
 
 import math

@@ -7,8 +7,11 @@ A selector is a function `select(scores, k) -> indices` or `-> (indices, weights
     indices  [..., k], int64, all different within a group
     weights  [..., k]; a kept channel is multiplied by its weight
 
-Selectors are plain torch that the pass traces: no Python value may depend on a tensor's values.
-Every selector here prefers channels whose score is not finite, so that a `GradScaler` finds them.
+For samples, scores are [N], without groups, k is an int, and the weight of a kept sample multiplies
+its gradient of the model's outputs.
+
+Selectors of channels are plain torch that the pass traces: no Python value may depend on a tensor's
+values. Every selector here prefers scores that are not finite, so that a `GradScaler` finds them.
 Random selectors draw from torch's default generator. They are reproducible under
 `torch.manual_seed`, but Inductor and AOT eager draw different numbers.
 """

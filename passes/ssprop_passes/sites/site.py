@@ -64,7 +64,7 @@ class Site:
     Attributes:
         name: the layer's name; "" if the site belongs to no layer.
         kind: kind of site, such as `conv2d`.
-        channels: output channels, C; samples of the batch if samples are chosen.
+        channels: output channels, C.
         groups: number of groups within which channels are selected.
         flops: FLOPs of the dense backward.
         slot: index in the runtime sparsity tensor; -1 if the site stays dense.

@@ -14,7 +14,7 @@ from ssprop_passes.sites.site import MIN_KEEP_COUNT
 
 __all__ = ["find_state_inputs", "read_keep_count"]
 
-# When Inductor chooses code, it assumes that one in this many channels or samples is kept.
+# When Inductor chooses code, it assumes that one in this many channels is kept.
 _HINTED_SHARE = 5
 
 
