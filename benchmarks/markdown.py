@@ -1,7 +1,8 @@
-"""`python -m benchmarks table FOLDER`: saved results of `step` as one Markdown table.
+"""`python -m benchmarks table FOLDER`: saved results of `step` as Markdown tables.
 
-One row for each model and sparse variant, one column for each measured peer. All speed-ups are over
-dense torch.compile.
+For channels, one row for each model and sparse variant, one column for each measured peer. For
+samples, one row for each model and variant, one column for each drop rate; the other columns are
+at the highest drop rate. All speed-ups are over dense torch.compile.
 """
 
 import argparse
@@ -12,23 +13,27 @@ from benchmarks.picture import sparse_rows
 from benchmarks.results import read
 from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
-__all__ = ["add_parser", "markdown"]
+__all__ = ["add_parser", "markdown", "samples_markdown"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add this command to the command line."""
     parser = subparsers.add_parser(
-        "table", help="saved results as a Markdown table", description=__doc__
+        "table", help="saved results as Markdown tables", description=__doc__
     )
-    parser.add_argument("folder", type=Path, help="folder of step-*.json files")
-    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of the rows")
+    parser.add_argument("folder", type=Path, help="folder of step-*.json and samples-*.json")
+    parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of the channels")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table."""
-    files = [read(path) for path in sorted(args.folder.glob("step-*.json"))]
-    print(markdown(files, args.drop_rate))
+    """Print the tables."""
+    channels, samples = (
+        [read(path) for path in sorted(args.folder.glob(f"{kind}-*.json"))]
+        for kind in ("step", "samples")
+    )
+    tables = [markdown(channels, args.drop_rate)] if channels else []
+    print("\n\n".join([*tables, *([samples_markdown(samples)] if samples else [])]))
 
 
 def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
@@ -60,6 +65,37 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
                     *speed_of_peers,
                 ]
             )
+    return _join(lines)
+
+
+def samples_markdown(files: list[list[dict[str, Any]]]) -> str:
+    """Return the table of `step --axis sample`.
+
+    Args:
+        files: the rows of each file, records of SampleRow.
+    """
+    rates = sorted({row["drop_rate"] for rows in files for row in rows if row["drop_rate"]})
+    columns = ["model, resolution, batch", "variant", *(f"{rate:g}" for rate in rates)]
+    columns += ["forward ms", "backward ms", "peak MiB"]
+    lines = [columns, ["---"] * len(columns)]
+    for rows in files:
+        bounds = {row["drop_rate"]: row["bound"] for row in rows}
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            by_rate = {row["drop_rate"]: row for row in rows if row["variant"] == name}
+            speedups = {rate: row["speedup"] for rate, row in by_rate.items()}
+            last = by_rate[max(by_rate)]
+            figures = [f"{last[f]:.0f}" for f in ("forward_ms", "backward_ms", "peak_mib")]
+            lines.append([last["model"], name, *_figures(speedups, rates), *figures])
+            if name == DENSE:
+                lines.append([last["model"], "bound", *_figures(bounds, rates), "", "", ""])
+    return _join(lines)
+
+
+def _figures(by_rate: dict[float, float], rates: list[float]) -> list[str]:
+    return [f"{by_rate[rate]:.2f}" if rate in by_rate else "" for rate in rates]
+
+
+def _join(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -238,7 +238,8 @@ def test_table_of_variants_and_peers() -> None:
 def test_saved_results_make_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = parse(["table", str(folder)])
     args.run(args)
-    assert len(capsys.readouterr().out.splitlines()) >= 2 + len(list(folder.glob("step-*.json")))
+    files = [*folder.glob("step-*.json"), *folder.glob("samples-*.json")]
+    assert len(capsys.readouterr().out.splitlines()) >= 2 + len(files)
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)

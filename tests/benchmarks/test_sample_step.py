@@ -10,6 +10,7 @@ from bench_runs import parse, rows_of
 from torch import Tensor, nn
 
 from benchmarks import machine, samples
+from benchmarks.markdown import samples_markdown
 from benchmarks.phases import OtherCheckout, OtherStep, PhasedStep
 from benchmarks.sample_row import Phases, SampleRow, sample_bound
 from benchmarks.selective import SELECTIVE, selective_variants
@@ -155,3 +156,20 @@ def test_no_drop_rate_is_an_error() -> None:
 def test_the_configurations_choose_samples() -> None:
     assert {config.axis for config in samples.CONFIGS.values()} == {"sample"}
     assert [config.saved for config in samples.CONFIGS.values()] == ["all", "kept"]
+
+
+def test_table() -> None:
+    def record(variant: str, drop_rate: float, backward_ms: float, speedup: float) -> dict:
+        phases = {"forward_ms": 10.0, "backward_ms": backward_ms, "peak_mib": 5.0}
+        bound = sample_bound(10, 20, 1 - drop_rate)
+        figures = {"drop_rate": drop_rate, "speedup": speedup, "bound": bound}
+        return {"model": "m", "variant": variant, **figures, **phases}
+
+    rows = [record("dense", 0, 20, 1), record("sliced", 0, 20, 1), record("sliced", 0.5, 11, 1.4)]
+    assert samples_markdown([rows]).splitlines() == [
+        "| model, resolution, batch | variant | 0.5 | forward ms | backward ms | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| m | dense |  | 10 | 20 | 5 |",
+        "| m | bound | 1.50 |  |  |  |",
+        "| m | sliced | 1.40 | 10 | 11 | 5 |",
+    ]
