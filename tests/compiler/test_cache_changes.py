@@ -90,6 +90,11 @@ def test_cases_differ_in_their_gradients(off: dict[str, dict]) -> None:
 def test_a_change_misses_the_cache_unless_the_code_is_the_same(
     case: str, cold: dict[str, dict], warm: dict[str, dict]
 ) -> None:
+    if case == "samples":
+        # AOTAutograd's cache would skip the slicing, so it is off; Inductor's has all the code.
+        assert (cold[case]["code_hits"], cold[case]["code_misses"]) == (0, 2)
+        assert (warm[case]["code_hits"], warm[case]["code_misses"]) == (2, 0)
+        return
     is_shared = bool(CASES[case].shares)
     assert (cold[case]["pass_runs"], cold[case]["hits"]) == ((0, 1) if is_shared else (1, 0))
     assert (warm[case]["pass_runs"], warm[case]["hits"]) == (0, 1)

@@ -155,13 +155,24 @@ def test_inductor(saved: str) -> None:
 
 def test_one_compile_serves_every_batch_and_rate() -> None:
     model = Net().double()
-    compiled = compile_net(model)
+    # Forty rates, one a step.
+    scheduler = SparsityScheduler(lambda step: 0.5 if step < 5 else (step % 40 + 1) / 42)
+    compiled = ssprop_compile(
+        model, scheduler, config=SparsityConfig(axis="sample"), backend="aot_eager"
+    )
     check(model, compiled, images())
-    graphs = len(compiled.ssprop.graphs)
+    graphs = len(compiled.ssprop.backend.graphs)
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch in (8, 11, 4):
             check(model, compiled, images(batch), batch // 2)
-    assert len(compiled.ssprop.graphs) == graphs
+        x = images(24)
+        for _ in range(45):
+            scheduler.step()
+            loss(compiled(x)).backward()
+            kept = max(int(24 * (1 - scheduler.drop_rate) + 1e-9), 1)
+            assert compiled.ssprop.kept_samples == (kept, 24)
+        check(model, compiled, x, kept)
+    assert len(compiled.ssprop.backend.graphs) == graphs
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.9])

@@ -119,6 +119,8 @@ def run(case: Case) -> dict[str, Any]:
     return {
         "pass_runs": len(runs),
         "hits": torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"],
+        "code_hits": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
+        "code_misses": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"],
         "sites": [[site.name, site.kept, site.reason] for site in report(compiled).sites],
         "rows": {n: kept_rows(getattr(model, n).weight) for n in ("first", "second")},
         "gradients": [hashlib.sha256(grad.numpy().tobytes()).hexdigest() for grad in found],
