@@ -216,11 +216,9 @@ class RateSettings:
         unset="30 for step",
         rule="above 0",
     )
-    decay_rate: float = option(
-        0.1, help="Multiply by this at each step, or use it as the power of poly", rule="above 0"
-    )
     sched_kwargs: dict[str, Any] | None = option(
-        None, help="Pass further arguments to the learning rate schedule"
+        None,
+        help="Pass further arguments to the learning rate schedule, such as decay_rate=0.1",
     )
 
 

@@ -146,7 +146,6 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
             sched=config.sched,
             num_epochs=config.epochs,
             decay_epochs=decay_epochs,
-            decay_rate=config.decay_rate,
             min_lr=config.min_lr,
             warmup_lr=config.warmup_lr,
             warmup_epochs=config.warmup_epochs,

@@ -144,7 +144,7 @@ def test_the_batch_may_be_a_later_dimension() -> None:
     check(model, compile_net(model), x)
 
 
-@pytest.mark.parametrize("saved", ["all", "kept"])
+@pytest.mark.parametrize("saved", ["all", pytest.param("kept", marks=pytest.mark.slow)])
 def test_inductor(saved: str) -> None:
     model, x = Net(), images().float()
     compiled = compile_net(model, backend="inductor", config={"saved": saved})
@@ -312,7 +312,7 @@ def test_dynamic_sizes(dynamic: bool | None) -> None:
 
 def test_autocast_and_a_grad_scaler() -> None:
     model, x = Net(), images().float()
-    compiled = compile_net(model, backend="inductor")
+    compiled = compile_net(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = scaler.get_scale()
@@ -368,8 +368,15 @@ def test_weights_of_sampled_samples() -> None:
     assert relative_error(got, want) < 1e-9
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "with_logits"),
+    [
+        ("aot_eager", False),
+        ("aot_eager", True),
+        ("inductor", False),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_that_returns_its_loss(with_logits: bool, backend: str) -> None:
     """Samples are chosen by the gradient of the logits, inside the graph."""
 

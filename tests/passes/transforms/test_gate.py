@@ -50,7 +50,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Layers with 64 channels are slower when sparse; others save 0.5 ms at drop rate 3/4."""
     calls: list[int] = []
 
-    def measure(match: object, k: int, selection: object, batch: object) -> Times:
+    def measure(match: object, k: int, selection: object) -> Times:
         calls.append(match.channels)
         return Times(dense=1.0, sparse=1.5 if match.channels == 64 else 0.5, kept=k)
 
@@ -72,7 +72,7 @@ def test_processes_that_measure_at_the_same_time_decide_alike(
     """Any of them may find another one's entries in the compile cache."""
     kept: dict[int, Times] = {}
 
-    def measure(match: object, k: int, selection: object, batch: object) -> Times:
+    def measure(match: object, k: int, selection: object) -> Times:
         if match.channels in kept:
             return kept[match.channels]
         kept[match.channels] = Times(dense=1.0, sparse=0.5, kept=k)
