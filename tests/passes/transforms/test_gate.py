@@ -77,7 +77,7 @@ def test_processes_that_measure_at_the_same_time_decide_alike(
             return kept[match.channels]
         kept[match.channels] = Times(dense=1.0, sparse=0.5, kept=k)
         # Another process, which finishes first.
-        Gate({0: k}).times(match, 0, selection, batch)
+        Gate({0: k}).times(match, 0, selection)
         return Times(dense=1.0, sparse=1.5, kept=k)
 
     monkeypatch.setattr(ssprop_passes.transforms.gate, "measure", measure)
