@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, batch_dim_maybe, size_expr
 from ssprop_passes.graph.sample_marker import MARKER
+from ssprop_passes.kernels.operators import gather_weight
 from ssprop_passes.selection.gather_scatter import dims_order
 
 __all__ = ["SlicedGraph", "slice_backward"]
@@ -180,6 +181,7 @@ class _Slicer:
         with self._mode:
             indices = torch.empty([k], dtype=torch.int64, device=device)
         self._kept = self._placeholder("ssprop_kept", indices)
+        self._pooled = _shapes_of_pool_gradients(graph)
 
     def gather(self, node: fx.Node, example: Tensor) -> None:
         """Gather the kept samples of an input, if it holds samples.
@@ -202,7 +204,9 @@ class _Slicer:
         if not is_ordered:
             x = self._call(aten.permute.default, x, order)
         dim = order.index(position.dim)
-        if position.is_plain:
+        if position.is_plain and dim == 0 and self._meets_a_pool(example):
+            x = self._call(gather_weight, x, self._kept, False)
+        elif position.is_plain:
             x = self._call(aten._unsafe_index.Tensor, x, [*[None] * dim, self._kept])
         else:
             parts = [_static(position.outer), self._size, _static(position.inner)]
@@ -214,6 +218,16 @@ class _Slicer:
             x = self._call(aten.permute.default, x, [order.index(d) for d in range(len(order))])
         for user in users:
             user.replace_input_with(node, x)
+
+    def _meets_a_pool(self, example: Tensor) -> bool:
+        """Say whether the gradient of a max pool meets this input, in channels last.
+
+        That gradient is contiguous. A kernel that reads both layouts is tiled, unless it also looks
+        up rows by index: then it takes the time of the whole batch. So the gather must be a copy,
+        by an operator that Inductor does not look into.
+        """
+        is_channels_last = example.ndim == 4 and not example.is_contiguous()
+        return is_channels_last and tuple(map(size_expr, example.shape)) in self._pooled
 
     def _sizes(self, node: fx.Node) -> list[Any]:
         """Return the sizes of a node, as graph nodes where they are symbolic."""
@@ -260,6 +274,16 @@ class _Slicer:
         with self._mode:
             result.meta["val"] = target(*values)
         return result
+
+
+def _shapes_of_pool_gradients(graph: fx.Graph) -> set[tuple[sympy.Expr, ...]]:
+    """Return the shapes of the gradients of max pools, which Inductor writes by `scatter_add`."""
+    return {
+        tuple(map(size_expr, user.meta["val"].shape))
+        for node in graph.find_nodes(op="call_function", target=aten.scatter_add.default)
+        for user in node.users
+        if user.target in (aten.view.default, aten.reshape.default)
+    }
 
 
 def _position(node: fx.Node, batch: sympy.Symbol) -> BatchDim:
