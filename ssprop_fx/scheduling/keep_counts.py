@@ -113,7 +113,8 @@ class KeepCounts:
     def _keep_count(self, slot: int, drop_rate: float) -> int:
         channels, groups = self.channels[slot], self.groups[slot]
         if self.batch and slot == len(self.channels) - 1:
-            return max(int(round(1 - drop_rate, 12) * channels), 1)
+            # Rounded first: 5/6 of 24 samples are 20, whatever the last digits say.
+            return max(int(round((1 - drop_rate) * channels, 9)), 1)
         return keep_count(channels, drop_rate, self.multiple, groups, self.block)
 
     @property

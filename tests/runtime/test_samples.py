@@ -169,6 +169,7 @@ def test_one_compile_serves_every_batch_and_rate() -> None:
         for _ in range(45):
             scheduler.step()
             loss(compiled(x)).backward()
+            found(model)
             kept = max(int(24 * (1 - scheduler.drop_rate) + 1e-9), 1)
             assert compiled.ssprop.kept_samples == (kept, 24)
         check(model, compiled, x, kept)
