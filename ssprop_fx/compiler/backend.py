@@ -171,7 +171,7 @@ class SparseBackend:
             table=None if table_device is None else empty_table(slot_count, table_device),
             memories=tuple(memory.zeros() for memory in memories),
             keep_counts=self.counts.tensor if self.constants is None else None,
-            choice=None if batch is None else torch.zeros(1, dtype=torch.int64),
+            choice=None if batch is None else torch.zeros(2, dtype=torch.int64),
         )
         gm = with_extra_inputs(gm, state.pack())
         inputs = [*example_inputs, *state.pack()]

@@ -51,8 +51,8 @@ def find_batch_input(
         gm: the graph that Dynamo captured.
         inputs: its example inputs.
         model: the model; its parameters and buffers are inputs as well, and are skipped.
-        size: samples in the batch; 0 if not known: then the leading dimension of the first tensor
-            is the batch.
+        size: samples in the batch; 0 if not known: then the batch is the leading dimension of the
+            first tensor that has more than one entry there.
 
     Raises:
         RestartAnalysis: the size is a constant of the graph. It is marked as dynamic now, so Dynamo
@@ -67,7 +67,7 @@ def find_batch_input(
     ]
     if not found:
         raise ValueError("the graph has no input for the batch")
-    size = size or size_hint(found[0][1].shape[0])
+    size = size or _batch_size([value for _, value in found])
     places = [
         (position, dim)
         for position, value in found
@@ -100,8 +100,7 @@ def batch_marked(leaves: Iterable[Any]) -> Iterator[None]:
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     before = [getattr(tensor, MARK, None) for tensor in tensors]
-    if tensors:
-        _mark(tensors, tensors[0].shape[0])
+    _mark(tensors, _batch_size(tensors))
     try:
         yield
     finally:
@@ -110,6 +109,11 @@ def batch_marked(leaves: Iterable[Any]) -> Iterator[None]:
                 setattr(tensor, MARK, mark)
             elif hasattr(tensor, MARK):
                 delattr(tensor, MARK)
+
+
+def _batch_size(tensors: Iterable[Tensor]) -> int:
+    """Return the first leading dimension above 1, 1 if there is none."""
+    return next((size for x in tensors if (size := size_hint(x.shape[0])) > 1), 1)
 
 
 def _mark(tensors: Iterable[Tensor], size: int) -> bool:

@@ -264,7 +264,7 @@ class CompiledGraph:
             table=None if self.table_device is None else instance.find_table(self.table_device),
             memories=tuple(self.memory.find(m, names.get(m.layer, m.layer)) for m in self.memories),
             keep_counts=keep_counts if self.constants is None else None,
-            choice=None if choice is None else choice.number,
+            choice=None if choice is None else choice.count_call(),
         )
         outputs = self.compiled(*args, *state.pack())
         if choice is not None:
@@ -278,10 +278,10 @@ class CompiledGraph:
         """
         if self.batch is None:
             return None
-        # The named backend sees graphs, not forwards: a graph shares the choice of the one before.
-        choice = current_choice_maybe() or SampleChoice.behind_maybe(args)
-        choice = choice or SampleChoice(self.selection, self.counts.of_batch)
         size = args[self.batch.position].shape[self.batch.dim]
+        # The named backend sees graphs, not forwards: a graph shares the choice of the one before.
+        choice = current_choice_maybe() or SampleChoice.behind_maybe(args, size)
+        choice = choice or SampleChoice(self.selection, self.counts.of_batch)
         # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
         if self.instances.graph.is_sliced and isinstance(size, int):
             choice.start(size)

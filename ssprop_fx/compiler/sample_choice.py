@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
 import torch
+from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import (
     choose_samples,
@@ -39,42 +40,62 @@ class SampleChoice:
         keep: batch size -> number of samples to keep.
 
     Attributes:
-        number: identifies the choice, int64 [1]; a compiled forward saves it.
         size: samples in the batch, N; 0 before a compiled forward ran.
         kept: number of samples that the backward will keep, k.
         indices: the kept samples, int64 [k]; None before the backward begins.
+        maker: number of the graph's call whose backward made the choice; 0 if the model's outputs
+            did.
     """
 
     _numbers: ClassVar = itertools.count(1)
+    _calls: ClassVar = itertools.count(1)
     _open: ClassVar[WeakValueDictionary[int, "SampleChoice"]] = WeakValueDictionary()
 
     def __init__(self, selection: Selection, keep: Callable[[int], int]) -> None:
-        number = next(self._numbers)
-        self._open[number] = self
-        self.number = torch.tensor([number])
+        self._number = next(self._numbers)
+        self._open[self._number] = self
         self._selection = selection
         self._keep = keep
         self.size = self.kept = 0
         self.indices: Tensor | None = None
+        self.maker = 0
+
+    def count_call(self) -> Tensor:
+        """Return what a graph saves for its backward: the choice and the call, int64 [2]."""
+        return torch.tensor([self._number, next(self._calls)])
 
     @classmethod
-    def find(cls, number: Tensor) -> "SampleChoice":
-        """Return the choice with a number, int64 [1]."""
-        return cls._open[int(number)]
+    def find(cls, saved: Tensor) -> tuple["SampleChoice", int]:
+        """Return the choice and the number of the call that `count_call` wrote."""
+        number, call = saved.tolist()
+        return cls._open[number], call
 
     @staticmethod
-    def behind_maybe(inputs: Sequence[Any]) -> "SampleChoice | None":
-        """Return the choice of the graph that these inputs come from, None if there is none."""
+    def behind_maybe(inputs: Sequence[Any], size: int) -> "SampleChoice | None":
+        """Return the choice of the graph that these inputs come from.
+
+        None if there is none of this batch size.
+        """
         for value in inputs:
             node: Any = value.grad_fn if isinstance(value, Tensor) else None
-            if node is not None and _KEY in node.metadata:
-                return cast(SampleChoice, node.metadata[_KEY])
+            choice = None if node is None else node.metadata.get(_KEY)
+            if choice is not None and choice.size == size:
+                return cast(SampleChoice, choice)
         return None
 
     def start(self, size: int) -> None:
-        """Set the batch size, at the first compiled forward."""
+        """Set the batch size, at the first compiled forward.
+
+        Raises:
+            SsPropCompileError: another graph of the same forward has another batch size.
+        """
         if not self.size:
             self.size, self.kept = size, self._keep(size)
+        elif size != self.size:
+            raise SsPropCompileError(
+                f"a graph of the model takes {size} samples and another one {self.size}, but they"
+                ' keep the same samples: use axis="channel"'
+            )
 
     def keep_alive(self, outputs: Any) -> None:
         """Make a graph's outputs hold this choice until their backward has run."""
@@ -83,13 +104,17 @@ class SampleChoice:
                 node: Any = output.grad_fn
                 node.metadata[_KEY] = self
 
-    def make(self, gradients: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def make(
+        self, gradients: Sequence[Tensor], places: Sequence[tuple[int, int]], maker: int = 0
+    ) -> list[Tensor]:
         """Choose the samples; return the gradients multiplied by the samples' weights.
 
         Args:
             gradients: gradients of the outputs.
             places: where each has the samples: dim and inner, as `split_samples` describes.
+            maker: number of the graph's call whose backward this is; 0 for the model's outputs.
         """
+        self.maker = maker
         with torch.no_grad():
             split = [
                 split_samples(g, self.size, dim, inner).movedim(dim + 1, 0)

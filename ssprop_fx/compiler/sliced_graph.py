@@ -61,16 +61,18 @@ class SlicedBackward:
             args: inputs of the whole backward; the list is emptied.
         """
         graph = self._graph
-        choice = SampleChoice.find(args[graph.choice])
+        choice, call = SampleChoice.find(args[graph.choice])
         if self._head is not None:
             args.extend(self._head(list(args)))
-        if choice.indices is None:
+        # A second backward through the graph that chose, with `retain_graph`, chooses again.
+        if choice.indices is None or choice.maker == call:
             gradients = [args[i] for i in graph.gradients]
             places = [
                 (position.dim, _inner(gradient, position, choice.size))
                 for gradient, position in zip(gradients, graph.gradients.values(), strict=True)
             ]
-            for i, gradient in zip(graph.gradients, choice.make(gradients, places), strict=True):
+            made = choice.make(gradients, places, call)
+            for i, gradient in zip(graph.gradients, made, strict=True):
                 args[i] = gradient
         indices, size = choice.indices, choice.size
         assert indices is not None

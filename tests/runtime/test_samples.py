@@ -10,10 +10,12 @@ import torch
 from oracle import inclusion_probabilities, relative_error
 from sample_oracle import kept_gradients, strongest
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
+from ssprop_passes.selection.samples import choose_samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+from ssprop_fx.compiler import sample_choice
 
 BATCH, KEPT = 6, 3
 
@@ -219,6 +221,42 @@ def test_a_second_backward_chooses_again() -> None:
         loss(output).backward(retain_graph=True)
         found(model)
         loss(output).backward()
+    assert relative_error(found(model), want) < 1e-9
+
+
+def test_a_second_backward_through_a_loss_chooses_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made inside the graph, and its weights count each time."""
+
+    class Loss(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sin().sum()
+
+    calls: list[int] = []
+
+    def choose(*args: Any) -> Any:
+        calls.append(1)
+        return choose_samples(*args)
+
+    monkeypatch.setattr(sample_choice, "choose_samples", choose)
+    model, x = Loss().double(), images()
+    with torch._functorch.config.patch(donated_buffer=False):
+        value = compile_net(model, config={"select": "sampled"})(x)
+        value.backward(retain_graph=True)
+        value.backward()
+    assert len(calls) == 2
+
+
+def test_an_input_for_the_whole_batch_may_come_first() -> None:
+    class Shifted(Net):
+        def forward(self, shift: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(shift + x)
+
+    model, x = Shifted().double(), images()
+    plain = Net().double()
+    plain.load_state_dict(model.state_dict())
+    want = expected(plain, x)
+    shift = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
+    loss(compile_net(model)(shift, x)).backward()
     assert relative_error(found(model), want) < 1e-9
 
 

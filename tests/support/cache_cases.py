@@ -76,6 +76,7 @@ CASES = {
     "memory": Case(config={"memory": 0.5}),
     "telemetry": Case(config={"telemetry": True}),
     "samples": Case(config={"axis": "sample"}),
+    "fewer samples": Case(config={"axis": "sample"}, rate=0.75, shares="samples"),
     "constants": Case(config={"specialize": True}),
     "other constants": Case(config={"specialize": True}, rate=0.75),
     "filter": Case(config={"filter_fn": lambda module, name: name != "first"}),

@@ -37,6 +37,8 @@ _ALONG = {
     aten.cumsum: 1,
     aten.cumprod: 1,
     aten.logcumsumexp: 1,
+    aten.cummax: 1,
+    aten.cummin: 1,
     aten._softmax: 1,
     aten._log_softmax: 1,
     aten.sort: 1,
@@ -46,8 +48,22 @@ _ALONG = {
     aten.gather: 1,
     aten.scatter: 1,
     aten.scatter_add: 1,
+    aten.scatter_reduce: 1,
     aten.index_select: 1,
+    aten.index_add: 1,
+    aten.index_copy: 1,
+    aten.index_fill: 1,
 }
+
+# The argument with the dimension along which these take some rows.
+_CUTS = {aten.slice: 1, aten.split: 2, aten.split_with_sizes: 2}
+
+# These mix values along all dimensions except the first two.
+_SPATIAL = (
+    aten.convolution,
+    *(aten.avg_pool2d, aten.max_pool2d_with_indices),
+    *(aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_nearest2d),
+)
 
 # The argument with the indices, one for each dimension.
 _INDEXED = {aten.index: 1, aten._unsafe_index: 1, aten.index_put: 1, aten._unsafe_index_put: 1}
@@ -124,6 +140,7 @@ def find_batch_dims(graph: fx.Graph, batch: sympy.Symbol) -> dict[fx.Node, str]:
         value = node.meta.get("val")
         try:
             _refuse_mixing(node)
+            _refuse_cuts(node, batch)
             if isinstance(value, Tensor):
                 found = batch_dim_maybe(value, batch)
                 if found is not None:
@@ -207,11 +224,15 @@ def _refuse_mixing(node: fx.Node) -> None:
     packet = getattr(node.target, "overloadpacket", None)
     if _returns_any_number_of_rows(node) and _of_operands(node):
         raise ValueError("returns as many rows as its values say")
-    if packet not in _ALONG and packet not in _INDEXED:
+    if packet not in (*_ALONG, *_INDEXED, *_SPATIAL):
         return
     operand = cast(fx.Node, node.args[0])
     position: BatchDim | None = operand.meta.get(BATCH_DIM_KEY)
     if position is None:
+        return
+    if packet in _SPATIAL:
+        if position.dim > 1:
+            raise ValueError("moves or mixes samples")
         return
     ndim = operand.meta["val"].ndim
     if packet in _INDEXED:
@@ -227,6 +248,39 @@ def _refuse_mixing(node: fx.Node) -> None:
     dims = along if isinstance(along, (list, tuple)) else [along]
     if not dims or position.dim in {cast(int, d) % ndim for d in dims}:
         raise ValueError("moves or mixes samples")
+
+
+def _refuse_cuts(node: fx.Node, batch: sympy.Symbol) -> None:
+    """Raise a ValueError if a node takes rows that are not of all samples in their order."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in _CUTS and packet is not aten.as_strided:
+        return
+    operand = cast(fx.Node, node.args[0])
+    position: BatchDim | None = operand.meta.get(BATCH_DIM_KEY)
+    if position is None or position.is_filler:
+        return
+    x: Tensor = operand.meta["val"]
+    if packet is aten.as_strided:
+        found = batch_dim_maybe(node.meta["val"], batch)
+        step = None if found is None else _expr(cast(Any, node.args[2])[found[0]])
+        is_whole = step == size_expr(x.stride(position.dim)) * position.inner
+    else:
+        rest = [*node.args[_CUTS[packet] :], *[None] * 4]
+        if cast(int, rest[0] or 0) % x.ndim != position.dim:
+            return
+        is_whole = bool(position.inner == 1)
+        if packet is aten.slice:
+            start = sympy.cancel(_expr(rest[1] or 0) / batch)
+            is_whole = is_whole and start.is_Integer and rest[3] in (None, 1)
+            sizes = (node.meta["val"].shape[position.dim], x.shape[position.dim])
+            is_whole = is_whole or size_expr(sizes[0]) == size_expr(sizes[1])
+    if not is_whole:
+        raise ValueError("takes some rows of the samples")
+
+
+def _expr(size: Any) -> sympy.Expr:
+    """Return an argument of a node, a number or the node of one, as an expression."""
+    return size_expr(size.meta["val"] if isinstance(size, fx.Node) else size)
 
 
 def _returns_any_number_of_rows(node: fx.Node) -> bool:

@@ -24,7 +24,8 @@ class StateInputs(Generic[T]):
         table: telemetry table that the backward writes, float32 [slots, 3]; None without telemetry.
         memories: what the last backward left out, one per call of a layer; empty without memory.
         keep_counts: the runtime sparsity tensor, int64 [slots]; None if keep counts are constants.
-        choice: number of the choice of samples, int64 [1]; None if the batch stays whole.
+        choice: numbers of the choice of samples and of the call, int64 [2]; None if the batch stays
+            whole.
 
     Examples:
         >>> layout = StateInputs(table="table", keep_counts="counts")

@@ -59,9 +59,8 @@ def sample_factors(indices: Tensor, weights: Tensor | None, size: int) -> Tensor
     Returns:
         Factors, [N].
     """
-    ones = torch.ones(indices.shape, device=indices.device)
-    factors = torch.zeros(size, dtype=(ones if weights is None else weights).dtype)
-    return factors.to(indices.device).index_copy(0, indices, ones if weights is None else weights)
+    values = torch.ones(indices.shape, device=indices.device) if weights is None else weights
+    return values.new_zeros(size).index_copy(0, indices, values)
 
 
 def split_samples(x: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:
@@ -95,7 +94,7 @@ def weigh_samples(gradient: Tensor, factors: Tensor, dim: int, inner: int = 1) -
     shape[dim + 1] = -1
     factors = factors.view(shape)
     weighed = torch.where(factors == 0, 0, split * factors.to(gradient.dtype))
-    return weighed.to(gradient.dtype).view(gradient.shape)
+    return weighed.to(gradient.dtype).reshape(gradient.shape)
 
 
 def scatter_samples(rows: Tensor, indices: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:

@@ -70,8 +70,8 @@ class KeptSamplesPass(GraphPass):
         self.reason = ""
 
     def identity(self) -> str | None:
-        """Return the batch symbol, the layout of the state inputs, and what is saved."""
-        return repr((str(self.batch), self.layout, self.recompute))
+        """Return the batch symbol and what is saved; the graph shows its state inputs."""
+        return repr((str(self.batch), self.recompute))
 
     def transform(self, graph: fx.Graph) -> PassSummary:
         """Mark what the backward must not compute again, and where it begins."""

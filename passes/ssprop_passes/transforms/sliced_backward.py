@@ -167,9 +167,8 @@ class _Slicer:
         assert shapes is not None
         self.shapes: Any = shapes
         k = self._symint(batch)
-        self._hint = k.node.hint
         self._whole = self.shapes.create_symbol(
-            self._hint, ConstantSource("ssprop_batch"), DimDynamic.DYNAMIC, constraint_dim=None
+            k.node.hint, ConstantSource("ssprop_batch"), DimDynamic.DYNAMIC, constraint_dim=None
         )
         self._last = placeholders[-1]
         self._size = self._placeholder("ssprop_batch", self._symint(self._whole))
@@ -194,9 +193,11 @@ class _Slicer:
             node.meta = {**node.meta, "val": example}
             return
         position, users = _position(node, self._batch), list(node.users)
-        self._first_user = min(users, default=self._graph.output_node())
         # The partitioner shares the metadata with the forward graph.
         node.meta = {**node.meta, "val": self._whole_batch(example)}
+        if not users:
+            return
+        self._first_user = min(users)
         order = dims_order(node.meta["val"])
         x = node
         # In memory order, so that the result has the same memory order.
@@ -242,11 +243,9 @@ class _Slicer:
 
         def of_all(size: Any) -> Any:
             expr = size_expr(size)
-            return (
-                size
-                if self._batch not in expr.free_symbols
-                else self._symint(expr.subs(self._batch, self._whole))
-            )
+            if self._batch not in expr.free_symbols:
+                return size
+            return self._symint(expr.subs(self._batch, self._whole))
 
         with self._mode:
             return torch.empty_strided(

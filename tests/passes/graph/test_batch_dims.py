@@ -77,6 +77,11 @@ MIXING = {
     "all but one": lambda x: x[1:],
     "products of samples": lambda x: x.flatten(1) @ x.flatten(1).t(),
     "nonzero": lambda x: x.nonzero(),
+    "first rows": lambda x: x.flatten(0, 1)[: x.shape[0]],
+    "pieces of rows": lambda x: x.flatten(0, 1).split(x.shape[0])[0],
+    "rows of a storage": lambda x: x.as_strided((x.shape[0], 4), (1, 1)),
+    "not from the first sample": lambda x: torch.cat([x, x])[1 : x.shape[0] + 1],
+    "convolution": lambda x: torch.conv1d(x.permute(1, 2, 0), torch.ones(4, 4, 3), padding=1),
     "orders": lambda x: x.flatten(0, 1) + x.transpose(0, 1).flatten(0, 1),
 }
 
@@ -89,6 +94,10 @@ def test_what_moves_or_mixes_samples_is_found(fn: Callable[[Tensor], Tensor]) ->
 
 APART = {
     "flip": lambda x: x.flip(1),
+    "halves": lambda x: torch.cat([x, -x])[x.shape[0] :] + torch.cat([x, -x]).chunk(2)[0],
+    "first tokens": lambda x: x[:, :2].flatten(0, 1),
+    "strided views": lambda x: x.as_strided((x.shape[0], 4), (24, 1), 4),
+    "convolution": lambda x: torch.conv1d(x, torch.ones(3, 6, 3), padding=1),
     "softmax": lambda x: x.softmax(-1),
     "batch norm": lambda x: (x - x.mean(0)) / x.var(0),
     "attention": lambda x: (x @ x.transpose(1, 2)) @ x,
