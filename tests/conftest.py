@@ -10,6 +10,7 @@ import torch
 from ssprop_passes.kernels.cpp_loader import kernel_maybe, start_compiling
 from torch import fx
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.distributed import HashStore, destroy_process_group, init_process_group
 from training_runs import TWO_PHASES
 
 from ssprop_fx.cli.app import main
@@ -86,6 +87,14 @@ def no_kernel_yet() -> Iterator[None]:
     yield
     for known in (kernel_maybe, start_compiling):
         known.cache_clear()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of one process."""
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    destroy_process_group()
 
 
 @pytest.fixture

@@ -191,8 +191,8 @@ def inspect_sites(
     config = config or SparsityConfig()
     if config.axis != "channel":
         raise ValueError(
-            'config must have axis="channel": with axis="sample" every layer saves the drop rate at'
-            f" any batch size, so there is nothing to predict; got {config.axis!r}"
+            'config must have axis="channel": with axis="sample" the whole backward saves the drop'
+            f" rate, so there is nothing to predict; got {config.axis!r}"
         )
     table = find_slots(model, config)
     slots = {slot.name: slot for slot in table.slots}

@@ -4,7 +4,7 @@ This stands in for the script, which is in timm's repository but not in its pack
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -17,7 +17,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV2, ModelEmaV3, NativeScaler, dispatch_clip_grad, unwrap_model
 from torch import Tensor, nn
-from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx import report
@@ -30,13 +29,6 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSPROP_SCHEDULE", "bar:rate=0.75,period=2")
     monkeypatch.setenv("SSPROP_CHANNEL_MULTIPLE", "1")
     monkeypatch.setenv("SSPROP_BACKEND", "aot_eager")
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    destroy_process_group()
 
 
 def create_model() -> nn.Module:

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from oracle import relative_error
 from sample_oracle import kept_gradients, strongest
 from ssprop_passes.errors import NoEffectWarning
 from torch import Tensor, nn
-from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,15 +80,6 @@ def all_gradients(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.fixture
-def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Small buckets, so that this small model has several, and so several graphs.
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1500)
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    destroy_process_group()
-
-
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +93,10 @@ class Layers(nn.Module):
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("outside", [True, False])
-def test_buckets_share_one_choice(outside: bool) -> None:
+def test_buckets_share_one_choice(monkeypatch: pytest.MonkeyPatch, outside: bool) -> None:
     """DistributedDataParallel splits the graph into a graph for each bucket of gradients."""
+    # Small buckets, so that this small model has several, and so several graphs.
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1500)
     torch.manual_seed(0)
     model, x = Layers(), torch.randn(BATCH, 16)
 

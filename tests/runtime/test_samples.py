@@ -248,7 +248,7 @@ def test_a_second_backward_through_a_loss_chooses_again(monkeypatch: pytest.Monk
 
 def test_an_input_for_the_whole_batch_may_come_first() -> None:
     class Shifted(Net):
-        def forward(self, shift: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, shift: Tensor, x: Tensor) -> Tensor:
             return super().forward(shift + x)
 
     model, x = Shifted().double(), images()
@@ -420,7 +420,7 @@ def test_a_model_that_returns_its_loss(with_logits: bool, backend: str) -> None:
     """Samples are chosen by the gradient of the logits, inside the graph."""
 
     class Loss(Net):
-        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
             logits = super().forward(x)
             value = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
             return {"loss": value, "logits": logits} if with_logits else value

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch_api import find, relies_on
+from torch_api import CANARIES, find, relies_on
+
+__all__ = ["CANARIES"]
 
 aten = torch.ops.aten
 
@@ -78,7 +80,7 @@ def the_eager_backend_takes_a_compiler_for_the_backward() -> None:
             seen.append(len(args))
             return compiled(args)
 
-        run._boxed_call = True  # type: ignore[attr-defined]
+        run._boxed_call = True
         return run
 
     run_with_backward(lambda x: x.sin(), lambda graph: None, backward)

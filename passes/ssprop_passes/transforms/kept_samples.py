@@ -160,8 +160,8 @@ def _insert_marker(gradient: fx.Node, choice: fx.Node) -> None:
     users = list(gradient.users)
     with gradient.graph.inserting_before(users[0] if users else gradient.graph.output_node()):
         marker = gradient.graph.call_function(MARKER, (gradient, choice))
-    value: Tensor = gradient.meta["val"]
-    with value.fake_mode:  # type: ignore[attr-defined]
+    value: Any = gradient.meta["val"]
+    with value.fake_mode:
         marker.meta["val"] = MARKER(value, choice.meta["val"])
     position: BatchDim = gradient.meta[BATCH_DIM_KEY]
     marker.meta[BATCH_DIM_KEY] = position
