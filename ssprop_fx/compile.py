@@ -35,11 +35,10 @@ def ssprop_compile(
     The result behaves like `torch.compile(model)`. While `scheduler.drop_rate` is 0, in `eval()`
     mode and without gradients it is exactly that. With a scheduler and the default config, training
     steps with a drop rate above 0 leave out channels: the backward of each participating layer uses
-    only the channels of its output gradient with the largest l2 norms. (ssProp, arXiv 2408.12561, ranks channels by mean magnitude:
-    `SparsityConfig(score="mean_abs")`.) One sparse compile serves every drop rate. If the schedule
-    has only one or two, each gets its own compile with constant keep counts
-    (`SparsityConfig(specialize=...)`). `SparsityConfig(axis="sample")` leaves out samples of the
-    batch in place of channels.
+    only the channels of its output gradient with the largest l2 norms. (ssProp, arXiv 2408.12561,
+    ranks channels by mean magnitude: `SparsityConfig(score="mean_abs")`.) One sparse compile serves
+    every drop rate. If the schedule has only one or two, each gets its own compile with constant
+    keep counts (`SparsityConfig(specialize=...)`).
 
     Args:
         model: the model; its source and its parameters do not change.

@@ -52,7 +52,9 @@ def run_task(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         for learner in running:
             learner.start(seed, train)
-        print(f"{task.name} seed {seed}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{task.name} seed {seed}: compiled in {time.perf_counter() - began:.0f} s", flush=True
+        )
         curves = {learner.row.name: [] for learner in running}
         epochs = {learner.row.name: 1 for learner in running}
         while any(not learner.is_done for learner in running):
@@ -69,7 +71,10 @@ def run_task(args: argparse.Namespace) -> None:
         dense = learners["dense"]
         for name in wanted:
             learner = learners[name]
-            quarters = [learner.shares[i * len(learner.shares) // 4 :][: len(learner.shares) // 4] for i in range(4)]
+            quarters = [
+                learner.shares[i * len(learner.shares) // 4 :][: len(learner.shares) // 4]
+                for i in range(4)
+            ]
             append_result(
                 args.results,
                 {

@@ -77,9 +77,7 @@ class Learner:
         if self._scheduler is None:
             self._compiled = torch.compile(self._model)
         else:
-            self._compiled = ssprop_compile(
-                self._model, self._scheduler, config=self.row.config
-            )
+            self._compiled = ssprop_compile(self._model, self._scheduler, config=self.row.config)
         self._set_mode()
         generator = torch.Generator().manual_seed(0)
         size = max(int(self.task.batch_size * self.row.share), 1)

@@ -1,12 +1,12 @@
 """Order: which images a row trains on, step by step, and their factors in the loss."""
 
 import torch
+from ssprop_passes.selection.selectors import sampled
 from torch import Tensor
 
 from benchmarks.recipe.rows import Row
 from ssprop_fx import AddedNoise
 from ssprop_fx.scheduling.sample_rules import sample_count
-from ssprop_passes.selection.selectors import sampled
 
 __all__ = ["Order"]
 

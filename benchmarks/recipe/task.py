@@ -98,7 +98,13 @@ class Task:
 _LITE: dict[str, Any] = {"model": "tf_efficientnet_lite0", "weights": True, "epochs": 6}
 _FLOWERS: dict[str, Any] = {"data": "flowers5", "classes": 5, "images": 1600}
 _CIFAR: dict[str, Any] = {"data": "cifar10", "classes": 10}
-_SCRATCH: dict[str, Any] = {"model": "study_resnet", "size": 32, "pad": 4, "batch_size": 128, "epochs": 10}
+_SCRATCH: dict[str, Any] = {
+    "model": "study_resnet",
+    "size": 32,
+    "pad": 4,
+    "batch_size": 128,
+    "epochs": 10,
+}
 _SCRATCH |= {"lr": 0.1, "weight_decay": 5e-4, "fewer": (7, 8.5)}
 
 TASKS: dict[str, Task] = {

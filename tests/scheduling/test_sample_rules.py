@@ -123,7 +123,8 @@ def test_draws_add_the_noise_of_the_bound_and_no_bias() -> None:
     logits = layer(words)
     logits.retain_grad()
     (8 * functional.cross_entropy(logits, labels)).backward()
-    assert logits.grad is not None and layer.weight.grad is not None
+    assert logits.grad is not None
+    assert layer.weight.grad is not None
     scores, dense = logits.grad.norm(dim=1), layer.weight.grad.clone()
     # The bound that three samples just reach.
     bound = added_noise(scores, 3) * 1.001
@@ -156,7 +157,8 @@ def test_the_count_follows_within_the_step(rule: SampleRule) -> None:
     (compiled(x) * factors).sum().backward()
     few = compiled.ssprop.samples
     assert many.kept > few.kept == 2
-    assert few.kept_mass > 0.99 and few.size == 16
+    assert few.kept_mass > 0.99
+    assert few.size == 16
     expected = torch.stack([x[[3, 11]].sum(0)] * 3)
     assert relative_error({"w": layer.weight.grad}, {"w": expected}) < 1e-2
     assert report(compiled).kept_samples == (2, 16)
@@ -196,6 +198,7 @@ def test_kept_mass_may_draw_its_samples() -> None:
     _, compiled = compile_linear(SparsityScheduler(controller=KeptMass(0.5)), config)
     compiled(torch.randn(16, 8, dtype=torch.float64)).square().sum().backward()
     told = compiled.ssprop.samples
-    assert told.kept < 16 and 0 < told.error
+    assert told.kept < 16
+    assert told.error > 0
     assert compiled.ssprop.scheduler.controller.select is None
     assert AddedNoise(1).select is sampled
