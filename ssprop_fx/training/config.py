@@ -124,6 +124,8 @@ class TrainConfig(
         pairs = {name: own.pop(name) for name in options_of(Augmentation) if name in own}
         if pairs:
             own["aug_kwargs"] = {**own.get("aug_kwargs", {}), **pairs}
+        if own.get("recipe") == "samples" and sparse.get("axis") == "channel":
+            raise CommandError("--axis must be sample with --recipe samples, got 'channel'")
         unknown = sorted(set(own) - set(options_of(cls)))
         if unknown:
             raise CommandError(f"there is no setting {', '.join(unknown)}")
