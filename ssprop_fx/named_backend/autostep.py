@@ -54,7 +54,7 @@ class SteppedVariant(SparseVariant):
         self, model: nn.Module, settings: Settings, scheduler: SparsityScheduler | None = None
     ) -> None:
         if scheduler is None:
-            scheduler = SparsityScheduler(settings.schedule)
+            scheduler = SparsityScheduler(settings.schedule, settings.controller)
             scheduler.load_state_dict({"last_step": settings.start_step})
         super().__init__(model, scheduler, settings.config, settings.kind, dict(settings.inductor))
         self.settings = settings
