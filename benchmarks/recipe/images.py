@@ -30,9 +30,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, count: int, seed: int = 0) -> "Images":
-        """Return this many random images, the same for one seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+    def subset(self, count: int | None) -> "Images":
+        """Return this many random images, always the same; all of them for None."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]
         return Images(self.pixels[chosen], self.labels[chosen])
 
     def crops(self, indices: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Learner: one row of a table, in training; it measures its own processor time."""
 
 import copy
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,7 @@ class Learner:
         )
         self._rates = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
         self._generator = torch.Generator().manual_seed(seed)
+        self._mix = random.Random(seed)
         self._draws = torch.Generator().manual_seed(seed).get_state()
         self.step_number, self.seconds = 0, 0.0
         self.shares: list[float] = []
@@ -74,10 +76,14 @@ class Learner:
     def _compile(self, images: Images) -> None:
         """Compile the model and run each of its forms once, then undo what that has changed."""
         before = copy.deepcopy(self._model.state_dict())
-        if self._scheduler is None:
-            self._compiled = torch.compile(self._model)
-        else:
-            self._compiled = ssprop_compile(self._model, self._scheduler, config=self.row.config)
+        backend = self.task.backend
+        self._compiled = (
+            torch.compile(self._model, backend=backend)
+            if self._scheduler is None
+            else ssprop_compile(
+                self._model, self._scheduler, config=self.row.config, backend=backend
+            )
+        )
         self._set_mode()
         generator = torch.Generator().manual_seed(0)
         size = max(int(self.task.batch_size * self.row.share), 1)
@@ -119,8 +125,7 @@ class Learner:
         labels = functional.one_hot(self._images.labels[indices], task.classes).float()
         if task.mixup:
             # As in timm: one share for the batch, mixed with the batch in reverse order.
-            alpha = torch.tensor(task.mixup)
-            share = torch.distributions.Beta(alpha, alpha).sample()
+            share = self._mix.betavariate(task.mixup, task.mixup)
             images = share * images + (1 - share) * images.flip(0)
             labels = share * labels + (1 - share) * labels.flip(0)
             images = images.contiguous(memory_format=torch.channels_last)

@@ -26,6 +26,7 @@ class Task:
         data: folder below the data folder, with `train` and `test`.
         size: height and width of the images in pixels.
         images: training images; None for all.
+        tests: test images; None for all.
         classes: number of classes.
         epochs: of the full dense run.
         lr: learning rate, with a cosine to 0.
@@ -39,6 +40,7 @@ class Task:
         mixup: alpha of mixup; 0 without.
         fewer: epochs of dense runs that stop earlier.
         pad: pixels of padding for random crops; 0 crops from larger images.
+        backend: backend of `torch.compile`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Task:
     data: str
     size: int
     images: int | None = None
+    tests: int | None = None
     classes: int
     epochs: int
     lr: float
@@ -60,6 +63,7 @@ class Task:
     mixup: float = 0.0
     fewer: tuple[float, ...] = ()
     pad: int = 0
+    backend: str = "inductor"
 
     def load(self, data: Path, cache: Path) -> tuple[Images, Images]:
         """Return training and test images."""
@@ -67,7 +71,7 @@ class Task:
             load_images(data / self.data / split, self.size, cache, self.pad)
             for split in ("train", "test")
         )
-        return (train if self.images is None else train.subset(self.images)), test
+        return train.subset(self.images), test.subset(self.tests)
 
     def build(self, seed: int, weights: Path | None) -> nn.Module:
         """Return the model; the seed decides the weights that are not loaded.
@@ -127,6 +131,7 @@ TASKS: dict[str, Task] = {
             " pixels, batch norms frozen",
             size=96,
             images=5000,
+            tests=2000,
             lr=0.003,
             frozen=True,
             fewer=(2, 3),
