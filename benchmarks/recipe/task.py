@@ -134,8 +134,8 @@ TASKS: dict[str, Task] = {
             tests=2000,
             lr=0.003,
             frozen=True,
-            fewer=(2, 3),
-            **{**_LITE, "epochs": 4},
+            fewer=(1.5, 2),
+            **{**_LITE, "epochs": 3},
             **_CIFAR,
         ),
         Task(
