@@ -17,7 +17,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ssprop_fx.config import SparsityConfig
 
-__all__ = ["SlotTable", "find_slots", "own_weight_maybe", "weight_owners"]
+__all__ = ["COMPLEX", "SlotTable", "find_slots", "own_weight_maybe", "weight_owners"]
+
+# Torch splits a complex convolution into three real ones, which would each choose channels.
+COMPLEX = "its numbers are complex, and only real layers take part"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         The table of slots.
 
     Raises:
+        RuntimeError: `config.filter_fn` failed.
         ValueError: a layer's weight does not exist yet, or a pattern in `config.rates` applies to
             no layer.
     """
@@ -58,8 +62,10 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         channels, groups = _channels_and_groups(module)
         if target not in config.targets:
             excluded[name] = f"{target} layers are not among the targets"
-        elif config.filter_fn is not None and not config.filter_fn(module, name):
+        elif not _passes_filter(config, module, name):
             excluded[name] = "filtered out by filter_fn"
+        elif cast(torch.Tensor, own_weight_maybe(module)).is_complex():
+            excluded[name] = COMPLEX
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             excluded[name] = "nn.MultiheadAttention takes its weight and does not call it"
         elif module in classifier:
@@ -75,6 +81,9 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = f"its channels{of_group} are no multiple of block={config.block}"
         else:
             slots.append(Slot(len(slots), name, channels, groups))
+    for name, module in model.named_modules():
+        if name not in layers and name not in tied and _may_be_linear(module):
+            excluded[name] = "its weight may be an embedding: in_features and out_features tell"
     for name, owner in tied.items():
         excluded[name] = f"it shares the weight of {owner!r}, and counts under that name"
     own = {slot.name: rates[slot.name] for slot in slots if slot.name in rates}
@@ -141,6 +150,16 @@ def _find_layers(
     return layers, tied
 
 
+def _passes_filter(config: SparsityConfig, module: nn.Module, name: str) -> bool:
+    if config.filter_fn is None:
+        return True
+    try:
+        return bool(config.filter_fn(module, name))
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"filter_fn failed for the layer {name!r} with {what}") from error
+
+
 def _match_rates(
     layers: Sequence[str], rates: Mapping[str, float], tied: Mapping[str, str]
 ) -> dict[str, float]:
@@ -176,15 +195,34 @@ def _target_maybe(module: nn.Module) -> str | None:
     # Attributes decide, because some libraries' layers do not derive from torch's. A weight of two
     # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's.
     if weight.ndim == 2:
-        return "linear" if hasattr(module, "in_features") else None
+        is_linear = hasattr(module, "in_features") or _bias_length(module) in weight.shape
+        return "linear" if is_linear else None
     if weight.ndim not in (3, 4, 5) or (weight.ndim == 3 and not hasattr(module, "kernel_size")):
         return None
     return "depthwise" if _is_depthwise(module) else "conv"
 
 
+def _may_be_linear(module: nn.Module) -> bool:
+    """Return whether a module has a weight that may be an embedding's or a linear layer's."""
+    weight = own_weight_maybe(module)
+    is_known = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or _target_maybe(module)
+    return weight is not None and weight.ndim == 2 and not is_known
+
+
+def _bias_length(module: nn.Module) -> int | None:
+    """Return the length of a module's own bias, None unless it has one of one dimension."""
+    bias = module._parameters.get("bias")
+    return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None
+
+
 def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
     """Return a layer's output channels and the number of groups in which they are selected."""
-    outputs, inputs = cast(torch.Tensor, own_weight_maybe(module)).shape[:2]
+    weight = cast(torch.Tensor, own_weight_maybe(module))
+    outputs, inputs = weight.shape[:2]
+    if weight.ndim == 2:
+        # Some layers hold [in, out], such as the Conv1D of GPT-2.
+        named = getattr(module, "out_features", None), _bias_length(module)
+        return next((n for n in named if n in weight.shape), int(outputs)), 1
     groups = int(getattr(module, "groups", 1))
     channels = inputs * groups if getattr(module, "transposed", False) else outputs
     return int(channels), 1 if _is_depthwise(module) else groups
