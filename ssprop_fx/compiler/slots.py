@@ -13,7 +13,7 @@ import torch
 from ssprop_passes.sites.site import Slot
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ssprop_fx.config import SparsityConfig
 
@@ -21,6 +21,8 @@ __all__ = ["COMPLEX", "SlotTable", "find_slots", "own_weight_maybe", "weight_own
 
 # Torch splits a complex convolution into three real ones, which would each choose channels.
 COMPLEX = "its numbers are complex, and only real layers take part"
+
+_OF_ATTENTION = "the projections of nn.MultiheadAttention keep all channels"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         elif cast(torch.Tensor, own_weight_maybe(module)).is_complex():
             excluded[name] = COMPLEX
         elif isinstance(module, NonDynamicallyQuantizableLinear):
-            excluded[name] = "nn.MultiheadAttention takes its weight and does not call it"
+            excluded[name] = _OF_ATTENTION
         elif module in classifier:
             excluded[name] = "the classifier"
         elif config.axis == "sample" and name not in rates:
@@ -84,6 +86,8 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
     for name, module in model.named_modules():
         if name not in layers and name not in tied and _may_be_linear(module):
             excluded[name] = "its weight may be an embedding: in_features and out_features tell"
+        if isinstance(module, nn.MultiheadAttention):
+            excluded[name] = _OF_ATTENTION
     for name, owner in tied.items():
         excluded[name] = f"it shares the weight of {owner!r}, and counts under that name"
     own = {slot.name: rates[slot.name] for slot in slots if slot.name in rates}
@@ -108,19 +112,25 @@ def own_weight_maybe(module: nn.Module) -> torch.Tensor | None:
 
 
 def weight_owners(model: nn.Module) -> dict[int, str]:
-    """Return the name of the module that each parameter called `weight` counts for, by its id.
+    """Return the name that each parameter of a product counts for, by its id.
 
-    That is the first convolution or linear layer that owns it, else the first other module. So a
-    head that is tied to an embedding counts as itself.
+    A parameter called `weight` counts for the first convolution or linear layer that owns it, else
+    for the first other module. So a head that is tied to an embedding counts as itself. Any other
+    parameter of two dimensions or more counts for itself, under its own name.
     """
-    owned = [
-        (name, module, weight)
-        for name, module in model.named_modules()
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
-    ]
+    owned: list[tuple[bool, str, torch.Tensor]] = []
+    for name, module in model.named_modules():
+        is_layer = _target_maybe(module) is not None
+        for key, parameter in module._parameters.items():
+            if key == "weight" and parameter is not None:
+                owned.append((not is_layer, name, parameter))
+            elif isinstance(module, ParametrizationList):
+                continue  # what a weight is computed from, not a weight
+            elif parameter is not None and parameter.ndim > 1:
+                owned.append((True, f"{name}.{key}".lstrip("."), parameter))
     owners: dict[int, str] = {}
-    for name, _, weight in sorted(owned, key=lambda entry: _target_maybe(entry[1]) is None):
-        owners.setdefault(id(weight), name)
+    for _, name, parameter in sorted(owned, key=lambda entry: entry[0]):
+        owners.setdefault(id(parameter), name)
     return owners
 
 
@@ -205,8 +215,8 @@ def _target_maybe(module: nn.Module) -> str | None:
 def _may_be_linear(module: nn.Module) -> bool:
     """Return whether a module has a weight that may be an embedding's or a linear layer's."""
     weight = own_weight_maybe(module)
-    is_known = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or _target_maybe(module)
-    return weight is not None and weight.ndim == 2 and not is_known
+    is_torchs = type(module).__module__.startswith("torch.nn.")
+    return weight is not None and weight.ndim == 2 and not (is_torchs or _target_maybe(module))
 
 
 def _bias_length(module: nn.Module) -> int | None:

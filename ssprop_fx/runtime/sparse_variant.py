@@ -176,10 +176,10 @@ class SparseVariant:
 
         Each problem gives one warning. A dense step warns again after a step without problems.
         """
-        problem = self.tripwire.problem_maybe()
-        if problem is None:
+        problems = self.tripwire.problems()
+        if not problems:
             self._warned.discard("dense")
-        else:
+        for problem in problems:
             self._warn(problem)
 
     def watch(self, output: Any) -> None:

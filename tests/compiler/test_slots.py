@@ -207,7 +207,7 @@ def test_channels_are_selected_within_groups_but_across_a_depthwise_layer(layer,
 def test_the_projection_inside_multi_head_attention_stays_dense():
     table = find_slots(nn.MultiheadAttention(64, 2), SparsityConfig())
     assert table.slots == ()
-    assert set(table.excluded) == {"out_proj"}
+    assert set(table.excluded) == {"", "out_proj"}
 
 
 @pytest.mark.parametrize(
