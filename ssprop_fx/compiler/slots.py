@@ -7,7 +7,7 @@ graph pass, and graph breaks split a model into several graphs that share one te
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from ssprop_passes.sites.site import Slot
@@ -203,11 +203,14 @@ def _target_maybe(module: nn.Module) -> str | None:
     if weight is None:
         return None
     # Attributes decide, because some libraries' layers do not derive from torch's. A weight of two
-    # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's.
+    # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's; with
+    # one size above 1, a scale.
+    is_vector = weight.numel() == max(weight.shape, default=0)
     if weight.ndim == 2:
-        is_linear = hasattr(module, "in_features") or _bias_length(module) in weight.shape
-        return "linear" if is_linear else None
-    if weight.ndim not in (3, 4, 5) or (weight.ndim == 3 and not hasattr(module, "kernel_size")):
+        is_shaped = _bias_length(module) in weight.shape and not is_vector
+        return "linear" if is_shaped or hasattr(module, "in_features") else None
+    may_scale = weight.ndim == 3 or is_vector
+    if weight.ndim not in (3, 4, 5) or (may_scale and not hasattr(module, "kernel_size")):
         return None
     return "depthwise" if _is_depthwise(module) else "conv"
 
@@ -231,8 +234,8 @@ def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
     outputs, inputs = weight.shape[:2]
     if weight.ndim == 2:
         # Some layers hold [in, out], such as the Conv1D of GPT-2.
-        named = getattr(module, "out_features", None), _bias_length(module)
-        return next((n for n in named if n in weight.shape), int(outputs)), 1
+        named: tuple[Any, ...] = getattr(module, "out_features", None), _bias_length(module)
+        return int(next((n for n in named if n in weight.shape), outputs)), 1
     groups = int(getattr(module, "groups", 1))
     channels = inputs * groups if getattr(module, "transposed", False) else outputs
     return int(channels), 1 if _is_depthwise(module) else groups

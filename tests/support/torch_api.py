@@ -167,6 +167,34 @@ def a_call_of_a_compiled_model_shows_the_model_in_its_frames() -> None:
     assert found == [model, model]
 
 
+@relies_on("torch._dynamo.eval_frame", "._torchdynamo_orig_backend")
+def a_compiled_model_is_held_by_a_function_that_names_the_backend() -> None:
+    """`torch.compile` makes a function `compile_wrapper` of `torch._dynamo.eval_frame`. Its cell
+    `fn` holds a method of the model, or a function with one as `__wrapped__`. Its cell `callback` leads, by `_torchdynamo_orig_backend`, to
+    an object whose `compiler_name` is the name of the backend, or of the function that it is.
+    """
+    import gc
+    from types import FunctionType
+
+    def some_backend(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
+        return gm.forward
+
+    model, in_place = nn.Linear(2, 2), nn.Linear(2, 2)
+    held = torch.compile(model, backend=some_backend)
+    in_place.compile(backend=some_backend)
+    found = {}
+    for each in gc.get_objects():
+        if type(each) is not FunctionType or each.__code__.co_name != "compile_wrapper":
+            continue
+        assert each.__globals__["__name__"] == "torch._dynamo.eval_frame"
+        cells = dict(zip(each.__code__.co_freevars, each.__closure__ or (), strict=True))
+        fn, callback = (cells[name].cell_contents for name in ("fn", "callback"))
+        while hasattr(callback, "_torchdynamo_orig_backend"):
+            callback = callback._torchdynamo_orig_backend
+        found[getattr(inspect.unwrap(fn), "__self__", None)] = callback.compiler_name
+    assert found[held._orig_mod] == found[in_place] == "some_backend"
+
+
 @relies_on("torch._guards.TracingContext", ".fakify_first_call")
 def a_backend_runs_in_a_tracing_context() -> None:
     """`TracingContext.get()` works while a backend runs. Under DistributedDataParallel, Dynamo uses

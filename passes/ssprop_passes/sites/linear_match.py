@@ -130,7 +130,7 @@ class LinearMatch(SiteMatch):
 
     @property
     def _dense_nodes(self) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-        of_input, of_weight = (product and product.node for product in self.products)
+        of_input, of_weight = (None if p is None else p.node for p in self.products)
         return of_input, of_weight, self.bias_sum
 
     @property

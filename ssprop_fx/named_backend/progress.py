@@ -1,0 +1,116 @@
+"""Progress: what the log says about a run under the no-edit backend.
+
+A script that was not edited prints nothing of its own about sparse steps. So these lines are shown
+by default; `SSPROP_LOG=warning` silences them:
+
+    Net: steps 0 to 999: dense; from step 1000: drop rate 0.8
+    Net: all steps: 1000 of 2000 sparse, mean drop rate 0.4, 31.6% of the backward's FLOPs saved
+"""
+
+import atexit
+import logging
+import os
+
+from torch import distributed
+
+from ssprop_fx.logs import show_by_default
+from ssprop_fx.runtime.sparse_variant import SparseVariant
+
+__all__ = ["Progress"]
+
+logger = logging.getLogger(__name__)
+
+# A schedule that alternates step by step would fill the log. After so many lines, a phase needs so
+# many steps to get one.
+_LINES = 4
+_LONG = 50
+
+
+class _Steps:
+    """Sums over the steps of a phase, or of a run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sparse = 0
+        self.rates = 0.0
+        self.saved = 0.0
+
+    def __str__(self) -> str:
+        if not self.rates:
+            return "dense"
+        return (
+            f"{self.sparse} of {self.count} sparse, mean drop rate {self.rates / self.count:.3g},"
+            f" {self.saved / self.count:.1%} of the backward's FLOPs saved"
+        )
+
+
+class Progress:
+    """Counts the steps of a model; logs a line when a phase ends, and one when the process ends.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._all, self._phase = _Steps(), _Steps()
+        self._lines = 0
+        self._shares: dict[object, float] = {}
+        # All ranks of a distributed run take the same steps.
+        self._is_shown = _rank() == 0
+        show_by_default(logger)
+        atexit.register(self.end)
+
+    def end_step(self, variant: SparseVariant, next_rate: float) -> None:
+        """Count a step that ends now, and log its phase if that ends too.
+
+        Args:
+            variant: the model's sparse variant; its keep counts are those of this step.
+            next_rate: the drop rate of the next step.
+        """
+        step, rate = variant.scheduler.last_step, variant.scheduler.drop_rate
+        is_sparse = any(graph.is_sparse for graph in variant.tripwire.ran)
+        for steps in (self._all, self._phase):
+            steps.count += 1
+            steps.sparse += is_sparse
+            steps.rates += rate
+            steps.saved += self._saved_share(variant) if is_sparse else 0.0
+        if (rate > 0) != (next_rate > 0):
+            self._end_phase(step, next_rate)
+
+    def end(self) -> None:
+        """Log the sums over all steps, once."""
+        if self._all.count:
+            self._log(f"all steps: {self._all}")
+        self._all = _Steps()
+
+    def _end_phase(self, last: int, next_rate: float) -> None:
+        phase, self._phase = self._phase, _Steps()
+        if self._lines < _LINES or phase.count >= _LONG:
+            self._lines += 1
+            begun = f"drop rate {next_rate:g}" if next_rate else "dense"
+            steps = f"steps {last - phase.count + 1} to {last}"
+            self._log(f"{steps}: {phase}; from step {last + 1}: {begun}")
+
+    def _log(self, line: str) -> None:
+        if self._is_shown:
+            logger.info("%s: %s", self._name, line)
+
+    def _saved_share(self, variant: SparseVariant) -> float:
+        """Return the share of the backward's FLOPs that the keep counts in force save."""
+        graphs, samples = variant.graphs, variant.kept_samples
+        key = variant.scheduler.drop_rate, len(variant.backend.graphs), samples
+        if key not in self._shares:
+            keep_counts = variant.keep_counts.tolist()
+            sites = [site for graph in graphs for site in graph.sites if not site.reason]
+            saved = sum(site.saved_flops(keep_counts[site.slot] * site.groups) for site in sites)
+            left = 1 - saved / max(sum(graph.total_flops for graph in graphs), 1)
+            kept, size = samples or (1, 1)
+            self._shares[key] = 1 - left * kept / size
+        return self._shares[key]
+
+
+def _rank() -> int:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
