@@ -76,13 +76,16 @@ def test_a_second_model_that_dynamo_runs_eagerly_is_named(
 def test_a_model_that_is_compiled_late_is_named_later() -> None:
     bad = Skipping()
     optimizer = torch.optim.SGD(bad.parameters(), lr=0.01)
-    call: Callable[[Tensor], Tensor] = bad
-    with pytest.warns(NoEffectWarning, match=r"^100 optimizer steps .* of Skipping\."):
-        for step in range(100):
-            if step == 20:
-                call = wrapped(bad)
+
+    def train(call: Callable[[Tensor], Tensor], steps: int) -> None:
+        for _ in range(steps):
             call(X).square().mean().backward()
             optimizer.step()
+
+    train(bad, 20)
+    call = wrapped(bad)
+    with pytest.warns(NoEffectWarning, match=r"^100 optimizer steps .* of Skipping\."):
+        train(call, 80)
 
 
 def test_models_that_are_not_for_this_backend_give_no_alarm() -> None:

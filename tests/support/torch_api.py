@@ -170,8 +170,9 @@ def a_call_of_a_compiled_model_shows_the_model_in_its_frames() -> None:
 @relies_on("torch._dynamo.eval_frame", "._torchdynamo_orig_backend")
 def a_compiled_model_is_held_by_a_function_that_names_the_backend() -> None:
     """`torch.compile` makes a function `compile_wrapper` of `torch._dynamo.eval_frame`. Its cell
-    `fn` holds a method of the model, or a function with one as `__wrapped__`. Its cell `callback` leads, by `_torchdynamo_orig_backend`, to
-    an object whose `compiler_name` is the name of the backend, or of the function that it is.
+    `fn` holds a method of the model, or a function with one of these as `__wrapped__`. Its cell
+    `callback` leads, by `_torchdynamo_orig_backend`, to an object whose `compiler_name` is the name
+    of the backend, or of the function that it is.
     """
     import gc
     from types import FunctionType
@@ -191,7 +192,9 @@ def a_compiled_model_is_held_by_a_function_that_names_the_backend() -> None:
         fn, callback = (cells[name].cell_contents for name in ("fn", "callback"))
         while hasattr(callback, "_torchdynamo_orig_backend"):
             callback = callback._torchdynamo_orig_backend
-        found[getattr(inspect.unwrap(fn), "__self__", None)] = callback.compiler_name
+        while fn is not None and not isinstance(getattr(fn, "__self__", fn), nn.Module):
+            fn = getattr(fn, "__wrapped__", None)
+        found[getattr(fn, "__self__", fn)] = getattr(callback, "compiler_name", None)
     assert found[held._orig_mod] == found[in_place] == "some_backend"
 
 
