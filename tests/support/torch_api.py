@@ -524,6 +524,30 @@ def modules_can_be_copied_to_fake_tensors() -> None:
         assert isinstance(copied(torch.ones(2, 5)), FakeTensor)
 
 
+@relies_on(
+    "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+    "torch._C._functorch.peek_interpreter_stack",
+)
+def tracing_and_transforms_can_be_told() -> None:
+    """`get_proxy_mode()` is None unless `make_fx` or torch.export records operators.
+    `peek_interpreter_stack()` is None outside of the transforms of torch.func.
+    """
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((get_proxy_mode() is not None, peek_interpreter_stack() is not None))
+        return x.sum()
+
+    look(torch.ones(2))
+    make_fx(look)(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    assert seen == [(False, False), (True, False), (False, True), (False, True)]
+
+
 @relies_on("torch.utils._python_dispatch._disable_current_modes")
 def modes_can_be_left_for_a_while() -> None:
     """Within `_disable_current_modes` operators run on real tensors, whatever modes are active."""
