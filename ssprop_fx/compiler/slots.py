@@ -143,14 +143,15 @@ def _find_layers(
     """
     layers: dict[str, tuple[nn.Module, str]] = {}
     tied: dict[str, str] = {}
-    owners = weight_owners(model)
     for name, module in model.named_modules():
-        weight = own_weight_maybe(module)
-        if isinstance(weight, nn.UninitializedParameter):
+        if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
             raise ValueError(
                 f"model must have all its weights, but {name!r} is a lazy layer without a weight:"
                 " run one forward before ssprop_compile"
             )
+    owners = weight_owners(model)
+    for name, module in model.named_modules():
+        weight = own_weight_maybe(module)
         if (target := _target_maybe(module)) is None:
             continue
         if (owner := owners.get(id(weight), name)) != name:

@@ -150,6 +150,16 @@ class TestFindSlots:
         model = nn.Sequential(nn.Conv2d(3, 8, 1), shared, nn.ReLU(), shared)
         assert slots_of(model) == {"0": 8, "1": 8}
 
+    def test_an_error_in_filter_fn_names_it_and_the_layer(self):
+        def fail(module, name):
+            raise AttributeError("no stride")
+
+        with pytest.raises(
+            RuntimeError,
+            match=r"^filter_fn failed for the layer '0' with AttributeError: no stride",
+        ):
+            find_slots(nn.Sequential(nn.Linear(8, 8)), SparsityConfig(filter_fn=fail))
+
     def test_filter_fn_is_called_with_the_module_and_its_name(self):
         model = nn.Sequential(Block(8), nn.ReLU(), nn.Linear(4, 4))
         calls = []

@@ -99,6 +99,7 @@ def test_settings(
     ("mode", "options", "environ", "error", "message"),
     [
         (None, None, {}, ValueError, "needs a schedule, such as SSPROP_SCHEDULE=bar:"),
+        (None, None, {"SSPROP_SCHEDULE": " "}, ValueError, "SSPROP_SCHEDULE: must not be empty: "),
         (
             None,
             None,
@@ -139,8 +140,8 @@ def test_settings(
             None,
             None,
             {"SSPROP_SCHEDULE": BAR, "SSPROP_GATE": "perhaps"},
-            TypeError,
-            "SSPROP_GATE: gate must be True or False, got 'perhaps'",
+            ValueError,
+            "SSPROP_GATE: gate must be yes or no, got 'perhaps'",
         ),
         (
             None,
@@ -167,8 +168,8 @@ def test_settings(
             None,
             None,
             {"SSPROP_SCHEDULE": BAR, "SSPROP_MIN_CHANNELS": "few"},
-            TypeError,
-            "SSPROP_MIN_CHANNELS: min_channels must be an int, got 'few'",
+            ValueError,
+            "SSPROP_MIN_CHANNELS: min_channels must be a whole number, got 'few'",
         ),
         (
             None,

@@ -41,8 +41,7 @@ def choose_samples(
     for gradient in gradients:
         wide = torch.promote_types(wide, gradient.dtype)
     by_sample = torch.cat([g.reshape(g.shape[0], -1).to(wide) for g in gradients], 1)
-    scores = selection.score(by_sample.t(), by_sample)
-    selection.check_scores(scores, by_sample.shape[0])
+    scores = selection.scores_of(by_sample.t(), by_sample)
     indices, weights = selection.choose(scores, k)
     order = indices.argsort()
     return indices[order], None if weights is None else weights[order]
