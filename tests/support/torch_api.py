@@ -524,6 +524,27 @@ def modules_can_be_copied_to_fake_tensors() -> None:
         assert isinstance(copied(torch.ones(2, 5)), FakeTensor)
 
 
+@relies_on(".hooked")
+def an_optimizer_whose_steps_run_hooks_can_be_told() -> None:
+    """`Optimizer.__init__` wraps `step` of the class, and then `step.hooked` is true. A subclass
+    that does not call it accepts hooks, and never runs them.
+    """
+
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self._optimizer_step_post_hooks: dict[int, Any] = {}
+
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    assert torch.optim.SGD([nn.Parameter(torch.ones(2))]).step.hooked
+    wrapping, ran = Wrapping(), []
+    wrapping.register_step_post_hook(lambda *_args: ran.append(1))
+    wrapping.step()
+    assert not ran
+    assert not getattr(wrapping.step, "hooked", False)
+
+
 @relies_on(
     "torch.fx.experimental.proxy_tensor.get_proxy_mode",
     "torch._C._functorch.peek_interpreter_stack",
