@@ -11,6 +11,7 @@ Dynamo's and AOTAutograd's objects), and `meta.key` for a key of `node.meta`.
 import copy
 import inspect
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -532,7 +533,7 @@ def an_optimizer_whose_steps_run_hooks_can_be_told() -> None:
 
     class Wrapping(torch.optim.Optimizer):
         def __init__(self) -> None:
-            self._optimizer_step_post_hooks: dict[int, Any] = {}
+            self._optimizer_step_post_hooks = OrderedDict()
 
         def step(self, closure: Any = None) -> None:
             pass
