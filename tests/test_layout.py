@@ -24,7 +24,6 @@ USES_PRIVATE_TORCH = {
     "ssprop_fx/analysis/fake_capture.py",
     "ssprop_fx/compiler/dynamo_graph.py",
     "ssprop_fx/compiler/inductor.py",
-    "ssprop_fx/named_backend/compiled_models.py",
     "ssprop_fx/named_backend/plugin.py",
 }
 

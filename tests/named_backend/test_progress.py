@@ -12,6 +12,7 @@ from torch import nn
 
 from ssprop_fx import report
 from ssprop_fx.logs import show_by_default
+from ssprop_fx.named_backend import progress
 
 SCRIPT = """
 import torch
@@ -40,6 +41,12 @@ LINES = [
     " from step 8: dense",
     "Net: all steps: 4 of 8 sparse, mean drop rate 0.375, {1} of the backward's FLOPs saved",
 ]
+
+
+@pytest.fixture(autouse=True)
+def logger_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of imports in another test disables the loggers that exist."""
+    monkeypatch.setattr(progress.logger, "disabled", False)
 
 
 def run(script: str = SCRIPT, **environment: str) -> list[str]:
