@@ -101,6 +101,21 @@ def test_a_layer_without_a_site_is_named(how: str) -> None:
     assert dense_sites(compiled)["layer"] == UNKNOWN
 
 
+def test_a_model_without_any_product_is_named() -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x[:, None, :] * self.layer.weight).sum(-1)
+
+    compiled = sparse(Scaling())
+    with pytest.warns(NoEffectWarning, match=r"no site .* made sparse.*: its backward has a form"):
+        loss(compiled(torch.randn(2, 6))).backward()
+    assert f"dense: {UNKNOWN}" in str(report(compiled))
+
+
 def test_layers_without_a_backward_of_their_own_give_no_alarm() -> None:
     class Detached(nn.Module):
         def __init__(self) -> None:
