@@ -1,4 +1,4 @@
-"""`python -m benchmarks compile`: compile time of a model's dense and sparse variant.
+"""`python -m benchmarks compile`: compile time of a model's variants, dense and sparse.
 
     cold     first step with an empty compile cache
     warm     first step of a second process with the cache of the first one
@@ -43,7 +43,7 @@ class CompileRow:
 
     Attributes:
         model: name, resolution, batch, precision, layout.
-        variant: `dense` or `sparse`.
+        variant: one of `first_step.VARIANTS`.
         cold_s, warm_s: with an empty compile cache, and with the cache of the cold compile.
         ratio: cold time over the cold time of dense in the same round.
         ratio_low, ratio_high: its 95 % confidence interval.

@@ -1,8 +1,9 @@
 """`python -m benchmarks step --axis sample`: steps whose backward is made of some samples.
 
 Rows: dense torch.compile; the sliced backward at drop rate 0 (its dense phase) and at the given
-drop rates; the same in two passes (`saved="kept"`), and in each --variant. --peers adds selective
-backprop, eager and compiled. --other-checkout adds `axis="sample"` of another commit.
+drop rates; the same in two passes (`saved="kept"`), and in each --variant. --rule adds a rule that
+draws as many samples. --peers adds selective backprop, eager and compiled. --other-checkout adds
+`axis="sample"` of another commit.
 
     bound    T / (F + q B), with forward F and backward B of the dense step, T = F + B, and the
              share q of samples kept
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.machine import describe
 from benchmarks.phases import CLOCKS, OtherCheckout, OtherStep, PhasedStep, Step
@@ -23,9 +25,9 @@ from benchmarks.results import table
 from benchmarks.sample_row import FORMATS_OF_SAMPLES, Phases, SampleRow
 from benchmarks.selective import selective_variants
 from benchmarks.timing import alternate
-from benchmarks.variants import DENSE, make_variants
+from benchmarks.variants import DENSE, Variant, make_variants
 from benchmarks.workload import Workload
-from ssprop_fx import SparsityConfig
+from ssprop_fx import AddedNoise, SparsityConfig, SparsityScheduler, ssprop_compile
 from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["CONFIGS", "measure"]
@@ -44,6 +46,7 @@ def measure(
     with_peers: bool = False,
     clock: str = "wall time",
     other: str | None = None,
+    with_rule: bool = False,
 ) -> list[SampleRow]:
     """Measure every variant of a workload's step and print the table.
 
@@ -55,6 +58,7 @@ def measure(
         with_peers: add the peers.
         clock: name of the clock, one of `phases.CLOCKS`.
         other: another checkout, to add its `axis="sample"`.
+        with_rule: add a rule that keeps as many samples at each drop rate.
 
     Returns:
         The rows, dense first.
@@ -70,6 +74,8 @@ def measure(
         limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
         stack.enter_context(limits)
         variants = make_variants(workload, model, images, configs, drop_rates, with_peers=False)
+        if with_rule:
+            variants += [_by_rule(workload, model, images, rate) for rate in drop_rates]
         if with_peers:
             variants += selective_variants(workload, model, images, drop_rates)
         steps: dict[tuple[str, float], Step] = {
@@ -104,3 +110,15 @@ def measure(
     print(table(rows, FORMATS_OF_SAMPLES))
     print(describe(workload.device))
     return rows
+
+
+def _by_rule(workload: Workload, model: nn.Module, images: Tensor, rate: float) -> Variant:
+    """Return a step whose rule wants all samples, and whose budget is the drop rate's."""
+    rule = AddedNoise(1e-9, budget=1 - rate)
+    compiled = ssprop_compile(
+        model,
+        SparsityScheduler(controller=rule),
+        config=CONFIGS["sliced"],
+        backend=workload.backend,
+    )
+    return Variant("by rule", rate, model, lambda: workload.step(compiled, images))

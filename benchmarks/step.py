@@ -57,6 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="what a backward leaves out",
     )
     parser.add_argument("--other-checkout", help="with --axis sample: a checkout to compare with")
+    parser.add_argument(
+        "--rule",
+        action="store_true",
+        help="with --axis sample: add a rule that keeps as many samples",
+    )
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.8])
     parser.add_argument("--peers", action="store_true", help="add eager and the module swap")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
@@ -89,7 +94,14 @@ def _run_samples(workload: Workload, args: argparse.Namespace) -> None:
     configs = samples.CONFIGS | variants_of(args.variant, samples.CONFIGS["sliced"], "sliced")
     clock = "processor time" if args.cpu_time else "wall time"
     rows = samples.measure(
-        workload, rates, args.rounds, configs, args.peers, clock, args.other_checkout
+        workload,
+        rates,
+        args.rounds,
+        configs,
+        args.peers,
+        clock,
+        args.other_checkout,
+        args.rule,
     )
     if args.output:
         save(rows, environment(args.device), args.output, f"samples-{workload.slug}")

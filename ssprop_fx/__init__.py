@@ -18,6 +18,12 @@ from ssprop_fx.scheduling import schedules as _schedules
 from ssprop_fx.scheduling.base import Schedule
 from ssprop_fx.scheduling.combine import join, warmup
 from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass, Seen
+from ssprop_fx.scheduling.sample_rules import (
+    AddedNoise,
+    SampleRule,
+    SampleTelemetry,
+    default_rule,
+)
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.scheduling.schedules import *  # noqa: F403
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddedError",
+    "AddedNoise",
     "CaptureError",
     "Controller",
     "Inspection",
@@ -36,6 +43,8 @@ __all__ = [
     "KeptRows",
     "NoEffectWarning",
     "Report",
+    "SampleRule",
+    "SampleTelemetry",
     "Schedule",
     "Seen",
     "SiteTelemetry",
@@ -45,6 +54,7 @@ __all__ = [
     "SsPropModule",
     "TwoStepSumsPass",
     "by_depth",
+    "default_rule",
     "freeze_dropped",
     "inspect_sites",
     "join",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
+from ssprop_fx.scheduling.sample_rules import default_rule
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["ssprop_compile"]
 
 def ssprop_compile(
     model: nn.Module,
-    scheduler: SparsityScheduler,
+    scheduler: SparsityScheduler | None = None,
     *,
     config: SparsityConfig | None = None,
     backend: str = "inductor",
@@ -25,21 +26,26 @@ def ssprop_compile(
     dynamic: bool | None = None,
     in_place: bool = False,
 ) -> "SsPropModule":
-    """Compile a model for training with scheduled sparse back-propagation.
+    """Compile a model for training with sparse back-propagation.
+
+    `model = ssprop_compile(model)` is all that the default recipe needs. The forward runs on the
+    whole batch. The backward runs on the samples that matter: in each step `default_rule()` decides
+    how many, by that step's own gradients.
 
     The result behaves like `torch.compile(model)`. While `scheduler.drop_rate` is 0, in `eval()`
-    mode and without gradients it is exactly that. In training steps with a drop rate above 0, the
-    backward of each participating layer uses only the channels of its output gradient with the
-    largest l2 norms. (ssProp, arXiv 2408.12561, ranks channels by mean magnitude:
-    `SparsityConfig(score="mean_abs")`.) One sparse compile serves every drop rate. If the schedule
-    has only one or two, each gets its own compile with constant keep counts
-    (`SparsityConfig(specialize=...)`). `SparsityConfig(axis="sample")` leaves out samples of the
-    batch in place of channels.
+    mode and without gradients it is exactly that. With a scheduler and the default config, training
+    steps with a drop rate above 0 leave out channels: the backward of each participating layer uses
+    only the channels of its output gradient with the largest l2 norms. (ssProp, arXiv 2408.12561,
+    ranks channels by mean magnitude: `SparsityConfig(score="mean_abs")`.) One sparse compile serves
+    every drop rate. If the schedule has only one or two, each gets its own compile with constant
+    keep counts (`SparsityConfig(specialize=...)`).
 
     Args:
         model: the model; its source and its parameters do not change.
-        scheduler: sets the drop rate; one scheduler may serve several models.
-        config: which layers take part, and what is kept; `SparsityConfig()` by default.
+        scheduler: sets the drop rate; one scheduler may serve several models. By default
+            `SparsityScheduler(controller=default_rule())`.
+        config: which layers take part, and what is kept. By default `SparsityConfig()` with a
+            scheduler, and `SparsityConfig(axis="sample")` without.
         backend: `"inductor"`, or `"aot_eager"`, which compiles quickly and runs slowly.
         mode: as in `torch.compile`.
         options: as in `torch.compile`; its `joint_custom_pre_pass` still runs.
@@ -55,12 +61,17 @@ def ssprop_compile(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `backend` is unknown, or `mode` or `options` do not fit it.
+        ValueError: `backend` is unknown, `mode` or `options` do not fit it, or there is no
+            scheduler for channels.
 
     Examples:
-        >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
-        >>> scheduler = SparsityScheduler(constant(0.5))
         >>> import torch
+        >>> from ssprop_fx import SparsityScheduler, constant, ssprop_compile
+        >>> model = ssprop_compile(nn.Linear(8, 10), backend="aot_eager")
+        >>> model(torch.randn(32, 8)).square().mean().backward()
+        >>> model.ssprop.samples.kept < 32
+        True
+        >>> scheduler = SparsityScheduler(constant(0.5))
         >>> conv = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU())
         >>> model = ssprop_compile(conv, scheduler, backend="aot_eager")
         >>> model(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -74,7 +85,7 @@ def ssprop_compile(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(scheduler, SparsityScheduler):
+    if scheduler is not None and not isinstance(scheduler, SparsityScheduler):
         raise TypeError(
             f"scheduler must be a SparsityScheduler, got {type(scheduler).__name__}:"
             " wrap a schedule as SparsityScheduler(schedule)"
@@ -87,6 +98,15 @@ def ssprop_compile(
         raise ValueError(f"mode and options are for Inductor; backend={backend!r} takes neither")
     if mode is not None and options is not None:
         raise ValueError("mode and options exclude each other, as in torch.compile: give only one")
+    if scheduler is None:
+        config = config or SparsityConfig(axis="sample")
+        if config.axis != "sample":
+            raise ValueError(
+                "scheduler must be a SparsityScheduler for channels, such as"
+                ' SparsityScheduler(bar(0.8, period=2000)); only SparsityConfig(axis="sample")'
+                " works without"
+            )
+        scheduler = SparsityScheduler(controller=default_rule())
     model = getattr(model, "_orig_mod", model)
     compile_kwargs: dict[str, Any] = {
         "backend": backend,

@@ -39,8 +39,9 @@ class SparsityConfig:
             backward runs on some samples of the batch, `max(int(share_kept * N), 1)` of N. They are
             chosen once, by their gradients of the model's outputs. Then `targets`, `min_channels`
             and `filter_fn` matter only to layers in `rates`. `block`, `memory`, `gradients`,
-            `specialize=True`, `ranks="shared"`, `score="l2_weight"` and `telemetry`, so controllers
-            too, do not work with `"sample"`. See docs/schedules.md.
+            `specialize=True`, `ranks="shared"`, `score="l2_weight"` and `telemetry` do not work
+            with `"sample"`. A rule, such as the controller `AddedNoise(0.3)` of the scheduler, may
+            decide how many. See docs/schedules.md.
         score: what a channel, or a sample, is worth. `"l2"` is the l2 norm of its gradient, for
             channels nearly free behind a batch norm. `"mean_abs"` is the mean magnitude of its
             gradient, as in the published code. `"l2_weight"` is the l2 norm times the norm of the

@@ -26,7 +26,7 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     run.add_argument("--minutes", type=float, metavar="N", help="start no run after N minutes")
     run.set_defaults(command=run_grid)
-    table = commands.add_parser("table", help="print the page docs/study.md")
+    table = commands.add_parser("table", help="print the page docs/study-channels.md")
     table.set_defaults(command=print_page)
     plot = commands.add_parser("plot", help="plot accuracy over time")
     plot.add_argument("path", type=Path, metavar="PNG")

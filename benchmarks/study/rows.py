@@ -53,10 +53,9 @@ def adaptive_rows() -> dict[str, dict[str, Any]]:
     The budget is the cost of a backward at that rate, so the target mass is out of reach.
     """
     return {
-        "steps-0.8-adaptive": {**STEPS, "kept_mass": 0.99, "budget": 0.19},
+        "steps-0.8-adaptive": {**STEPS, "controller": "kept_mass:target=0.99,budget=0.19"},
         "constant-0.3-adaptive": {
             "schedule": "constant:rate=0.3",
-            "kept_mass": 0.99,
-            "budget": 0.69,
+            "controller": "kept_mass:target=0.99,budget=0.69",
         },
     }

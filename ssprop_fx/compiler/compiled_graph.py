@@ -281,7 +281,7 @@ class CompiledGraph:
         size = args[self.batch.position].shape[self.batch.dim]
         # The named backend sees graphs, not forwards: a graph shares the choice of the one before.
         choice = current_choice_maybe() or SampleChoice.behind_maybe(args, size)
-        choice = choice or SampleChoice(self.selection, self.counts.of_batch)
+        choice = choice or SampleChoice(self.selection, self.counts)
         # Under DistributedDataParallel, Dynamo makes the first call itself, on fake tensors.
         if self.instances.graph.is_sliced and isinstance(size, int):
             choice.start(size)

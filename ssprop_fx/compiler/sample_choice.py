@@ -6,9 +6,10 @@ the graph's forward saved.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -18,11 +19,15 @@ from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.samples import (
     choose_samples,
     sample_factors,
+    sample_scores,
     split_samples,
     weigh_samples,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.sample_rules import sample_count, sample_telemetry
 
 __all__ = ["SampleChoice", "current_choice_maybe", "opened"]
 
@@ -36,12 +41,14 @@ class SampleChoice:
     """The kept samples of one forward.
 
     Args:
-        selection: how samples are chosen.
-        keep: batch size -> number of samples to keep.
+        selection: how samples are chosen, unless the model's rule says that.
+        counts: the model's keep counts; it says how many samples to keep, and is told what was
+            kept.
 
     Attributes:
         size: samples in the batch, N; 0 before a compiled forward ran.
-        kept: number of samples that the backward will keep, k.
+        kept: number of samples that the backward keeps, k. With a rule, it is known once the
+            backward begins.
         indices: the kept samples, int64 [k]; None before the backward begins.
         maker: number of the graph's call whose backward made the choice; 0 if the model's outputs
             did.
@@ -51,11 +58,16 @@ class SampleChoice:
     _calls: ClassVar = itertools.count(1)
     _open: ClassVar[WeakValueDictionary[int, "SampleChoice"]] = WeakValueDictionary()
 
-    def __init__(self, selection: Selection, keep: Callable[[int], int]) -> None:
+    def __init__(self, selection: Selection, counts: KeepCounts) -> None:
         self._number = next(self._numbers)
         self._open[self._number] = self
-        self._selection = selection
-        self._keep = keep
+        rule = counts.rule
+        self._selection = (
+            selection
+            if rule is None or rule.select is None
+            else replace(selection, select=rule.select)
+        )
+        self._counts = counts
         self.size = self.kept = 0
         self.indices: Tensor | None = None
         self.maker = 0
@@ -90,7 +102,8 @@ class SampleChoice:
             SsPropCompileError: another graph of the same forward has another batch size.
         """
         if not self.size:
-            self.size, self.kept = size, self._keep(size)
+            # The backward may come after the next step of the schedule.
+            self.size, self.kept = size, self._counts.of_batch(size)
         elif size != self.size:
             raise SsPropCompileError(
                 f"a graph of the model takes {size} samples and another one {self.size}, but they"
@@ -120,7 +133,12 @@ class SampleChoice:
                 split_samples(g, self.size, dim, inner).movedim(dim + 1, 0)
                 for g, (dim, inner) in zip(gradients, places, strict=True)
             ]
-            self.indices, weights = choose_samples(self._selection, split, self.kept)
+            scores = sample_scores(self._selection, split)
+            if self._counts.rule is not None:
+                self.kept = sample_count(self._counts.rule, scores)
+            self.indices, weights = choose_samples(self._selection, scores, self.kept)
+            self._counts.samples = sample_telemetry(scores, self.indices, weights)
+            self._counts.kept = self.kept, self.size
             factors = sample_factors(self.indices, weights, self.size)
             return [
                 weigh_samples(g, factors, *place)

@@ -62,7 +62,7 @@ class SteppedVariant(SparseVariant):
         progress: Progress | None = None,
     ) -> None:
         if scheduler is None:
-            scheduler = SparsityScheduler(settings.schedule)
+            scheduler = SparsityScheduler(settings.schedule, settings.controller)
             scheduler.load_state_dict({"last_step": settings.start_step})
         super().__init__(model, scheduler, settings.config, settings.kind, dict(settings.inductor))
         self.settings = settings
@@ -94,9 +94,10 @@ class SteppedVariant(SparseVariant):
         if self.is_due():
             self.check_step()
         self._forwards.clear()
-        self.progress.end_step(self, self.settings.schedule(self.scheduler.last_step + 1))
+        self.progress.end_step(self)
         self.tripwire.start()
         self.scheduler.step()
+        self.progress.begin_step(self)
 
 
 def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant:

@@ -1,7 +1,7 @@
 """Settings of the no-edit backend, from `torch.compile(options=...)` and the environment."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,9 @@ from ssprop_fx.compiler.inductor import inductor_options, is_inductor_option
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.options import options_of
 from ssprop_fx.scheduling.base import Schedule
-from ssprop_fx.scheduling.parse import parse_schedule
+from ssprop_fx.scheduling.controllers import Controller
+from ssprop_fx.scheduling.parse import parse_controller, parse_schedule
+from ssprop_fx.scheduling.sample_rules import SampleRule, default_rule
 
 __all__ = ["Settings", "read_settings"]
 
@@ -25,18 +27,20 @@ class Settings:
     """Settings of one model under the no-edit backend.
 
     Attributes:
-        schedule: step -> drop rate.
+        schedule: step -> drop rate; None with a controller alone: every step is sparse.
         start_step: the step in force at first, to continue a run that was interrupted.
         config: which layers take part.
         kind: the compiler, `"inductor"` or `"aot_eager"`.
         inductor: Inductor configuration patches.
+        controller: decides how much is kept; None if the schedule does.
     """
 
-    schedule: Schedule
+    schedule: Schedule | None
     start_step: int = 0
     config: SparsityConfig = field(default_factory=SparsityConfig)
     kind: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    controller: Controller | SampleRule | None = None
 
 
 def read_settings(
@@ -44,7 +48,8 @@ def read_settings(
 ) -> Settings:
     """Return the settings that `torch.compile` arguments and the environment give.
 
-    The names are `schedule`, `start_step`, `backend` and the fields of `SparsityConfig`; in the
+    Without a schedule and without a controller, samples are chosen by `default_rule()`. The names
+    are `schedule`, `controller`, `start_step`, `backend` and the fields of `SparsityConfig`; in the
     environment they are in capitals with `SSPROP_` before them. Options go before the environment,
     and whatever else they hold is Inductor's.
 
@@ -55,15 +60,18 @@ def read_settings(
 
     Raises:
         TypeError: a setting has the wrong type.
-        ValueError: there is no schedule, or a setting is unknown or out of its range.
+        ValueError: there is no schedule for channels, or a setting is unknown or out of its range.
 
     Examples:
         >>> settings = read_settings(None, {"min_channels": 64}, {"SSPROP_SCHEDULE": "none"})
         >>> settings.schedule, settings.config.min_channels
         (constant(rate=0.0), 64)
+        >>> settings = read_settings(None, {}, {})
+        >>> settings.controller, settings.config.axis
+        (AddedNoise(target=0.3, budget=None), 'sample')
     """
     options = dict(options or {})
-    names = {"schedule", "start_step", "backend", *_OPTIONS}
+    names = {"schedule", "controller", "start_step", "backend", *_OPTIONS}
     given: dict[str, tuple[str, Any]] = {}
     for variable in environ:
         if variable.startswith(_PREFIX) and variable != _LOG:
@@ -83,13 +91,12 @@ def read_settings(
             hint = _suggest(name, names)
             raise ValueError(f"options[{name!r}] is neither ssprop's nor Inductor's{hint}")
 
-    if "schedule" not in given:
-        raise ValueError(
-            "the ssprop backend needs a schedule, such as SSPROP_SCHEDULE=bar:rate=0.8,period=2000"
-            ' in the environment, or torch.compile(model, backend="ssprop",'
-            ' options={"schedule": "bar:rate=0.8,period=2000"})'
-        )
-    checks = {"schedule": _schedule, "start_step": _start_step, "backend": _kind}
+    checks: dict[str, Callable[[object], Any]] = {
+        "schedule": _schedule,
+        "controller": _controller,
+        "start_step": _start_step,
+        "backend": _kind,
+    }
     values: dict[str, Any] = {}
     for name, (source, value) in given.items():
         try:
@@ -97,12 +104,23 @@ def read_settings(
             values[name] = check(value) if check else _config_value(name, value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{source}: {error}") from error
-    schedule, start_step = values.pop("schedule"), values.pop("start_step", 0)
+    schedule, controller = values.pop("schedule", None), values.pop("controller", None)
+    if schedule is None and controller is None:
+        if values.setdefault("axis", "sample") == "channel":
+            raise ValueError(
+                "the ssprop backend needs a schedule for channels, such as"
+                " SSPROP_SCHEDULE=bar:rate=0.8,period=2000 in the environment, or"
+                ' torch.compile(model, backend="ssprop",'
+                ' options={"schedule": "bar:rate=0.8,period=2000"})'
+            )
+        controller = default_rule()
+    start_step = values.pop("start_step", 0)
     kind = values.pop("backend", "inductor")
     if kind != "inductor" and (mode is not None or options):
         raise ValueError(f"mode and Inductor's options do not fit the inner backend {kind!r}")
     inductor = inductor_options(mode, options) if kind == "inductor" else {}
-    return Settings(schedule, start_step, SparsityConfig(**values), kind, inductor)
+    config = SparsityConfig(**values)
+    return Settings(schedule, start_step, config, kind, inductor, controller)
 
 
 def _schedule(value: object) -> Schedule:
@@ -113,6 +131,14 @@ def _schedule(value: object) -> Schedule:
     if not value.strip():
         raise ValueError("must not be empty: right would be bar:rate=0.8,period=2000, or none")
     return parse_schedule(value)
+
+
+def _controller(value: object) -> Controller | SampleRule:
+    if isinstance(value, (Controller, SampleRule)):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"must be a controller or a text that describes one, got {value!r}")
+    return parse_controller(value)
 
 
 def _start_step(value: object) -> int:

@@ -55,28 +55,41 @@ class Progress:
         self._name = name
         self._all, self._phase = _Steps(), _Steps()
         self._lines = 0
+        self._was_dense = True
         self._shares: dict[object, float] = {}
         # All ranks of a distributed run take the same steps.
         self._is_shown = _rank() == 0
         show_by_default(logger)
         atexit.register(self.end)
 
-    def end_step(self, variant: SparseVariant, next_rate: float) -> None:
-        """Count a step that ends now, and log its phase if that ends too.
+    def end_step(self, variant: SparseVariant) -> None:
+        """Count a step that ends now.
 
         Args:
             variant: the model's sparse variant; its keep counts are those of this step.
-            next_rate: the drop rate of the next step.
         """
-        step, rate = variant.scheduler.last_step, variant.scheduler.drop_rate
         is_sparse = any(graph.is_sparse for graph in variant.tripwire.ran)
         for steps in (self._all, self._phase):
             steps.count += 1
             steps.sparse += is_sparse
-            steps.rates += rate
+            steps.rates += _drop_rate(variant)
             steps.saved += self._saved_share(variant) if is_sparse else 0.0
-        if (rate > 0) != (next_rate > 0):
-            self._end_phase(step, next_rate)
+        self._was_dense = variant.scheduler.drop_rate == 0
+
+    def begin_step(self, variant: SparseVariant) -> None:
+        """Log the phase that has ended, if a step of another one begins now."""
+        scheduler = variant.scheduler
+        if self._was_dense == (scheduler.drop_rate == 0):
+            return
+        phase, self._phase = self._phase, _Steps()
+        if self._lines < _LINES or phase.count >= _LONG:
+            self._lines += 1
+            begun = "dense" if not scheduler.drop_rate else f"drop rate {scheduler.drop_rate:g}"
+            if scheduler.drop_rate and scheduler.controller is not None:
+                begun = "sparse"
+            step = scheduler.last_step
+            steps = f"steps {step - phase.count} to {step - 1}"
+            self._log(f"{steps}: {phase}; from step {step}: {begun}")
 
     def end(self) -> None:
         """Log the sums over all steps, once."""
@@ -84,30 +97,35 @@ class Progress:
             self._log(f"all steps: {self._all}")
         self._all = _Steps()
 
-    def _end_phase(self, last: int, next_rate: float) -> None:
-        phase, self._phase = self._phase, _Steps()
-        if self._lines < _LINES or phase.count >= _LONG:
-            self._lines += 1
-            begun = f"drop rate {next_rate:g}" if next_rate else "dense"
-            steps = f"steps {last - phase.count + 1} to {last}"
-            self._log(f"{steps}: {phase}; from step {last + 1}: {begun}")
-
     def _log(self, line: str) -> None:
         if self._is_shown:
             logger.info("%s: %s", self._name, line)
 
     def _saved_share(self, variant: SparseVariant) -> float:
         """Return the share of the backward's FLOPs that the keep counts in force save."""
-        graphs, samples = variant.graphs, variant.kept_samples
-        key = variant.scheduler.drop_rate, len(variant.backend.graphs), samples
+        keep_counts, samples = variant.keep_counts.tolist(), variant.kept_samples
+        key = tuple(keep_counts), len(variant.backend.graphs), samples
         if key not in self._shares:
-            keep_counts = variant.keep_counts.tolist()
+            graphs = variant.graphs
             sites = [site for graph in graphs for site in graph.sites if not site.reason]
             saved = sum(site.saved_flops(keep_counts[site.slot] * site.groups) for site in sites)
             left = 1 - saved / max(sum(graph.total_flops for graph in graphs), 1)
             kept, size = samples or (1, 1)
-            self._shares[key] = 1 - left * kept / size
+            # Controllers and rules may decide differently in each step.
+            self._shares = {key: 1 - left * kept / size}
         return self._shares[key]
+
+
+def _drop_rate(variant: SparseVariant) -> float:
+    """Return the drop rate of a step: the schedule's, or what a controller has made of it."""
+    rate: float = variant.scheduler.drop_rate
+    counts = variant.counts
+    if rate == 0 or variant.scheduler.controller is None:
+        return rate
+    if (samples := variant.kept_samples) is not None:
+        return 1 - samples[0] / samples[1]
+    channels = [c // g for c, g in zip(counts.channels, counts.groups, strict=True)]
+    return 1 - int(variant.keep_counts.sum()) / max(sum(channels), 1)
 
 
 def _rank() -> int:

@@ -18,6 +18,7 @@ from ssprop_fx.runtime.rank_agreement import RankAgreement
 from ssprop_fx.runtime.tripwire import Problem, Tripwire, why_no_layer
 from ssprop_fx.runtime.user_warning import warn_no_effect
 from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.sample_rules import SampleTelemetry
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
@@ -59,14 +60,14 @@ class SparseVariant:
         counts: KeepCounts | None = None,
         memory: Memory | None = None,
     ) -> None:
-        if scheduler.controller is not None:
+        chooses_samples = config.axis == "sample"
+        if scheduler.controller is not None and not chooses_samples:
             # A controller decides from telemetry.
             config = replace(config, telemetry=True)
         self.scheduler = scheduler
         self.config = config
         self.table = find_slots(model, config)
         slots = self.table.slots
-        chooses_samples = config.axis == "sample"
         # The last slot of a model whose samples are chosen counts samples.
         of_batch = [Slot(len(slots), "samples", 1)] if chooses_samples else []
         self.counts = counts or scheduler.register(
@@ -107,12 +108,21 @@ class SparseVariant:
     def kept_samples(self) -> tuple[int, int] | None:
         """How many samples a backward keeps now, of how many in the last batch.
 
-        None unless all compiled graphs run on the kept samples.
+        With a rule, how many the last backward kept. None unless all compiled graphs run on the
+        kept samples.
         """
         graphs = self.graphs
         if not graphs or not all(graph.is_sliced for graph in graphs):
             return None
+        if self.counts.rule is not None:
+            return self.counts.kept
         return int(self.keep_counts[-1]), self.counts.channels[-1]
+
+    @property
+    def samples(self) -> SampleTelemetry | None:
+        """What the last backward kept of its batch; None before any. On a GPU this waits for it."""
+        read = self.counts.samples
+        return None if read is None else read()
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
         """Return the telemetry of each layer; see `SparsityScheduler.telemetry`."""

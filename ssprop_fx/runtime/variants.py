@@ -157,7 +157,7 @@ class Variants(SparseVariant):
 
     def _run_sliced(self, sparse: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the sparse variant such that its backward begins with a choice of samples."""
-        choice = SampleChoice(self.config.selection, self.counts.of_batch)
+        choice = SampleChoice(self.config.selection, self.counts)
         with opened(choice), batch_marked(tree_leaves((args, kwargs))):
             output = sparse(*args, **kwargs)
         return choice.attach(output)

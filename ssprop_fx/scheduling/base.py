@@ -1,11 +1,19 @@
-"""What all schedules share: the base class, argument checks and printing."""
+"""What schedules and controllers share: the base class, argument checks and printing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-__all__ = ["Schedule", "as_call", "check_rate", "check_schedule", "check_steps"]
+__all__ = [
+    "Schedule",
+    "as_call",
+    "check_budget",
+    "check_number",
+    "check_rate",
+    "check_schedule",
+    "check_steps",
+]
 
 
 class Schedule(ABC):
@@ -94,3 +102,30 @@ def check_schedule(name: str, schedule: object) -> None:
     if not isinstance(schedule, Schedule):
         hint = "; only SparsityScheduler takes a plain function" if callable(schedule) else ""
         raise TypeError(f"{name} must be a schedule such as constant(0.8), got {schedule!r}{hint}")
+
+
+def check_budget(budget: float | None) -> None:
+    """Check a budget.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is outside (0, 1].
+    """
+    if budget is not None:
+        check_number("budget", budget)
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget must be in (0, 1] or None, got {budget!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Check that an argument is a number.
+
+    Args:
+        name: name of the argument, for the message.
+        value: its value.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")

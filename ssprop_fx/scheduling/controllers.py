@@ -1,5 +1,7 @@
 """Controllers: set the drop rate of each layer from the telemetry of its sparse backwards.
 
+Rules for samples are in `sample_rules.py`; `KeptMass` is both.
+
 A controller is a frozen dataclass, a pure function from observations of each layer to its drop
 rate. `SparsityScheduler` calls it every few steps and holds the resulting rates. The pattern is
 VCAS (Wang et al., ICLR 2024), which adapts sampling ratios to a bound on the variance that they
@@ -11,6 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
 
+from torch import Tensor
+
+from ssprop_fx.scheduling.base import check_budget, check_number
+from ssprop_fx.scheduling.sample_rules import SampleRule
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = ["LAG", "AddedError", "Controller", "KeptMass", "Seen"]
@@ -75,11 +81,8 @@ class _Target(Controller):
     every: int = 20
 
     def __post_init__(self) -> None:
-        _check_number("target", self.target)
-        if self.budget is not None:
-            _check_number("budget", self.budget)
-            if not 0 < self.budget <= 1:
-                raise ValueError(f"budget must be in (0, 1] or None, got {self.budget!r}")
+        check_number("target", self.target)
+        check_budget(self.budget)
         if isinstance(self.every, bool) or not isinstance(self.every, int):
             raise TypeError(f"every must be an int, got {self.every!r}")
         if self.every <= LAG:
@@ -122,14 +125,17 @@ class _Target(Controller):
 
 
 @dataclass(frozen=True)
-class KeptMass(_Target):
-    """Keeps as many channels of each layer as hold the target share of its score.
+class KeptMass(_Target, SampleRule):
+    """Keeps as many samples, or channels of each layer, as hold the target share of the score.
 
-    If a share f of a layer's channels held the mass m, the controller estimates that a share g
-    holds g ** (log m / log f): exact at the observation, at 0 and at 1. Keep counts are still
-    rounded to the nearest multiple of `SparsityConfig.channel_multiple`. So a layer with few
-    channels misses the target by the mass of one multiple; the mean over layers misses it by
-    little.
+    With `axis="sample"` it decides in each step: it keeps the fewest samples whose gradients of the
+    model's outputs hold `target` of the sum of all l2 norms. `every` does not matter then.
+
+    With `axis="channel"` it adapts the drop rate of each layer. If a share f of a layer's channels
+    held the mass m, it estimates that a share g holds g ** (log m / log f): exact at the
+    observation, at 0 and at 1. Keep counts are still rounded to the nearest multiple of
+    `SparsityConfig.channel_multiple`. So a layer with few channels misses the target by the mass of
+    one multiple; the mean over layers misses it by little.
 
     Args:
         target: kept mass to hold, in (0, 1). With the default score it is a share of the l2 norms
@@ -137,7 +143,7 @@ class KeptMass(_Target):
         budget: largest share of the dense backward's FLOPs that a sparse step may take, in (0, 1].
             FLOPs that no layer's rate can save count as well. If the target takes more, all layers
             are held at the highest kept mass within the budget; if there is none, at the smallest
-            keep counts. None for no bound.
+            keep counts. Of samples, the largest share that a backward may keep. None for no bound.
         every: sparse steps from one decision to the next, at least 3.
 
     Raises:
@@ -155,6 +161,12 @@ class KeptMass(_Target):
         super().__post_init__()
         if not 0 < self.target < 1:
             raise ValueError(f"target must be in (0, 1), got {self.target!r}")
+
+    def samples_wanted(self, scores: Tensor) -> Tensor:
+        """Return the smallest number of samples that hold the target share of the scores."""
+        held = scores.sort(descending=True).values.cumsum(0)
+        # Without this, the last digit of a sum would ask for one more sample.
+        return (held < self.target * held[-1] * (1 - 1e-9)).sum() + 1
 
     def _level(self, strictness: float) -> float:
         return self.target * strictness
@@ -205,8 +217,3 @@ class AddedError(_Target):
             return 1 / (1 + level)
         odds = (1 - seen.kept) / seen.kept
         return 1 / (1 + odds * level / max(seen.telemetry.error, 1e-6))
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from ssprop_passes.sites.site import MIN_KEEP_COUNT
 
+from ssprop_fx.scheduling.sample_rules import SampleRule, SampleTelemetry
 from ssprop_fx.scheduling.telemetry import Telemetry
 
 __all__ = ["KeepCounts", "RateSource", "keep_count"]
@@ -48,6 +49,9 @@ class KeepCounts:
         multiple: keep counts are rounded to multiples of this; see `keep_count`.
         names: layer name of each slot.
         batch: whether the last slot is not of a layer: it counts the kept samples of the batch.
+        rule: decides how many samples are kept, in place of the tensor; None without one.
+        samples: returns what the last backward kept of its batch; None before any.
+        kept: how many samples that were, of how many; None before any.
         telemetry: what the model's sparse backwards report.
     """
 
@@ -62,6 +66,7 @@ class KeepCounts:
         block: int,
         names: Sequence[str],
         batch: bool = False,
+        rule: SampleRule | None = None,
     ) -> None:
         self._source = source
         self._start = start
@@ -72,6 +77,9 @@ class KeepCounts:
         self.block = block
         self.names = tuple(names)
         self.batch = batch
+        self.rule = rule
+        self.samples: Callable[[], SampleTelemetry] | None = None
+        self.kept: tuple[int, int] | None = None
         self.telemetry = Telemetry()
 
     def of_batch(self, size: int) -> int:

@@ -1,24 +1,39 @@
-"""Schedules as text, such as `bar:rate=0.8,period=2ep`.
+"""Schedules and controllers as text, such as `bar:rate=0.8,period=2ep` or `kept_mass:target=0.9`.
 
-A text may join several, as in `constant:rate=0.8 until 5ep then none`.
+A text may join several schedules, as in `constant:rate=0.8 until 5ep then none`.
 """
 
 import difflib
 import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 from ssprop_fx.scheduling.base import Schedule
 from ssprop_fx.scheduling.combine import join, warmup
+from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass
+from ssprop_fx.scheduling.sample_rules import AddedNoise, SampleRule
 from ssprop_fx.scheduling.schedules import IN_TEXT, constant
 
-__all__ = ["EXAMPLES", "parse_schedule"]
+__all__ = ["CONTROLLERS", "EXAMPLES", "parse_controller", "parse_schedule"]
 
 _SCHEDULES: dict[str, Callable[..., Schedule]] = {make.__name__: make for make in IN_TEXT}
 
 EXAMPLES = {
     "none": "none",
     **{name: f"{name}:{IN_TEXT[make]}" for name, make in _SCHEDULES.items()},
+}
+
+_CONTROLLERS: dict[str, Callable[..., Controller | SampleRule]] = {
+    "kept_mass": KeptMass,
+    "added_noise": AddedNoise,
+    "added_error": AddedError,
+}
+
+CONTROLLERS = {
+    "kept_mass": "kept_mass:target=0.9,budget=0.6",
+    "added_noise": "added_noise:target=0.3",
+    "added_error": "added_error:target=0.1",
 }
 
 _JOINT = re.compile(r"\s+until\s+(\S+)\s+then\s+")
@@ -71,25 +86,54 @@ def parse_schedule(
     return warmup(schedule, warmup_epochs * steps_per_epoch)
 
 
+def parse_controller(text: str) -> Controller | SampleRule:
+    """Return the controller that `text` describes.
+
+    Args:
+        text: `name:key=value,key=value`. Names are the keys of `CONTROLLERS`; keys are the
+            parameters of `KeptMass`, `AddedNoise` or `AddedError`.
+
+    Raises:
+        ValueError: `text` is no controller; the message is one line that begins with `text` and
+            gives a correct example.
+
+    Examples:
+        >>> parse_controller("kept_mass:target=0.9,budget=0.6")
+        KeptMass(target=0.9, budget=0.6, every=20)
+    """
+    name, arguments = _split(text, "controller", CONTROLLERS)
+    try:
+        made: Controller | SampleRule = _make(name, _CONTROLLERS[name], arguments, None)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}; right would be {CONTROLLERS[name]}") from error
+    return made
+
+
 def _parse_part(text: str, steps_per_epoch: int | None) -> Schedule:
     examples = EXAMPLES if steps_per_epoch else _examples_in_steps()
-    name, _, arguments = text.strip().partition(":")
-    if name not in EXAMPLES:
-        close = difflib.get_close_matches(name, EXAMPLES, n=1)
-        hint = f"did you mean {examples[close[0]]}" if close else f"known: {', '.join(EXAMPLES)}"
-        raise ValueError(f"{text}: unknown schedule {name!r}; {hint}")
+    name, arguments = _split(text, "schedule", examples)
     try:
-        return _make_schedule(name, arguments, steps_per_epoch)
+        if name != "none":
+            made: Schedule = _make(name, _SCHEDULES[name], arguments, steps_per_epoch)
+            return made
+        if arguments:
+            raise ValueError("none takes no settings")
+        return constant(0.0)
     except ValueError as error:
         raise ValueError(f"{text}: {error}; right would be {examples[name]}") from error
 
 
-def _make_schedule(name: str, arguments: str, steps_per_epoch: int | None) -> Schedule:
-    if name == "none":
-        if arguments:
-            raise ValueError("none takes no settings")
-        return constant(0.0)
-    make = _SCHEDULES[name]
+def _split(text: str, kind: str, examples: dict[str, str]) -> tuple[str, str]:
+    """Return the name, which is a key of `examples`, and the arguments."""
+    name, _, arguments = text.strip().partition(":")
+    if name not in examples:
+        close = difflib.get_close_matches(name, examples, n=1)
+        hint = f"did you mean {examples[close[0]]}" if close else f"known: {', '.join(examples)}"
+        raise ValueError(f"{text}: unknown {kind} {name!r}; {hint}")
+    return name, arguments
+
+
+def _make(name: str, make: Callable[..., Any], arguments: str, steps_per_epoch: int | None) -> Any:
     known = inspect.signature(make, eval_str=True).parameters
     lengths = {key for key, parameter in known.items() if parameter.annotation is int}
     values = _parse_arguments(name, arguments, list(known), lengths, steps_per_epoch)

@@ -10,6 +10,8 @@ import torch
 from ssprop_fx.scheduling.controller_state import ControllerState
 from ssprop_fx.scheduling.controllers import Controller
 from ssprop_fx.scheduling.keep_counts import KeepCounts
+from ssprop_fx.scheduling.sample_rules import SampleRule
+from ssprop_fx.scheduling.schedules import constant
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 __all__ = ["SparsityScheduler"]
@@ -22,11 +24,15 @@ class SparsityScheduler:
     the schedule counts epochs).
 
     Args:
-        schedule: step -> drop rate in [0, 1), such as `bar(0.8, period=2 * len(loader))`.
-        controller: sets the drop rate of each layer from its telemetry, such as `KeptMass(0.9)`.
-            It applies when the schedule's drop rate is above 0, to layers that
-            `SparsityConfig.rates` gives none. Until its first decision the schedule's drop rate
-            holds. Under DistributedDataParallel each process decides for itself.
+        schedule: step -> drop rate in [0, 1), such as `bar(0.8, period=2 * len(loader))`. With a
+            controller it may be left out: then every step is sparse.
+        controller: decides how much is kept, when the schedule's drop rate is above 0. With
+            `axis="sample"`, `KeptMass(0.9)` or `AddedNoise(0.3)` decides in each step how many
+            samples are kept; the schedule says only which steps are sparse. With `axis="channel"`,
+            `KeptMass(0.9)` or `AddedError(0.1)` sets the drop rate of each layer from its
+            telemetry, except where `SparsityConfig.rates` gives one. Until its first decision the
+            schedule's drop rate holds. Under DistributedDataParallel each process decides for
+            itself.
 
     Raises:
         TypeError: `schedule` is not callable, or `controller` is not a controller.
@@ -43,11 +49,15 @@ class SparsityScheduler:
     """
 
     def __init__(
-        self, schedule: Callable[[int], float], controller: Controller | None = None
+        self,
+        schedule: Callable[[int], float] | None = None,
+        controller: Controller | SampleRule | None = None,
     ) -> None:
+        if schedule is None and controller is not None:
+            schedule = constant(0.5)
         if not callable(schedule):
             raise TypeError(f"schedule must be a schedule such as constant(0.8), got {schedule!r}")
-        if controller is not None and not isinstance(controller, Controller):
+        if controller is not None and not isinstance(controller, (Controller, SampleRule)):
             raise TypeError(
                 f"controller must be a controller such as KeptMass(0.9), got {controller!r}"
             )
@@ -194,16 +204,32 @@ class SparsityScheduler:
 
         Returns:
             The model's part of the tensor.
+
+        Raises:
+            ValueError: the controller is not one of samples, or not one of channels.
         """
+        rule, control = self.controller if batch else None, None if batch else self.controller
+        if rule is not None and not isinstance(rule, SampleRule):
+            raise ValueError(
+                'controller must be KeptMass or AddedNoise with SparsityConfig(axis="sample"), got'
+                f" {rule!r}"
+            )
+        if control is not None and not isinstance(control, Controller):
+            raise ValueError(
+                f"controller must be KeptMass or AddedError for channels, got {control!r}: with"
+                ' SparsityConfig(axis="sample") it chooses samples'
+            )
         start = self._keep_counts.numel()
         # In place, so that every holder of the tensor or of a part of it still sees the counts.
         self._keep_counts.resize_(start + len(channels))
         groups, rates = groups or [1] * len(channels), rates or [None] * len(channels)
         names = names or [str(number) for number in range(len(channels))]
-        counts = KeepCounts(self, start, channels, multiple, groups, rates, block, names, batch)
-        control = None if self.controller is None else ControllerState(self.controller, counts)
-        self._load_control(len(self._models), control)
-        self._models.append((counts, control))
+        counts = KeepCounts(
+            self, start, channels, multiple, groups, rates, block, names, batch, rule
+        )
+        state = None if control is None else ControllerState(control, counts)
+        self._load_control(len(self._models), state)
+        self._models.append((counts, state))
         self.refresh()
         return counts
 

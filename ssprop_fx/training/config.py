@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.options import options_of
-from ssprop_fx.scheduling.parse import parse_schedule
+from ssprop_fx.scheduling.controllers import Controller
+from ssprop_fx.scheduling.parse import CONTROLLERS, parse_controller, parse_schedule
+from ssprop_fx.scheduling.sample_rules import SampleRule
 from ssprop_fx.training.augmentation import Augmentation
 from ssprop_fx.training.errors import CommandError, flag_error
 from ssprop_fx.training.settings import (
@@ -21,6 +23,8 @@ from ssprop_fx.training.settings import (
 )
 
 __all__ = ["TrainConfig"]
+
+_DEFAULT_CONTROLLER = CONTROLLERS["added_noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class TrainConfig(
         for name in options_of(SparsityConfig):
             if callable(getattr(self.sparsity, name)):
                 raise CommandError(f"{name} must be a text in a TrainConfig, which files keep")
+        self._fill_recipe()
         for name in ("mean", "std"):
             value = getattr(self, name)
             self._require(name, value is None or len(value) in (1, 3), "one or three numbers")
@@ -69,6 +74,7 @@ class TrainConfig(
             )
         # The text is checked here, before any data is read; the length of an epoch, which turns
         # "2ep" into steps, is not known yet and any long one does.
+        assert self.schedule is not None
         try:
             parse_schedule(self.schedule, steps_per_epoch=1_000_000)
         except ValueError as error:
@@ -87,7 +93,11 @@ class TrainConfig(
     @property
     def has_controller(self) -> bool:
         """Whether the drop rates of layers are adapted."""
-        return self.kept_mass is not None or self.added_error is not None
+        return self.controller is not None
+
+    def create_controller(self) -> Controller | SampleRule | None:
+        """Return what adapts the drop rates; None if nothing does."""
+        return None if self.controller is None else parse_controller(self.controller)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by the names of their flags, as plain values for a checkpoint."""
@@ -114,6 +124,8 @@ class TrainConfig(
         pairs = {name: own.pop(name) for name in options_of(Augmentation) if name in own}
         if pairs:
             own["aug_kwargs"] = {**own.get("aug_kwargs", {}), **pairs}
+        if own.get("recipe") == "samples" and sparse.get("axis") == "channel":
+            raise CommandError("--axis must be sample with --recipe samples, got 'channel'")
         unknown = sorted(set(own) - set(options_of(cls)))
         if unknown:
             raise CommandError(f"there is no setting {', '.join(unknown)}")
@@ -153,17 +165,33 @@ class TrainConfig(
                 )
         return after
 
+    def _fill_recipe(self) -> None:
+        """Set what the recipe decides, so that the settings show what is done."""
+        takes_samples = self.recipe == "samples"
+        if takes_samples and self.sparsity.axis != "sample":
+            try:
+                sparsity = replace(self.sparsity, axis="sample")
+            except ValueError as error:
+                raise flag_error(error) from error
+            object.__setattr__(self, "sparsity", sparsity)
+        if takes_samples and self.controller is None:
+            object.__setattr__(self, "controller", _DEFAULT_CONTROLLER)
+        if self.schedule is None:
+            schedule = "constant:rate=0.5" if takes_samples else "bar:rate=0.8,period=2ep"
+            object.__setattr__(self, "schedule", schedule)
+
     def _check_controller(self) -> None:
-        if self.kept_mass is not None and self.added_error is not None:
-            raise CommandError("--added-error: a layer has one target, and --kept-mass is given")
-        if self.budget is not None and not self.has_controller:
+        try:
+            controller = self.create_controller()
+        except ValueError as error:
+            raise CommandError(f"--controller {error}") from error
+        kind, axis = (
+            (SampleRule, "sample") if self.sparsity.axis == "sample" else (Controller, "channel")
+        )
+        if controller is not None and not isinstance(controller, kind):
+            right = "channel" if axis == "sample" else "sample"
             raise CommandError(
-                "--budget bounds what --kept-mass or --added-error take; neither is given"
-            )
-        if self.has_controller and self.sparsity.axis != "channel":
-            raise CommandError(
-                f"--axis must be channel with --kept-mass or --added-error,"
-                f" got {self.sparsity.axis!r}"
+                f"--axis must be {right} with --controller {self.controller}, got {axis!r}"
             )
 
     def _check_option(self, name: str) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ssprop_fx.analysis.report import Report, report
 from ssprop_fx.runtime.module import SsPropModule
+from ssprop_fx.scheduling.sample_rules import SampleTelemetry
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data.loaders import Batch, Loaders, create_mixup
 from ssprop_fx.training.distributed import Processes
@@ -193,18 +194,20 @@ class Trainer:
                 f"the loss is {loss} at step {state.step}; a lower --lr or --clip-grad may help",
                 exit_code=1,
             )
-        drop_rate = state.scheduler.drop_rate
-        self._steps_seen[drop_rate > 0] += 1
+        is_sparse = state.scheduler.drop_rate > 0
+        samples = self._samples_maybe() if is_sparse else None
+        self._steps_seen[is_sparse] += 1
         row = StepRow(
             step=state.step,
             epoch=state.epoch,
             loss=loss,
-            drop_rate=drop_rate,
-            backward_saved=self._backward_saved(),
+            drop_rate=state.scheduler.drop_rate if samples is None else samples.drop_rate,
+            backward_saved=self._backward_saved(samples),
             lr=state.optimizer.param_groups[0]["lr"],
             ms=ms,
-            timed=int(self._steps_seen[drop_rate > 0] > _UNTIMED_STEPS),
-            kept_mass=self._kept_mass(),
+            timed=int(self._steps_seen[is_sparse] > _UNTIMED_STEPS),
+            kept_mass=self._kept_mass(samples),
+            added_noise=math.nan if samples is None else samples.error,
         )
         if self._records is not None:
             self._records.add_step(row)
@@ -216,22 +219,30 @@ class Trainer:
             state.ema.update(state.model, step=state.step)
         return row
 
-    def _backward_saved(self) -> float:
+    def _samples_maybe(self) -> SampleTelemetry | None:
+        """Return what the finished backward kept of its batch; None if that says nothing."""
+        variants = self._compiled.ssprop
+        return None if variants.kept_samples is None else variants.samples
+
+    def _backward_saved(self, samples: SampleTelemetry | None) -> float:
         """Return the fraction of the dense backward's FLOPs that the finished step left out."""
         scheduler = self._state.scheduler
         if scheduler.drop_rate == 0:
             return 0.0
         keep_counts = tuple(scheduler.keep_counts.tolist())
-        if keep_counts not in self._saved_fractions:
+        key = keep_counts if samples is None else (*keep_counts, samples.kept, samples.size)
+        if key not in self._saved_fractions:
             found = report(self._compiled)
             if not self._saved_fractions:
                 self._on_report(found)
             whole = found.backward_flops
-            self._saved_fractions[keep_counts] = found.saved_flops / whole if whole else math.nan
-        return self._saved_fractions[keep_counts]
+            self._saved_fractions[key] = found.saved_flops / whole if whole else math.nan
+        return self._saved_fractions[key]
 
-    def _kept_mass(self) -> float:
-        """Return the mean kept mass of the finished step, NaN if unknown."""
+    def _kept_mass(self, samples: SampleTelemetry | None) -> float:
+        """Return the kept mass of the finished step, of layers their mean; NaN if unknown."""
+        if samples is not None:
+            return samples.kept_mass
         if not (self._config.sparsity.telemetry or self._config.has_controller):
             return math.nan
         if self._state.scheduler.drop_rate == 0:

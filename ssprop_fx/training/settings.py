@@ -131,9 +131,15 @@ class SparsitySettings:
 
     title: ClassVar[str] = "sparse back-propagation"
 
-    schedule: str = option(
-        "bar:rate=0.8,period=2ep",
+    recipe: Literal["channels", "samples"] = option(
+        "channels",
+        help="Drop channels by the schedule, or samples as the step's gradients allow: --axis"
+        " sample with a controller",
+    )
+    schedule: str | None = option(
+        None,
         help="Follow this schedule of drop rates; none is dense",
+        unset="bar:rate=0.8,period=2ep; with --recipe samples every step is sparse",
         metavar="TEXT",
     )
     sparsity_warmup_epochs: int = option(
@@ -145,14 +151,12 @@ class SparsitySettings:
         help="Raise drop rates near the input by this much and lower them near the output, at the"
         " same total FLOPs",
     )
-    kept_mass: float | None = option(
-        None, help="Adapt drop rates so that each layer keeps this share of its score"
-    )
-    added_error: float | None = option(
-        None, help="Adapt drop rates so that each layer has this relative squared error"
-    )
-    budget: float | None = option(
-        None, help="Let adapted sparse steps take at most this share of the backward's FLOPs"
+    controller: str | None = option(
+        None,
+        help="Adapt what is kept, such as kept_mass:target=0.9; added_noise is for samples,"
+        " added_error for channels",
+        unset="added_noise:target=0.3 with --recipe samples",
+        metavar="TEXT",
     )
     compile_backend: Literal["inductor", "aot_eager"] = option(
         "inductor", help="Compile with this backend of torch.compile"

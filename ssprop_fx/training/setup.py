@@ -18,7 +18,6 @@ from ssprop_fx.analysis.inspection import inspect_sites
 from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import MAX_LEVELS
-from ssprop_fx.scheduling.controllers import AddedError, Controller, KeptMass
 from ssprop_fx.scheduling.parse import parse_schedule
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
@@ -155,6 +154,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         )
     except (TypeError, ValueError) as error:
         raise CommandError(f"--sched {config.sched}: {error}") from error
+    assert config.schedule is not None
     schedule = parse_schedule(
         config.schedule,
         steps_per_epoch=steps_per_epoch,
@@ -164,7 +164,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
     if config.sparsity.specialize is True and (levels is None or len(levels) > MAX_LEVELS):
         raise CommandError(
             f"--specialize must be auto or no here: yes needs a schedule with at most {MAX_LEVELS}"
-            " drop rates, and no --kept-mass or --added-error"
+            " drop rates, and no --controller"
         )
     device = next(model.parameters()).device
     needs_scaler = config.amp and config.amp_dtype == "float16"
@@ -172,7 +172,7 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         model=model,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
-        scheduler=SparsityScheduler(schedule, _create_controller(config)),
+        scheduler=SparsityScheduler(schedule, config.create_controller()),
         scaler=NativeScaler(device=device.type) if needs_scaler else None,
         ema=ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.model_ema
@@ -180,23 +180,10 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
     )
 
 
-def _create_controller(config: TrainConfig) -> Controller | None:
-    try:
-        if config.kept_mass is not None:
-            return KeptMass(config.kept_mass, config.budget)
-        if config.added_error is not None:
-            return AddedError(config.added_error, config.budget)
-    except ValueError as error:
-        flag = "--kept-mass" if config.kept_mass is not None else "--added-error"
-        # It begins with the name of the argument.
-        raise CommandError(f"{flag}: {error}") from error
-    return None
-
-
 def sparsity_config(config: TrainConfig) -> SparsityConfig:
     """Return which layers take part and how channels are chosen; a controller needs telemetry."""
-    needed = config.sparsity.telemetry or config.has_controller
-    return replace(config.sparsity, telemetry=needed)
+    adapts_layers = config.has_controller and config.sparsity.axis == "channel"
+    return replace(config.sparsity, telemetry=config.sparsity.telemetry or adapts_layers)
 
 
 def with_rates(
@@ -222,6 +209,7 @@ def with_rates(
     if not config.depth_slope:
         return sparsity
     # The length of an epoch moves no rate.
+    assert config.schedule is not None
     rate = parse_schedule(config.schedule, steps_per_epoch=1_000_000).highest
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:

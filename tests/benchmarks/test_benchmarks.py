@@ -15,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.backward_time import BackwardTime
 from benchmarks.breakdown import BreakdownRow
 from benchmarks.compile_time import CompileRow
+from benchmarks.first_step import VARIANTS
 from benchmarks.layer import LayerRow
 from benchmarks.results import read
 from benchmarks.step_row import StepRow
@@ -131,8 +132,9 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
 
     def first_step(workload: Workload, variant: str, cache: str) -> dict[str, float]:
-        slowness = 2.0 if 4 <= len(seen) < 8 else 1.0
-        cold_s = {"dense": 8.0, "sparse": 12.0 if len(seen) < 4 else 10.0}[variant]
+        slowness = 2.0 if 6 <= len(seen) < 12 else 1.0
+        sparse = 12.0 if len(seen) < 6 else 10.0
+        cold_s = {"dense": 8.0, "sparse": sparse, "samples": 16.0}[variant]
         seconds = 1.0 if (variant, cache) in seen else cold_s
         seen.append((variant, cache))
         return {"compile_s": slowness * seconds, "import_s": 0.1}
@@ -145,17 +147,18 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(r["variant"], r["cold_s"], r["warm_s"], r["ratio"]) for r in rows] == [
         ("dense", 8.0, 1.0, 1.0),
         ("sparse", 12.0, 1.0, 1.25),
+        ("samples", 16.0, 1.0, 2.0),
     ]
     assert (rows[1]["ratio_low"], rows[1]["ratio_high"]) == (1.25, 1.5)
     # Each variant runs cold and then warm with its own cache; the second round reverses the order.
-    order = ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
+    order = [*VARIANTS, *VARIANTS[::-1], *VARIANTS]
     assert [variant for variant, _ in seen[::2]] == order
     assert seen[::2] == seen[1::2]
-    assert len(set(seen)) == 6
+    assert len(set(seen)) == 9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dense", "sparse"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_second_process_finds_the_first_ones_cache(variant: str, tmp_path: Path) -> None:
     workload = Workload(model="test_resnet", batch_size=2, img_size=32)
     cold, warm = (compile_time._first_step(workload, variant, str(tmp_path)) for _ in range(2))

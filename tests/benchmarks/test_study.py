@@ -156,7 +156,7 @@ def test_the_page_shows_what_was_run(tmp_path):
 
 def test_the_page_and_what_the_readme_says_of_it_are_made_from_the_results():
     made = page(GRIDS["small"], read_results(ROOT / "benchmarks/study/results/small.jsonl"))
-    assert (ROOT / "docs/study.md").read_text() == made, "python -m benchmarks.study table"
+    assert (ROOT / "docs/study-channels.md").read_text() == made, "python -m benchmarks.study table"
     table = (ROOT / "docs/performance.md").read_text().split("| accuracy in %")[1].split("\n\n")[0]
     claims = re.findall(r"(\d+\.\d\d ± \d+\.\d\d) at (\d\.\d\d)", table)
     assert len(claims) >= 10

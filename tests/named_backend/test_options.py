@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from ssprop_fx import SparsityConfig, bar, constant
+from ssprop_fx import AddedError, KeptMass, SparsityConfig, bar, constant, default_rule
 from ssprop_fx.named_backend.options import Settings, read_settings
 
 BAR = "bar:rate=0.8,period=2000"
@@ -80,6 +80,24 @@ def keep_all(module: nn.Module, name: str) -> bool:
             Settings(constant(0.0), config=SparsityConfig(rates={"layer4.*": 0.9, "stem.*": 0})),
         ),
         (
+            None,
+            {},
+            {},
+            Settings(None, controller=default_rule(), config=SparsityConfig(axis="sample")),
+        ),
+        (
+            None,
+            {"controller": KeptMass(0.9)},
+            {"SSPROP_AXIS": "sample", "SSPROP_SCHEDULE": "none"},
+            Settings(constant(0.0), controller=KeptMass(0.9), config=SparsityConfig(axis="sample")),
+        ),
+        (
+            None,
+            {"schedule": "none"},
+            {"SSPROP_CONTROLLER": "added_error:target=0.1"},
+            Settings(constant(0.0), controller=AddedError(0.1)),
+        ),
+        (
             "max-autotune-no-cudagraphs",
             {"schedule": "none"},
             {},
@@ -98,7 +116,21 @@ def test_settings(
 @pytest.mark.parametrize(
     ("mode", "options", "environ", "error", "message"),
     [
-        (None, None, {}, ValueError, "needs a schedule, such as SSPROP_SCHEDULE=bar:"),
+        (
+            None,
+            {"axis": "channel"},
+            {},
+            ValueError,
+            "needs a schedule for channels, such as SSPROP_SCHEDULE=bar:",
+        ),
+        (
+            None,
+            None,
+            {"SSPROP_CONTROLLER": "kept_mass"},
+            ValueError,
+            "SSPROP_CONTROLLER: kept_mass: kept_mass needs target=; right would be kept_mass:tar",
+        ),
+        (None, {"controller": 0.9}, {}, TypeError, "options['controller']: must be a controller"),
         (None, None, {"SSPROP_SCHEDULE": " "}, ValueError, "SSPROP_SCHEDULE: must not be empty: "),
         (
             None,

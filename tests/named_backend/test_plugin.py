@@ -52,6 +52,20 @@ def test_a_script_without_a_line_of_ours_trains_sparse() -> None:
     assert run.stdout.split() == ["64", "16", "64", "16"]
 
 
+def test_a_script_without_any_setting_drops_samples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    # Half of the samples have no gradient to speak of.
+    factors = torch.tensor([[1.0], [1e-7]]).repeat(8, 1)
+    options = {"backend": "aot_eager"}
+    net = torch.compile(model, backend="ssprop", options=options)
+    (net(torch.randn(16, 8)) * factors).square().sum().backward()
+    made = report(model).kept_samples
+    assert made is not None
+    assert made[0] <= 8
+    assert made[1] == 16
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_equal_ssprop_compile_and_the_oracle(backend: str) -> None:
     model = small_net(16).double()

@@ -13,6 +13,7 @@ from torch import nn
 from ssprop_fx import report
 from ssprop_fx.logs import show_by_default
 from ssprop_fx.named_backend import progress
+from ssprop_fx.named_backend.plugin import ssprop
 
 SCRIPT = """
 import torch
@@ -130,4 +131,28 @@ def test_what_is_saved_is_what_the_report_says(caplog: pytest.LogCaptureFixture)
     assert line == (
         "Sequential: all steps: 1 of 1 sparse, mean drop rate 0.5,"
         f" {share:.1%} of the backward's FLOPs saved"
+    )
+
+
+def test_without_a_schedule_the_rate_is_what_the_rule_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    call = torch.compile(model, backend=ssprop, options={"backend": "aot_eager"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    left_out = []
+    for _ in range(2):
+        scale = torch.logspace(-2, 2, 12)[:, None]
+        loss(call(torch.randn(12, 8)) * scale).backward()
+        optimizer.step()
+        kept, size = variant(model).kept_samples
+        left_out.append(1 - kept / size)
+    assert min(left_out) > 0
+    with caplog.at_level(logging.INFO, "ssprop_fx"):
+        variant(model).progress.end()
+    (line,) = [r.getMessage() for r in caplog.records if "all steps" in r.getMessage()]
+    mean = sum(left_out) / 2
+    assert line == (
+        f"Sequential: all steps: 2 of 2 sparse, mean drop rate {mean:.3g},"
+        f" {mean:.1%} of the backward's FLOPs saved"
     )

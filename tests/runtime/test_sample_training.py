@@ -9,6 +9,7 @@ import torch
 from oracle import relative_error
 from sample_oracle import kept_gradients, strongest
 from ssprop_passes.errors import NoEffectWarning
+from ssprop_passes.selection.samples import sample_scores
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -55,7 +56,8 @@ def test_draws_are_unbiased_for_every_parameter(monkeypatch: pytest.MonkeyPatch)
     draws: Counter[tuple[int, ...]] = Counter()
     choices: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
     for _ in range(DRAWS):
-        made = sample_choice.choose_samples(config.selection, [logits.grad], KEPT)
+        scores = sample_scores(config.selection, [logits.grad])
+        made = sample_choice.choose_samples(config.selection, scores, KEPT)
         key = tuple(made[0].tolist())
         draws[key] += 1
         choices[key] = made

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from ssprop_fx import (
     SparsityScheduler,
     bar,
     constant,
+    default_rule,
     report,
     ssprop_compile,
 )
@@ -220,29 +222,50 @@ def test_a_run_goes_on_bit_for_bit(at: int, loads_first: bool) -> None:
 def test_the_trainers_flags_make_a_controller() -> None:
     for flags, controller in (
         ({}, None),
-        ({"kept_mass": 0.9}, KeptMass(0.9)),
-        ({"kept_mass": 0.9, "budget": 0.5}, KeptMass(0.9, budget=0.5)),
-        ({"added_error": 0.1, "budget": 0.5}, AddedError(0.1, budget=0.5)),
+        ({"controller": "kept_mass:target=0.9"}, KeptMass(0.9)),
+        ({"controller": "added_error:target=0.1,budget=0.5"}, AddedError(0.1, budget=0.5)),
+        ({"recipe": "samples"}, default_rule()),
+        (
+            {"recipe": "samples", "controller": "kept_mass:target=0.8,budget=0.5"},
+            KeptMass(0.8, budget=0.5),
+        ),
     ):
         config = TrainConfig(**flags)
         scheduler = create_state(config, mlp(), steps_per_epoch=10).scheduler
         assert scheduler.controller == controller
-        # A controller decides from telemetry.
-        assert sparsity_config(config).telemetry == (controller is not None)
+        takes_samples = "recipe" in flags
+        assert (config.sparsity.axis == "sample") == takes_samples
+        # A controller of layers decides from telemetry.
+        needs_telemetry = controller is not None and not takes_samples
+        assert sparsity_config(config).telemetry == needs_telemetry
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"kept_mass": 1.5}, r"--kept-mass: target must be in \(0, 1\), got 1.5"),
-        ({"added_error": 0.1, "budget": 2.0}, r"--added-error: budget must be in \(0, 1\]"),
-        ({"kept_mass": 0.9, "added_error": 0.1}, "--added-error: a layer has one target"),
-        ({"budget": 0.5}, "--budget bounds what --kept-mass or --added-error take"),
+        (
+            {"controller": "kept_mass:target=1.5"},
+            r"--controller kept_mass:target=1.5: target must be in \(0, 1\), got 1.5; right would"
+            " be kept_mass:target=0.9,budget=0.6$",
+        ),
+        ({"controller": "added_error:target=0.1,budget=2"}, r"--controller .*: budget must be in"),
+        ({"controller": "kept_mas:target=1"}, "--controller .*did you mean kept_mass:target=0.9"),
+        ({"controller": "kept_mass"}, "--controller kept_mass: kept_mass needs target="),
+        (
+            {"controller": "added_noise:target=0.3"},
+            "--axis must be sample with --controller added_noise:target=0.3, got 'channel'",
+        ),
+        (
+            {"controller": "added_error:target=0.3", "recipe": "samples"},
+            "--axis must be channel with --controller added_error:target=0.3, got 'sample'",
+        ),
+        ({"recipe": "samples", "axis": "channel"}, "--axis must be sample with --recipe samples"),
+        ({"recipe": "samples", "memory": 0.5}, '--memory must be 0 with axis="sample"'),
     ],
 )
-def test_mistakes_in_the_trainers_flags_are_named(flags: dict[str, float], message: str) -> None:
+def test_mistakes_in_the_trainers_flags_are_named(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(CommandError, match=f"^{message}"):
-        create_state(TrainConfig(**flags), mlp(), steps_per_epoch=10)
+        TrainConfig.from_settings(flags)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 
 import ssprop_fx
 from ssprop_fx import bar, constant, cosine, join, linear, warmup
-from ssprop_fx.scheduling.parse import EXAMPLES, parse_schedule
+from ssprop_fx.scheduling.parse import CONTROLLERS, EXAMPLES, parse_controller, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ def test_text_gives_the_schedule_that_it_names(text, expected):
 @pytest.mark.parametrize("text", EXAMPLES.values())
 def test_every_example_is_right(text):
     parse_schedule(text, steps_per_epoch=100)
+
+
+@pytest.mark.parametrize("text", CONTROLLERS.values())
+def test_every_example_of_a_controller_is_right(text):
+    name = type(parse_controller(text)).__name__
+    assert name.lower() == text.partition(":")[0].replace("_", "")
+    assert name in ssprop_fx.__all__
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"none"}))

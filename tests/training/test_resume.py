@@ -70,8 +70,9 @@ VARIANTS = {
     ],
     "adaptive": [
         *(*TWO_PHASES, "-b", "64", "--sparsity-warmup-epochs", "0", "--schedule"),
-        *("constant:rate=0.8", "--kept-mass", "0.9", "--budget", "0.6"),
+        *("constant:rate=0.8", "--controller", "kept_mass:target=0.9,budget=0.6"),
     ],
+    "rule for samples": [*TINY, "--epochs", "2", "--recipe", "samples", "--drop-path", "0.1"],
     # The tests' own process has no gate (see `no_gate`); the killed processes would have one.
     "inductor": [
         *(*TWO_PHASES, "--no-gate", "--compile-backend", "inductor"),

@@ -145,7 +145,10 @@ def test_learning_rate_schedules_are_those_of_timm():
             "--specialize must be auto or no here",
         ),
         (["--rates", "layer_1=2"], "--rates['layer_1'] must be in [0, 1), got 2"),
-        (["--kept-mass", "0.9", "--axis", "sample"], "--axis must be channel with --kept-mass"),
+        (
+            ["--controller", "added_error:target=0.1", "--axis", "sample"],
+            "--axis must be channel with --controller added_error:target=0.1",
+        ),
         (["--model-ema-decay", "1"], "--model-ema-decay must be in [0, 1), got 1.0"),
         (["--checkpoint-every", "0"], "--checkpoint-every must be above 0, got 0"),
         (["--targets", "conv", "pool"], "invalid choice: 'pool'"),

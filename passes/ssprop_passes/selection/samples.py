@@ -14,34 +14,45 @@ from ssprop_passes.selection.policy import Selection
 __all__ = [
     "choose_samples",
     "sample_factors",
+    "sample_scores",
     "scatter_samples",
     "split_samples",
     "weigh_samples",
 ]
 
 
-def choose_samples(
-    selection: Selection, gradients: Sequence[Tensor], k: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the kept samples and their weights; the weights are None if all are 1.
+def sample_scores(selection: Selection, gradients: Sequence[Tensor]) -> Tensor:
+    """Return the score of each sample, [N].
 
     Args:
         selection: how samples are chosen. Its score gets one column for each sample, [D, N], and in
             place of a weight the same numbers as rows, [N, D].
         gradients: gradients of the outputs, [N, ...] each; together D numbers a sample.
+
+    Raises:
+        ValueError: a custom score returns a result of the wrong form.
+    """
+    wide = torch.float32
+    for gradient in gradients:
+        wide = torch.promote_types(wide, gradient.dtype)
+    by_sample = torch.cat([g.reshape(g.shape[0], -1).to(wide) for g in gradients], 1)
+    return selection.scores_of(by_sample.t(), by_sample)
+
+
+def choose_samples(selection: Selection, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    """Return the kept samples and their weights; the weights are None if all are 1.
+
+    Args:
+        selection: how samples are chosen.
+        scores: [N].
         k: keep count, in [1, N].
 
     Returns:
         Indices into the N samples, ascending, int64 [k]; weights, [k].
 
     Raises:
-        ValueError: a custom score or selector returns a result of the wrong form.
+        ValueError: a custom selector returns a result of the wrong form.
     """
-    wide = torch.float32
-    for gradient in gradients:
-        wide = torch.promote_types(wide, gradient.dtype)
-    by_sample = torch.cat([g.reshape(g.shape[0], -1).to(wide) for g in gradients], 1)
-    scores = selection.scores_of(by_sample.t(), by_sample)
     indices, weights = selection.choose(scores, k)
     order = indices.argsort()
     return indices[order], None if weights is None else weights[order]

@@ -22,14 +22,17 @@ class StepRow:
         step: number of the step, from 0.
         epoch: the epoch it belongs to, from 0.
         loss: training loss of its batch.
-        drop_rate: drop rate of the step.
+        drop_rate: drop rate of the step; with samples, the share that it left out.
         backward_saved: fraction of the dense backward's FLOPs that the step left out; NaN if
             unknown.
         lr: learning rate of the first parameter group.
         ms: milliseconds from the batch on the device to the end of the optimizer's step.
         timed: 0 for a step that may have compiled a graph, so that `ms` says little; else 1.
         kept_mass: share of the score that the kept channels hold, mean over layers; 1 for a dense
-            step; NaN if unknown. On a GPU, the value is some steps old.
+            step; NaN if unknown. On a GPU, the value is some steps old. With samples, the share of
+            the kept samples, of this step.
+        added_noise: squared norm of what the choice of samples left out or added by weights, as a
+            share of the sum over samples; NaN without a choice of samples.
     """
 
     step: int
@@ -41,6 +44,7 @@ class StepRow:
     ms: float
     timed: int
     kept_mass: float = math.nan
+    added_noise: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,9 @@ from ssprop_fx.training.records.rows import median_ms, step_times
 
 __all__ = ["format_summary"]
 
+# From this share of samples kept on, a step is hardly faster.
+_SAVES_NOTHING = 0.9
+
 
 def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -> str:
     """Return the summary of a run.
@@ -40,6 +43,7 @@ def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -
             f"backward FLOPs saved: {_number(fmean(sparse_saved), '.1%')} of a sparse step,"
             f" {_number(saved, '.1%')} of the run"
         )
+    lines += _samples(records)
     if records.epochs:
         best = max(records.epochs, key=lambda row: row.eval_top1)
         lines.append(
@@ -48,6 +52,24 @@ def format_summary(records: Records, batch_size: int, why_no_energy: str = "") -
         )
         lines.append(f"energy: {_energy(records, why_no_energy)}")
     return "\n".join(lines)
+
+
+def _samples(records: Records) -> list[str]:
+    """Say what the choice of samples kept; nothing if no step chose samples."""
+    rows = [row for row in records.steps if not math.isnan(row.added_noise)]
+    if not rows:
+        return []
+    kept = 1 - fmean(row.drop_rate for row in rows)
+    line = (
+        f"samples kept: {kept:.1%} of a batch, with {fmean(row.kept_mass for row in rows):.1%} of"
+        f" the gradients' norms; added noise {fmean(row.added_noise for row in rows):.2f}"
+    )
+    if kept > _SAVES_NOTHING:
+        line += (
+            "; this saves next to nothing: nearly all samples matter, as they do early in training"
+            " and with label smoothing or mixup"
+        )
+    return [line]
 
 
 def _energy(records: Records, why_not: str) -> str:

@@ -10,7 +10,7 @@ from ssprop_fx.training.records.rows import EpochRow, StepRow
 
 __all__ = ["TensorBoardLog", "check_tensorboard"]
 
-_STEP_NAMES = ("loss", "drop_rate", "backward_saved", "lr", "ms", "kept_mass")
+_STEP_NAMES = ("loss", "drop_rate", "backward_saved", "lr", "ms", "kept_mass", "added_noise")
 _EPOCH_NAMES = ("train_loss", "eval_loss", "eval_top1", "images_per_s", "gpu_joules", "cpu_joules")
 
 

@@ -1,0 +1,1 @@
+"""Accuracy over seconds, of rules for samples and their peers: `python -m benchmarks.recipe`."""

@@ -1,0 +1,53 @@
+"""`python -m benchmarks.recipe page`: docs/study.md, from the results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.recipe.summary import Summary, summarize
+from benchmarks.recipe.task import TASKS, Task
+from benchmarks.study.store import Result
+
+__all__ = ["page"]
+
+_TEXT = Path(__file__).with_name("page.md")
+_COLUMNS = (
+    *("row", "seeds", "accuracy", "test loss", "calibration error", "time", "kept, by quarter"),
+    *("against the whole dense run", "against dense of equal time"),
+)
+
+
+def page(results: Sequence[Result]) -> str:
+    """Return the page as Markdown."""
+    found = [(task, summarize(task, results)) for task in TASKS.values()]
+    shown = [(task, rows) for task, rows in found if rows]
+    abouts = {row.name: row.about for _, rows in shown for row in rows}
+    machines = {(r["device"], r["threads"], r["torch"], r["commit"]): None for r in results}
+    return _TEXT.read_text(encoding="utf-8").format(
+        rows="\n".join(f"- `{name}`: {about}" for name, about in abouts.items()),
+        tables="\n\n".join(_table(task, rows) for task, rows in shown),
+        machines="\n".join(
+            f"- {device}, {threads} thread, torch {torch}, commit {commit}"
+            for device, threads, torch, commit in machines
+        ),
+    )
+
+
+def _table(task: Task, rows: Sequence[Summary]) -> str:
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    about = f"{task.about[0].upper()}{task.about[1:]}"
+    return f"### {task.name}\n\n{about}; {task.epochs} epochs.\n\n{table}"
+
+
+def _cells(row: Summary) -> tuple[str, ...]:
+    return (
+        row.name,
+        str(row.seeds),
+        f"{row.accuracy:.2f}",
+        f"{row.loss:.3f}",
+        f"{row.ece:.1f}",
+        f"{row.time:.2f}",
+        " ".join(f"{share:.2f}".removeprefix("0") for share in row.shares),
+        "" if row.to_full is None else str(row.to_full),
+        "" if row.to_equal is None else str(row.to_equal),
+    )
