@@ -1,9 +1,11 @@
 """Logs: `SSPROP_LOG=info` shows what the compiler and its passes do, on stderr."""
 
 import logging
+import os
+import sys
 from collections.abc import Mapping
 
-__all__ = ["VARIABLE", "configure_logging"]
+__all__ = ["VARIABLE", "configure_logging", "show_by_default"]
 
 VARIABLE = "SSPROP_LOG"
 _LEVELS = ("debug", "info", "warning", "error")
@@ -39,3 +41,28 @@ def configure_logging(environ: Mapping[str, str]) -> None:
         logger.setLevel(level.upper())
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def show_by_default(logger: logging.Logger) -> None:
+    """Show the INFO lines of a logger, unless the environment or the program says otherwise.
+
+    They go to the program's own handlers and, if it has none, to stderr.
+
+    Args:
+        logger: a logger below `ssprop_fx`.
+    """
+    is_configured = logging.getLogger("ssprop_fx").level != logging.NOTSET
+    if os.environ.get(VARIABLE, "").strip() or is_configured or logger.handlers:
+        return
+    logger.setLevel(logging.INFO)
+    handler = _IfNoOther()
+    handler.setFormatter(logging.Formatter("ssprop: %(message)s"))
+    logger.addHandler(handler)
+
+
+class _IfNoOther(logging.Handler):
+    """Writes to stderr as long as the program has no handler of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers and not logging.getLogger("ssprop_fx").handlers:
+            print(self.format(record), file=sys.stderr)

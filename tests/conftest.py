@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from training_runs import TWO_PHASES
 
 from ssprop_fx.cli.app import main
 from ssprop_fx.compiler.backend import SparseBackend
+from ssprop_fx.named_backend import progress
 from ssprop_fx.named_backend.autostep import SteppedVariant
 from ssprop_fx.runtime import constant_counts as specialize
 
@@ -64,6 +66,12 @@ def no_edit_backend_in_use() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SteppedVariant, "made", 1)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_lines() -> None:
+    """Not a line at the end of the session for each model of a test."""
+    progress.logger.addHandler(logging.NullHandler())
 
 
 @pytest.fixture(autouse=True)

@@ -88,18 +88,18 @@ class Report:
                 f" (step {self.step} of the schedule has {self.drop_rate:g})"
             )
         width = max(len("site"), *(len(site.name) for site in self.sites))
+        flops = max(self.backward_flops, 1)  # a layer may be used without any product
         lines = [f"{'site':{width}}  {'kind':16} {'C':>5} {'k':>5} {'FLOPs':>6}  state"]
         lines += [
             f"{site.name:{width}}  {site.kind:16} {site.channels:5} {site.kept:5}"
-            f" {site.flops / self.backward_flops:6.1%}  {_state(site)}"
+            f" {site.flops / flops:6.1%}  {_state(site)}"
             for site in self.sites
         ]
         if self.kept_samples is not None:
             kept, size = self.kept_samples
             lines.append(
                 f"the whole backward of {self.backward_flops / 1e9:.3g} GFLOPs runs on {kept} of"
-                f" {size} samples; {self.saved_flops / self.backward_flops:.1%} saved at step"
-                f" {self.step}"
+                f" {size} samples; {self.saved_flops / flops:.1%} saved at step {self.step}"
             )
             if self.samples is not None:
                 lines.append(
@@ -107,11 +107,11 @@ class Report:
                     f" gradients' norms; added noise {self.samples.error:.2f}"
                 )
             return "\n".join(lines)
-        covered = sum(site.sparse_flops for site in self.sites) / self.backward_flops
+        covered = sum(site.sparse_flops for site in self.sites) / flops
         lines.append(
             f"{len(self.sparse_sites)} of {len(self.sites)} sites sparse, with {covered:.1%} of"
             f" the backward's {self.backward_flops / 1e9:.3g} GFLOPs;"
-            f" {self.saved_flops / self.backward_flops:.1%} saved at step {self.step}, drop rate"
+            f" {self.saved_flops / flops:.1%} saved at step {self.step}, drop rate"
             f" {self.drop_rate:g}, by keep counts that are"
             f" {'constants of the graph' if self.specialized else 'read at run time'}"
         )

@@ -37,11 +37,16 @@ from ssprop_fx.compiler.inductor import (
     get_hooks,
     inductor_decompositions,
 )
-from ssprop_fx.compiler.node_marks import mark_layers, mark_memories
+from ssprop_fx.compiler.node_marks import (
+    complex_layers,
+    mark_layers,
+    mark_memories,
+    trained_layers,
+)
 from ssprop_fx.compiler.passes import build_passes
 from ssprop_fx.compiler.sample_choice import current_choice_maybe
 from ssprop_fx.compiler.site_cache import GraphRecord, load_record_maybe, record_key, save_record
-from ssprop_fx.compiler.slots import SlotTable, find_slots
+from ssprop_fx.compiler.slots import COMPLEX, SlotTable, find_slots
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.scheduling.keep_counts import KeepCounts
 from ssprop_fx.scheduling.telemetry import empty_table
@@ -163,6 +168,8 @@ class SparseBackend:
                 " = True (torch 2.12 and newer) or remove the region"
             )
         layers = mark_layers(gm, example_inputs, self.model)
+        trained = trained_layers(example_inputs, self.model)
+        excluded = {**self.table.excluded, **dict.fromkeys(complex_layers(gm), COMPLEX)}
         memories = mark_memories(gm, self.table) if self.config.memory else []
         table_device = _device(example_inputs) if self.config.telemetry else None
         slot_count = len(self.counts.tensor)
@@ -179,7 +186,7 @@ class SparseBackend:
         identity = (
             sources_hash(),
             self.table.slots,
-            self.table.excluded,
+            excluded,
             layers,
             self.selection.identity,
             gate and gate.identity(),
@@ -193,7 +200,9 @@ class SparseBackend:
             samples_pass = KeptSamplesPass(batch.symbol, state, self.config.saved == "kept")
 
         def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
-            sparse_pass = self._sparse_pass(layers, memories, slot_count, batch is not None)
+            sparse_pass = self._sparse_pass(
+                excluded, layers, trained, memories, slot_count, batch is not None
+            )
             passes = build_passes(
                 sparse_pass, self.kind, get_hooks(options, "joint_custom_pre_pass")
             )
@@ -273,14 +282,16 @@ class SparseBackend:
 
     def _sparse_pass(
         self,
+        excluded: dict[str, str],
         layers: tuple[str, ...],
+        trained: frozenset[str],
         memories: Sequence[MemoryInput],
         slot_count: int,
         chooses_samples: bool,
     ) -> SparseBackwardPass:
         return SparseBackwardPass(
             slots={slot.name: slot for slot in self.table.slots},
-            excluded=self.table.excluded,
+            excluded=excluded,
             layers=layers,
             slot_count=slot_count,
             decompositions=inductor_decompositions if self.kind == "inductor" else dict,
@@ -290,6 +301,7 @@ class SparseBackend:
             telemetry=self.config.telemetry,
             constants=self.constants,
             chooses_samples=chooses_samples,
+            trained=trained,
         )
 
 

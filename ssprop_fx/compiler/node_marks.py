@@ -18,11 +18,12 @@ from torch.nn import functional
 from ssprop_fx.compiler.backward_state import MemoryInput
 from ssprop_fx.compiler.slots import SlotTable, weight_owners
 
-__all__ = ["LAYER_CALLS", "mark_layers", "mark_memories"]
+__all__ = ["LAYER_CALLS", "complex_layers", "mark_layers", "mark_memories", "trained_layers"]
 
 # Calls that take the weight of a layer in the graph that Dynamo captures.
 LAYER_CALLS = (
     functional.linear,
+    torch.addmm,
     *(getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
 )
 
@@ -64,6 +65,34 @@ def mark_layers(
                 node.meta["custom"] = {**(node.meta.get("custom") or {}), SITE_KEY: name}
                 layers.append(name)
     return tuple(layers)
+
+
+def trained_layers(example_inputs: Sequence[Any], model: nn.Module) -> frozenset[str]:
+    """Return the names of the layers whose weights are among a graph's inputs and get a gradient.
+
+    Args:
+        example_inputs: the graph's inputs.
+        model: the model.
+    """
+    owners = weight_owners(model)
+    trained = [x for x in example_inputs if isinstance(x, Tensor) and x.requires_grad]
+    return frozenset(owners[id(weight)] for weight in trained if id(weight) in owners)
+
+
+def complex_layers(gm: fx.GraphModule) -> set[str]:
+    """Return the names of the layers whose calls return complex numbers.
+
+    Args:
+        gm: the graph that Dynamo captured, marked by `mark_layers`; subgraphs are searched as well.
+    """
+    calls = [
+        node
+        for graph_module in gm.modules()
+        for node in (graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ())
+        if node.target in LAYER_CALLS and isinstance(node.meta.get("example_value"), Tensor)
+    ]
+    names = [layer_name(node) for node in calls if node.meta["example_value"].is_complex()]
+    return {name for name in names if name is not None}
 
 
 def _innermost_module_maybe(node: fx.Node, names: dict[int, str]) -> str | None:
@@ -108,7 +137,7 @@ def mark_memories(gm: fx.GraphModule, table: SlotTable) -> list[MemoryInput]:
 
 def _memory_of(output: Tensor, call: object, layer: str, number: int) -> MemoryInput:
     """Return the memory of a call, given the fake value of its output."""
-    if call is functional.linear:
+    if call in (functional.linear, torch.addmm):
         dims = [-1]
     else:
         # A single sample may come without a batch dimension.

@@ -138,6 +138,7 @@ class SampleChoice:
                 self.kept = sample_count(self._counts.rule, scores)
             self.indices, weights = choose_samples(self._selection, scores, self.kept)
             self._counts.samples = sample_telemetry(scores, self.indices, weights)
+            self._counts.kept = self.kept, self.size
             factors = sample_factors(self.indices, weights, self.size)
             return [
                 weigh_samples(g, factors, *place)

@@ -7,17 +7,22 @@ graph pass, and graph breaks split a model into several graphs that share one te
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from ssprop_passes.sites.site import Slot
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ssprop_fx.config import SparsityConfig
 
-__all__ = ["SlotTable", "find_slots", "own_weight_maybe", "weight_owners"]
+__all__ = ["COMPLEX", "SlotTable", "find_slots", "own_weight_maybe", "weight_owners"]
+
+# Torch splits a complex convolution into three real ones, which would each choose channels.
+COMPLEX = "its numbers are complex, and only real layers take part"
+
+_OF_ATTENTION = "the projections of nn.MultiheadAttention keep all channels"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         The table of slots.
 
     Raises:
+        RuntimeError: `config.filter_fn` failed.
         ValueError: a layer's weight does not exist yet, or a pattern in `config.rates` applies to
             no layer.
     """
@@ -58,10 +64,12 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
         channels, groups = _channels_and_groups(module)
         if target not in config.targets:
             excluded[name] = f"{target} layers are not among the targets"
-        elif config.filter_fn is not None and not config.filter_fn(module, name):
+        elif not _passes_filter(config, module, name):
             excluded[name] = "filtered out by filter_fn"
+        elif cast(torch.Tensor, own_weight_maybe(module)).is_complex():
+            excluded[name] = COMPLEX
         elif isinstance(module, NonDynamicallyQuantizableLinear):
-            excluded[name] = "nn.MultiheadAttention takes its weight and does not call it"
+            excluded[name] = _OF_ATTENTION
         elif module in classifier:
             excluded[name] = "the classifier"
         elif config.axis == "sample" and name not in rates:
@@ -75,6 +83,11 @@ def find_slots(model: nn.Module, config: SparsityConfig) -> SlotTable:
             excluded[name] = f"its channels{of_group} are no multiple of block={config.block}"
         else:
             slots.append(Slot(len(slots), name, channels, groups))
+    for name, module in model.named_modules():
+        if name not in layers and name not in tied and _may_be_linear(module):
+            excluded[name] = "its weight may be an embedding: in_features and out_features tell"
+        if isinstance(module, nn.MultiheadAttention):
+            excluded[name] = _OF_ATTENTION
     for name, owner in tied.items():
         excluded[name] = f"it shares the weight of {owner!r}, and counts under that name"
     own = {slot.name: rates[slot.name] for slot in slots if slot.name in rates}
@@ -99,19 +112,25 @@ def own_weight_maybe(module: nn.Module) -> torch.Tensor | None:
 
 
 def weight_owners(model: nn.Module) -> dict[int, str]:
-    """Return the name of the module that each parameter called `weight` counts for, by its id.
+    """Return the name that each parameter of a product counts for, by its id.
 
-    That is the first convolution or linear layer that owns it, else the first other module. So a
-    head that is tied to an embedding counts as itself.
+    A parameter called `weight` counts for the first convolution or linear layer that owns it, else
+    for the first other module. So a head that is tied to an embedding counts as itself. Any other
+    parameter of two dimensions or more counts for itself, under its own name.
     """
-    owned = [
-        (name, module, weight)
-        for name, module in model.named_modules()
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
-    ]
+    owned: list[tuple[bool, str, torch.Tensor]] = []
+    for name, module in model.named_modules():
+        is_layer = _target_maybe(module) is not None
+        for key, parameter in module._parameters.items():
+            if key == "weight" and parameter is not None:
+                owned.append((not is_layer, name, parameter))
+            elif isinstance(module, ParametrizationList):
+                continue  # what a weight is computed from, not a weight
+            elif parameter is not None and parameter.ndim > 1:
+                owned.append((True, f"{name}.{key}".lstrip("."), parameter))
     owners: dict[int, str] = {}
-    for name, _, weight in sorted(owned, key=lambda entry: _target_maybe(entry[1]) is None):
-        owners.setdefault(id(weight), name)
+    for _, name, parameter in sorted(owned, key=lambda entry: entry[0]):
+        owners.setdefault(id(parameter), name)
     return owners
 
 
@@ -124,14 +143,15 @@ def _find_layers(
     """
     layers: dict[str, tuple[nn.Module, str]] = {}
     tied: dict[str, str] = {}
-    owners = weight_owners(model)
     for name, module in model.named_modules():
-        weight = own_weight_maybe(module)
-        if isinstance(weight, nn.UninitializedParameter):
+        if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
             raise ValueError(
                 f"model must have all its weights, but {name!r} is a lazy layer without a weight:"
                 " run one forward before ssprop_compile"
             )
+    owners = weight_owners(model)
+    for name, module in model.named_modules():
+        weight = own_weight_maybe(module)
         if (target := _target_maybe(module)) is None:
             continue
         if (owner := owners.get(id(weight), name)) != name:
@@ -139,6 +159,16 @@ def _find_layers(
         else:
             layers[name] = module, target
     return layers, tied
+
+
+def _passes_filter(config: SparsityConfig, module: nn.Module, name: str) -> bool:
+    if config.filter_fn is None:
+        return True
+    try:
+        return bool(config.filter_fn(module, name))
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"filter_fn failed for the layer {name!r} with {what}") from error
 
 
 def _match_rates(
@@ -174,17 +204,39 @@ def _target_maybe(module: nn.Module) -> str | None:
     if weight is None:
         return None
     # Attributes decide, because some libraries' layers do not derive from torch's. A weight of two
-    # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's.
+    # dimensions may also be an embedding's; of three, a bilinear layer's or a normalisation's; with
+    # one size above 1, a scale.
+    is_vector = weight.numel() == max(weight.shape, default=0)
     if weight.ndim == 2:
-        return "linear" if hasattr(module, "in_features") else None
-    if weight.ndim not in (3, 4, 5) or (weight.ndim == 3 and not hasattr(module, "kernel_size")):
+        is_shaped = _bias_length(module) in weight.shape and not is_vector
+        return "linear" if is_shaped or hasattr(module, "in_features") else None
+    may_scale = weight.ndim == 3 or is_vector
+    if weight.ndim not in (3, 4, 5) or (may_scale and not hasattr(module, "kernel_size")):
         return None
     return "depthwise" if _is_depthwise(module) else "conv"
 
 
+def _may_be_linear(module: nn.Module) -> bool:
+    """Return whether a module has a weight that may be an embedding's or a linear layer's."""
+    weight = own_weight_maybe(module)
+    is_torchs = type(module).__module__.startswith("torch.nn.")
+    return weight is not None and weight.ndim == 2 and not (is_torchs or _target_maybe(module))
+
+
+def _bias_length(module: nn.Module) -> int | None:
+    """Return the length of a module's own bias, None unless it has one of one dimension."""
+    bias = module._parameters.get("bias")
+    return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None
+
+
 def _channels_and_groups(module: nn.Module) -> tuple[int, int]:
     """Return a layer's output channels and the number of groups in which they are selected."""
-    outputs, inputs = cast(torch.Tensor, own_weight_maybe(module)).shape[:2]
+    weight = cast(torch.Tensor, own_weight_maybe(module))
+    outputs, inputs = weight.shape[:2]
+    if weight.ndim == 2:
+        # Some layers hold [in, out], such as the Conv1D of GPT-2.
+        named: tuple[Any, ...] = getattr(module, "out_features", None), _bias_length(module)
+        return int(next((n for n in named if n in weight.shape), outputs)), 1
     groups = int(getattr(module, "groups", 1))
     channels = inputs * groups if getattr(module, "transposed", False) else outputs
     return int(channels), 1 if _is_depthwise(module) else groups

@@ -5,6 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ssprop_fx.integrations.optimizer import check_hooks
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 try:
@@ -58,7 +59,13 @@ class SsPropCallback(Callback):  # type: ignore[misc]
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the optimizers, because Lightning also counts steps that a gradient scaler skips."""
+        """Hook the optimizers, because Lightning also counts steps that a gradient scaler skips.
+
+        Raises:
+            TypeError: an optimizer does not run hooks.
+        """
+        for optimizer in trainer.optimizers:
+            check_hooks(optimizer)
         self._stepped = False
         self._hooks = [o.register_step_post_hook(self._note_step) for o in trainer.optimizers]
 

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
-__all__ = ["freeze_dropped"]
+__all__ = ["check_hooks", "freeze_dropped"]
 
 
 def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
@@ -19,8 +19,9 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     and weight decay, and decays its moments. With this hook, a step in a sparse phase changes
     neither weights nor optimizer state if the gradient is exactly zero, in the layers that take
     part. `torch.optim.SparseAdam` has the same meaning. Dense steps do not change. The hook works
-    with every optimizer whose state tensors have the shape of the weights, and with gradient
-    scalers, clipping and accumulated batches.
+    with gradient scalers, clipping, accumulated batches and closures. State without the shape of
+    the weights, such as the row sums of Adafactor, is not restored; docs/optimizers.md says which
+    of timm's optimizers have such state.
 
     A step copies the layers' weights and state, which takes the same memory again.
 
@@ -32,7 +33,8 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         A handle; `handle.remove()` removes the hook.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or the optimizer calls no hooks or searches along
+            lines.
         ValueError: the optimizer has no weight of a layer that takes part.
 
     Examples:
@@ -54,6 +56,12 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
+    check_hooks(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer must take one gradient a step, but LBFGS takes several, and each may have"
+            " dropped other channels"
+        )
     if not isinstance(model, SsPropModule):
         raise TypeError(f"model must come from ssprop_compile, got {type(model).__name__}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -67,6 +75,22 @@ def freeze_dropped(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     before = optimizer.register_step_pre_hook(hooks.before)
     after = optimizer.register_step_post_hook(hooks.after)
     return _Both(before, after)
+
+
+def check_hooks(optimizer: Optimizer) -> None:
+    """Check that an optimizer runs the hooks of its steps.
+
+    `Optimizer.__init__` sees to that, but a wrapper such as timm's Lookahead does not call it, and
+    accepts hooks that it never runs.
+
+    Raises:
+        TypeError: it does not run them.
+    """
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise TypeError(
+            f"optimizer must run the hooks of its steps, but {type(optimizer).__name__} does not:"
+            " use an optimizer that calls torch.optim.Optimizer.__init__"
+        )
 
 
 class _Hooks:
@@ -89,10 +113,30 @@ class _Hooks:
         self._places: list[tuple[nn.Parameter, str | None]] = []
         self._before: list[Tensor] = []
         self._stays: list[Tensor] = []
+        self._is_saved = False
+
+    def before(
+        self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Save what the step may change, as soon as there are gradients."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._save()
+            return None
+        self._is_saved = False
+
+        def save_after() -> Any:
+            result = closure()
+            # Later calls, if any, come after the weights have moved.
+            if not self._is_saved:
+                self._save()
+            return result
+
+        return (args[0],), {**kwargs, "closure": save_after}
 
     @torch.no_grad()
-    def before(self, *_args: Any) -> None:
-        """Save what the step may change."""
+    def _save(self) -> None:
+        self._is_saved = True
         self._places, self._stays = [], []
         weights = [p for p in self._weights if p.grad is not None]
         if self._scheduler.drop_rate == 0 or not weights:

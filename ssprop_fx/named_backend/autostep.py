@@ -1,9 +1,9 @@
 """Stepping: schedules advance with the optimizer, because no script calls `scheduler.step()`."""
 
 import functools
-import itertools
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ssprop_fx.compiler.slots import find_slots
+from ssprop_fx.named_backend.compiled_models import compiled_models
 from ssprop_fx.named_backend.options import Settings
+from ssprop_fx.named_backend.progress import Progress
 from ssprop_fx.runtime.sparse_variant import SparseVariant
 from ssprop_fx.runtime.tripwire import Problem
 from ssprop_fx.runtime.user_warning import warn_no_effect
@@ -27,10 +29,11 @@ __all__ = [
 
 _variants: "weakref.WeakKeyDictionary[nn.Module, SteppedVariant]" = weakref.WeakKeyDictionary()
 
-# We warn after this many training forwards of one graph without an optimizer step, and after this
-# many optimizer steps without any variant.
+# We warn after this many training forwards of one graph without an optimizer step.
 _FORWARDS_PATIENCE = 1000
-_STEPS_PATIENCE = 10
+
+# At these steps of an optimizer we look for models that Dynamo has never called the backend for.
+_LOOK_AT = frozenset(10**power for power in range(1, 10))
 
 
 class SteppedVariant(SparseVariant):
@@ -43,6 +46,7 @@ class SteppedVariant(SparseVariant):
         model: the model; this does not keep it alive.
         settings: its settings.
         scheduler: its scheduler; by default a new one.
+        progress: counts its steps; by default a new one.
 
     Attributes:
         made: number of variants made so far.
@@ -51,13 +55,18 @@ class SteppedVariant(SparseVariant):
     made: ClassVar[int] = 0
 
     def __init__(
-        self, model: nn.Module, settings: Settings, scheduler: SparsityScheduler | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        scheduler: SparsityScheduler | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if scheduler is None:
             scheduler = SparsityScheduler(settings.schedule, settings.controller)
             scheduler.load_state_dict({"last_step": settings.start_step})
         super().__init__(model, scheduler, settings.config, settings.kind, dict(settings.inductor))
         self.settings = settings
+        self.progress = progress or Progress(type(model).__name__)
         self._leader: weakref.ref[Optimizer] | None = None
         self._forwards: Counter[object] = Counter()
         follow_optimizers()
@@ -85,8 +94,10 @@ class SteppedVariant(SparseVariant):
         if self.is_due():
             self.check_step()
         self._forwards.clear()
+        self.progress.end_step(self)
         self.tripwire.start()
         self.scheduler.step()
+        self.progress.begin_step(self)
 
 
 def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant:
@@ -100,7 +111,9 @@ def find_stepped_variant(model: nn.Module, settings: Settings) -> SteppedVariant
     if variant is None or variant.settings != settings:
         variant = _variants[model] = SteppedVariant(model, settings)
     elif find_slots(model, settings.config) != variant.table:
-        variant = _variants[model] = SteppedVariant(model, settings, variant.scheduler)
+        variant = _variants[model] = SteppedVariant(
+            model, settings, variant.scheduler, variant.progress
+        )
     return variant
 
 
@@ -123,16 +136,33 @@ def follow_optimizers() -> None:
     register_optimizer_step_post_hook(hook)
 
 
-_steps_without_variant = itertools.count(1)
+_steps: "weakref.WeakKeyDictionary[Optimizer, int]" = weakref.WeakKeyDictionary()
+_named: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def _end_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for variant in list(_variants.values()):
         variant.end_step(optimizer)
-    if not SteppedVariant.made and next(_steps_without_variant) == _STEPS_PATIENCE:
+    steps = _steps[optimizer] = _steps.get(optimizer, 0) + 1
+    if steps not in _LOOK_AT:
+        return
+    never_called = set(_never_called(optimizer))
+    if never_called or (not SteppedVariant.made and steps == min(_LOOK_AT)):
+        _named.update(never_called)
+        names = ", ".join(sorted(type(m).__name__ for m in never_called)) or "any model"
         warn_no_effect(
-            f"{_STEPS_PATIENCE} optimizer steps were dense, because Dynamo has not called the"
-            " ssprop backend for a training step. Likely causes: compilation is disabled"
+            f"{steps} optimizer steps were dense, because Dynamo has not called the ssprop backend"
+            f" for a training step of {names}. Likely causes: compilation is disabled"
             " (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or Dynamo runs the whole model"
             " eagerly, for example DistributedDataParallel(torch.nn.Sequential(...)).",
         )
+
+
+def _never_called(optimizer: Optimizer) -> Iterator[nn.Module]:
+    """Yield the compiled models that this step has trained and that the backend never saw."""
+    seen = {id(p) for model in list(_variants) for p in model.parameters()}
+    for model in compiled_models("ssprop"):
+        trained = [p for p in model.parameters() if p.grad is not None]
+        is_seen = any(id(p) in seen for p in trained)
+        if trained and not is_seen and model not in _named and _holds(optimizer, model):
+            yield model

@@ -1,6 +1,5 @@
 """Settings of the no-edit backend, from `torch.compile(options=...)` and the environment."""
 
-import contextlib
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -129,6 +128,8 @@ def _schedule(value: object) -> Schedule:
         return value
     if not isinstance(value, str):
         raise TypeError(f"must be a schedule or a text that describes one, got {value!r}")
+    if not value.strip():
+        raise ValueError("must not be empty: right would be bar:rate=0.8,period=2000, or none")
     return parse_schedule(value)
 
 
@@ -157,9 +158,12 @@ def _kind(value: object) -> str:
 def _config_value(name: str, value: object) -> object:
     """Return the value of one field of SparsityConfig, from a text where it is one."""
     if isinstance(value, str):
-        # What is no value stays a text, and SparsityConfig says what would be right.
-        with contextlib.suppress(ValueError):
+        try:
             value = _OPTIONS[name].from_text(value)
+        except ValueError as error:
+            # A text that is no mapping stays one: SparsityConfig has an example for it.
+            if _OPTIONS[name].base is not Mapping:
+                raise ValueError(f"{name} {error}") from None
     if name == "specialize" and value is True:
         raise ValueError(
             'specialize must be "auto" or False with this backend, which reads keep counts at run'

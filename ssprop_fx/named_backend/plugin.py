@@ -27,7 +27,6 @@ from ssprop_passes.errors import SsPropCompileError
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import TracingContext
-from torch.nn.parallel import DistributedDataParallel
 
 from ssprop_fx.compiler.compiled_graph import CompiledGraph
 from ssprop_fx.compiler.dynamo_graph import copy_graph, is_differentiable
@@ -39,6 +38,7 @@ from ssprop_fx.named_backend.autostep import (
     follow_optimizers,
     stepped_variant_maybe,
 )
+from ssprop_fx.named_backend.compiled_models import model_in_maybe
 from ssprop_fx.named_backend.options import Settings, read_settings
 
 __all__ = ["PhasedGraph", "ssprop"]
@@ -172,27 +172,13 @@ def _compiled_model() -> nn.Module:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if name == ("torch._dynamo.eval_frame", "compile_wrapper"):
-            model = _module_maybe(frame.f_locals["fn"])
-            if model is not None:
-                return model
+        if (model := model_in_maybe(frame)) is not None:
+            return model
         frame = frame.f_back
     raise SsPropCompileError(
         "the ssprop backend compiles models: call torch.compile(model, backend='ssprop') on the"
         " torch.nn.Module itself, not on a function that calls it"
     )
-
-
-def _module_maybe(fn: Any) -> nn.Module | None:
-    """Return the module that a compiled function is or belongs to; None if there is none."""
-    while fn is not None:
-        for module in (fn, getattr(fn, "__self__", None)):
-            if isinstance(module, nn.Module):
-                # DistributedDataParallel's `forward` only calls the model, and hides its kind.
-                return module.module if isinstance(module, DistributedDataParallel) else module
-        fn = getattr(fn, "__wrapped__", None)
-    return None
 
 
 # `torch.compile` imports this file. Start now, to notice if Dynamo never calls the backend.

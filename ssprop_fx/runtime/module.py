@@ -1,8 +1,9 @@
 """SsPropModule: stands in for a compiled model, as `torch.compile`'s module does."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ssprop_fx.compiler.backward_state import Memory
@@ -37,7 +38,18 @@ class SsPropModule(nn.Module):
         self.ssprop = variants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: its sparse form in a sparse training step, else its dense form."""
+        """Run the model: its sparse form in a sparse training step, else its dense form.
+
+        Raises:
+            RuntimeError: torch.fx traces this module itself.
+        """
+        if torch.compiler.is_exporting():
+            # Dynamo, which torch.export may use, does not look into `run`.
+            return self._orig_mod(*args, **kwargs)
+        if isinstance(cast(Any, args), torch.fx.Proxy):
+            raise RuntimeError(
+                "torch.fx cannot trace what ssprop_compile returned: trace the model itself"
+            )
         return self.ssprop.run(*args, **kwargs)
 
     @property

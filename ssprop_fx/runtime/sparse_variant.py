@@ -115,8 +115,7 @@ class SparseVariant:
         if not graphs or not all(graph.is_sliced for graph in graphs):
             return None
         if self.counts.rule is not None:
-            told = self.samples
-            return None if told is None else (told.kept, told.size)
+            return self.counts.kept
         return int(self.keep_counts[-1]), self.counts.channels[-1]
 
     @property
@@ -187,10 +186,10 @@ class SparseVariant:
 
         Each problem gives one warning. A dense step warns again after a step without problems.
         """
-        problem = self.tripwire.problem_maybe()
-        if problem is None:
+        problems = self.tripwire.problems()
+        if not problems:
             self._warned.discard("dense")
-        else:
+        for problem in problems:
             self._warn(problem)
 
     def watch(self, output: Any) -> None:

@@ -3,10 +3,14 @@
 Dynamo silently runs eagerly, and so dense, whatever it does not compile. The tripwire reports it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from ssprop_passes.sites.match import UNKNOWN
 
 from ssprop_fx.compiler.backend import SparseBackend
 from ssprop_fx.compiler.site_cache import GraphRecord
+from ssprop_fx.compiler.slots import COMPLEX
 
 __all__ = ["Problem", "Tripwire", "why_no_layer"]
 
@@ -34,16 +38,21 @@ class Tripwire:
     def __init__(self, backend: SparseBackend) -> None:
         self._backend = backend
         self._runs: dict[int, int] = {}
-        self._judged: dict[tuple[int, frozenset[int]], Problem | None] = {}
+        self._judged: dict[tuple[int, frozenset[int]], list[Problem]] = {}
 
     def start(self) -> None:
         """Begin a step: graphs that ran before do not count for it."""
         self._runs = {id(graph): graph.runs for graph in self._backend.graphs}
 
-    def problem_maybe(self) -> Problem | None:
-        """Return what is wrong with a sparse step that ends now; None if nothing is."""
+    @property
+    def ran(self) -> list[GraphRecord]:
+        """The graphs that have run in this step."""
         graphs = self._backend.graphs
-        ran = [graph for graph in graphs if graph.runs != self._runs.get(id(graph), 0)]
+        return [graph for graph in graphs if graph.runs != self._runs.get(id(graph), 0)]
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with a sparse step that ends now."""
+        graphs, ran = self._backend.graphs, self.ran
         # Ids are safe keys, because graphs live as long as the backend. Most steps are alike.
         key = len(graphs), frozenset(map(id, ran))
         if key not in self._judged:
@@ -53,35 +62,51 @@ class Tripwire:
 
 def _judge(
     backend: SparseBackend, graphs: list[GraphRecord], ran: list[GraphRecord]
-) -> Problem | None:
+) -> list[Problem]:
     whole = [graph.whole for graph in ran if graph.whole]
     if whole:
         message = (
             f"{len(whole)} of the model's {len(ran)} compiled graphs cannot run on the kept samples"
             f" alone, so their backward is of the whole batch: {'; '.join(dict.fromkeys(whole))}."
         )
-        return Problem(f"whole {whole}", message)
+        return [Problem(f"whole {whole}", message)]
     if not any(graph.is_sparse for graph in ran):
-        return _why_dense(graphs)
-    if missing := backend.missing:
-        message = (
-            f"{len(missing)} layers are in no sparse graph and train dense: {', '.join(missing)}."
-            " Either the model does not use them, or Dynamo runs them eagerly or in the compiled"
-            " code of a layer that does not take part: TORCH_LOGS=graph_breaks shows graph breaks,"
-            " and fullgraph=True makes them an error."
-        )
-        return Problem(f"missing {missing}", message)
+        return [_why_dense(graphs)]
     present = {site.name for graph in ran for site in graph.sites}
     known = [site.name for graph in graphs for site in graph.sites if not site.reason]
-    if lost := [name for name in dict.fromkeys(known) if name not in present]:
+    lost = [name for name in dict.fromkeys(known) if name not in present]
+    refused = {
+        site.name: site.reason
+        for graph in ran
+        for site in graph.sites
+        if site.reason in (UNKNOWN, COMPLEX)
+    }
+    problems = []
+    if missing := backend.missing:
         message = (
-            f"{len(lost)} layers that were sparse before were in no sparse graph in this step:"
-            f" {', '.join(lost)}. Either the model did not use them this time, or Dynamo ran them"
-            " eagerly and they trained dense: see torch._dynamo.config.recompile_limit and"
+            f"{_layers(missing)} in no sparse graph and so dense: {', '.join(missing)}. Either the"
+            " model does not use what is named, or Dynamo runs it eagerly or in the compiled code"
+            " of a layer that does not take part: TORCH_LOGS=graph_breaks shows graph breaks, and"
+            " fullgraph=True makes them an error."
+        )
+        problems.append(Problem(f"missing {missing}", message))
+    elif lost:
+        message = (
+            f"{_layers(lost)} sparse in other steps but in no sparse graph in this step:"
+            f" {', '.join(lost)}. Either the model did not use what is named, or Dynamo ran it"
+            " eagerly and it trained dense: see torch._dynamo.config.recompile_limit and"
             " TORCH_LOGS=recompiles."
         )
-        return Problem(f"lost {lost}", message)
-    return None
+        problems.append(Problem(f"lost {lost}", message))
+    if refused:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
+        message = f"{_layers(refused)} compiled but dense: {reasons}."
+        problems.append(Problem(f"refused {list(refused)}", message))
+    return problems
+
+
+def _layers(names: Collection[str]) -> str:
+    return "1 layer is" if len(names) == 1 else f"{len(names)} layers are"
 
 
 def _why_dense(graphs: list[GraphRecord]) -> Problem:

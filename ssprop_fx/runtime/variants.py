@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from ssprop_passes.graph.modes import is_traced, is_transformed
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -15,10 +16,17 @@ from ssprop_fx.compiler.sample_choice import SampleChoice, opened
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import constant_levels
 from ssprop_fx.runtime.sparse_variant import SparseVariant
-from ssprop_fx.runtime.tripwire import Tripwire
+from ssprop_fx.runtime.tripwire import Problem, Tripwire
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 __all__ = ["Variants"]
+
+_TRANSFORMED = Problem(
+    "transformed",
+    "the model was called inside a transform of torch.func, such as grad or vmap, where compiled"
+    " code does not run: it ran as it is, so gradients through this call are dense. For sparse ones"
+    " call loss.backward() or torch.autograd.grad outside of such transforms.",
+)
 
 
 class Variants(SparseVariant):
@@ -88,7 +96,16 @@ class Variants(SparseVariant):
     # If another compiled function traced this, the model would become part of it, and dense.
     @torch.compiler.disable(reason="ssprop_compile has compiled it already")  # type: ignore[no-untyped-call, untyped-decorator]
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the variant that the scheduler, the model's mode and autograd's state ask for."""
+        """Call the variant that the scheduler, the model's mode and autograd's state ask for.
+
+        What traces or transforms the model gets the model as it is.
+        """
+        if is_traced(args):
+            return self._called(*args, **kwargs)
+        if is_transformed():
+            if self.is_due():
+                self._warn(_TRANSFORMED)
+            return self._called(*args, **kwargs)
         self.agree()
         if self.is_due():
             return self._run_sparse(*args, **kwargs)

@@ -51,6 +51,7 @@ class KeepCounts:
         batch: whether the last slot is not of a layer: it counts the kept samples of the batch.
         rule: decides how many samples are kept, in place of the tensor; None without one.
         samples: returns what the last backward kept of its batch; None before any.
+        kept: how many samples that were, of how many; None before any.
         telemetry: what the model's sparse backwards report.
     """
 
@@ -78,6 +79,7 @@ class KeepCounts:
         self.batch = batch
         self.rule = rule
         self.samples: Callable[[], SampleTelemetry] | None = None
+        self.kept: tuple[int, int] | None = None
         self.telemetry = Telemetry()
 
     def of_batch(self, size: int) -> int:

@@ -150,7 +150,7 @@ def test_layers_that_dynamo_runs_eagerly_are_named() -> None:
     scheduler = SparsityScheduler(constant(0.5))
     config = SparsityConfig(min_channels=1)
     model = ssprop_compile(Loop(), scheduler, config=config, backend="aot_eager")
-    with pytest.warns(NoEffectWarning, match=r"1 layers are in no sparse graph.*: eager\.0\."):
+    with pytest.warns(NoEffectWarning, match=r"1 layer is in no sparse graph.*: eager\.0\."):
         model(X)
 
 

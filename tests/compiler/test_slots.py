@@ -150,6 +150,16 @@ class TestFindSlots:
         model = nn.Sequential(nn.Conv2d(3, 8, 1), shared, nn.ReLU(), shared)
         assert slots_of(model) == {"0": 8, "1": 8}
 
+    def test_an_error_in_filter_fn_names_it_and_the_layer(self):
+        def fail(module, name):
+            raise AttributeError("no stride")
+
+        with pytest.raises(
+            RuntimeError,
+            match=r"^filter_fn failed for the layer '0' with AttributeError: no stride",
+        ):
+            find_slots(nn.Sequential(nn.Linear(8, 8)), SparsityConfig(filter_fn=fail))
+
     def test_filter_fn_is_called_with_the_module_and_its_name(self):
         model = nn.Sequential(Block(8), nn.ReLU(), nn.Linear(4, 4))
         calls = []
@@ -207,7 +217,7 @@ def test_channels_are_selected_within_groups_but_across_a_depthwise_layer(layer,
 def test_the_projection_inside_multi_head_attention_stays_dense():
     table = find_slots(nn.MultiheadAttention(64, 2), SparsityConfig())
     assert table.slots == ()
-    assert set(table.excluded) == {"out_proj"}
+    assert set(table.excluded) == {"", "out_proj"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ssprop_fx import SparsityConfig, SparsityScheduler, bar, ssprop_compile
+from ssprop_fx import SparsityConfig, SparsityScheduler, bar, freeze_dropped, ssprop_compile
 
 lightning = pytest.importorskip("lightning.pytorch", reason="the extra `lightning`")
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
@@ -27,13 +27,14 @@ class Classifier(lightning.LightningModule):
         self.net = nn.Sequential(
             nn.Conv2d(3, CHANNELS, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36 * CHANNELS, 5)
         )
-        ssprop_compile(
+        compiled = ssprop_compile(
             self.net,
             scheduler,
             config=SparsityConfig(channel_multiple=1),
             backend="aot_eager",
             in_place=True,
         )
+        self.compiled = (compiled,)  # as a module of this one it would be saved twice
         self.rows: list[int] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -66,6 +67,27 @@ class TwoOptimizers(Classifier):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         pass
+
+
+class Frozen(Classifier):
+    """Freezes dropped rows. Lightning computes the gradients in a closure of the step."""
+
+    def __init__(self, scheduler: SparsityScheduler) -> None:
+        super().__init__(scheduler)
+        self.moved: list[bool] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = super().configure_optimizers()
+        freeze_dropped(optimizer, self.compiled[0])
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        weight = self.net[0].weight
+        self.before, self.kept = weight.detach().clone(), weight.grad.flatten(1).any(1)
+
+    def on_train_batch_end(self, *_args: object) -> None:
+        moved = (self.net[0].weight != self.before).flatten(1).any(1)
+        self.moved.append(bool((moved & ~self.kept).any()))
 
 
 def trainer(scheduler: SparsityScheduler, folder: Path, **flags: object) -> lightning.Trainer:
@@ -122,6 +144,25 @@ def test_several_optimizers_step_it_once_a_batch(tmp_path: Path) -> None:
     scheduler = SparsityScheduler(bar(0.75, period=2))
     trainer(scheduler, tmp_path, max_epochs=1).fit(TwoOptimizers(scheduler), loader(3))
     assert scheduler.last_step == 3
+
+
+def test_frozen_rows_are_those_of_the_step_itself(tmp_path: Path) -> None:
+    scheduler = SparsityScheduler(bar(0.75, period=4))
+    model = Frozen(scheduler)
+    trainer(scheduler, tmp_path, max_epochs=1).fit(model, loader(8))
+    assert model.moved == [False] * 8
+
+
+def test_an_optimizer_that_runs_no_hooks_is_refused(tmp_path: Path) -> None:
+    from timm.optim import Lookahead
+
+    class WithLookahead(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Lookahead(super().configure_optimizers())
+
+    scheduler = SparsityScheduler(bar(0.75, period=2))
+    with pytest.raises(TypeError, match=r"^optimizer must run the hooks .* Lookahead does not"):
+        trainer(scheduler, tmp_path, max_epochs=1).fit(WithLookahead(scheduler), loader(2))
 
 
 def test_it_wants_a_scheduler() -> None:

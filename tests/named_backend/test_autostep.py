@@ -20,7 +20,7 @@ def test_layers_that_dynamo_runs_eagerly_are_named_at_the_end_of_the_step() -> N
     for step in range(4):
         loss(model_compiled(torch.randn(4, 32))).backward()
         if step == 1:
-            with pytest.warns(NoEffectWarning, match=r"1 layers are in no sparse graph.*: head\."):
+            with pytest.warns(NoEffectWarning, match=r"1 layer is in no sparse graph.*: head\."):
                 optimizer.step()
         else:
             optimizer.step()  # the warning is an error in these tests: once is enough

@@ -131,6 +131,7 @@ def test_settings(
             "SSPROP_CONTROLLER: kept_mass: kept_mass needs target=; right would be kept_mass:tar",
         ),
         (None, {"controller": 0.9}, {}, TypeError, "options['controller']: must be a controller"),
+        (None, None, {"SSPROP_SCHEDULE": " "}, ValueError, "SSPROP_SCHEDULE: must not be empty: "),
         (
             None,
             None,
@@ -171,8 +172,8 @@ def test_settings(
             None,
             None,
             {"SSPROP_SCHEDULE": BAR, "SSPROP_GATE": "perhaps"},
-            TypeError,
-            "SSPROP_GATE: gate must be True or False, got 'perhaps'",
+            ValueError,
+            "SSPROP_GATE: gate must be yes or no, got 'perhaps'",
         ),
         (
             None,
@@ -199,8 +200,8 @@ def test_settings(
             None,
             None,
             {"SSPROP_SCHEDULE": BAR, "SSPROP_MIN_CHANNELS": "few"},
-            TypeError,
-            "SSPROP_MIN_CHANNELS: min_channels must be an int, got 'few'",
+            ValueError,
+            "SSPROP_MIN_CHANNELS: min_channels must be a whole number, got 'few'",
         ),
         (
             None,

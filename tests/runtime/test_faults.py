@@ -211,7 +211,7 @@ def test_one_warning_does_not_hide_another(entry: str) -> None:
         call(X).sum().backward()
         optimizer.step()
 
-    with pytest.warns(NoEffectWarning, match=r"1 layers are in no sparse graph.*second\.inner"):
+    with pytest.warns(NoEffectWarning, match=r"1 layer is in no sparse graph.*second\.inner"):
         both()
     with (
         torch.compiler.set_stance("force_eager"),
@@ -227,7 +227,7 @@ def test_layers_lost_at_the_recompile_limit_are_named() -> None:
     model.mode = "other"
     with (
         torch._dynamo.config.patch(recompile_limit=1),
-        pytest.warns(NoEffectWarning, match=r"1 layers .* in this step: second\. Either"),
+        pytest.warns(NoEffectWarning, match=r"1 layer .* in this step: second\. Either"),
     ):
         step(model, call)
 

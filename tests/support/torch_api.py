@@ -11,6 +11,7 @@ Dynamo's and AOTAutograd's objects), and `meta.key` for a key of `node.meta`.
 import copy
 import inspect
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,37 @@ def a_call_of_a_compiled_model_shows_the_model_in_its_frames() -> None:
 
     model = capture(compile_graph)
     assert found == [model, model]
+
+
+@relies_on("torch._dynamo.eval_frame", "._torchdynamo_orig_backend")
+def a_compiled_model_is_held_by_a_function_that_names_the_backend() -> None:
+    """`torch.compile` makes a function `compile_wrapper` of `torch._dynamo.eval_frame`. Its cell
+    `fn` holds a method of the model, or a function with one of these as `__wrapped__`. Its cell
+    `callback` leads, by `_torchdynamo_orig_backend`, to an object whose `compiler_name` is the name
+    of the backend, or of the function that it is.
+    """
+    import gc
+    from types import FunctionType
+
+    def some_backend(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
+        return gm.forward
+
+    model, in_place = nn.Linear(2, 2), nn.Linear(2, 2)
+    held = torch.compile(model, backend=some_backend)
+    in_place.compile(backend=some_backend)
+    found = {}
+    for each in gc.get_objects():
+        if type(each) is not FunctionType or each.__code__.co_name != "compile_wrapper":
+            continue
+        assert each.__globals__["__name__"] == "torch._dynamo.eval_frame"
+        cells = dict(zip(each.__code__.co_freevars, each.__closure__ or (), strict=True))
+        fn, callback = (cells[name].cell_contents for name in ("fn", "callback"))
+        while hasattr(callback, "_torchdynamo_orig_backend"):
+            callback = callback._torchdynamo_orig_backend
+        while fn is not None and not isinstance(getattr(fn, "__self__", fn), nn.Module):
+            fn = getattr(fn, "__wrapped__", None)
+        found[getattr(fn, "__self__", fn)] = getattr(callback, "compiler_name", None)
+    assert found[held._orig_mod] == found[in_place] == "some_backend"
 
 
 @relies_on("torch._guards.TracingContext", ".fakify_first_call")
@@ -491,6 +523,51 @@ def modules_can_be_copied_to_fake_tensors() -> None:
     assert all(isinstance(p, FakeTensor) for p in copied.parameters())
     with mode:
         assert isinstance(copied(torch.ones(2, 5)), FakeTensor)
+
+
+@relies_on(".hooked")
+def an_optimizer_whose_steps_run_hooks_can_be_told() -> None:
+    """`Optimizer.__init__` wraps `step` of the class, and then `step.hooked` is true. A subclass
+    that does not call it accepts hooks, and never runs them.
+    """
+
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self._optimizer_step_post_hooks = OrderedDict()
+
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    assert torch.optim.SGD([nn.Parameter(torch.ones(2))]).step.hooked
+    wrapping, ran = Wrapping(), []
+    wrapping.register_step_post_hook(lambda *_args: ran.append(1))
+    wrapping.step()
+    assert not ran
+    assert not getattr(wrapping.step, "hooked", False)
+
+
+@relies_on(
+    "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+    "torch._C._functorch.peek_interpreter_stack",
+)
+def tracing_and_transforms_can_be_told() -> None:
+    """`get_proxy_mode()` is None unless `make_fx` or torch.export records operators.
+    `peek_interpreter_stack()` is None outside of the transforms of torch.func.
+    """
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((get_proxy_mode() is not None, peek_interpreter_stack() is not None))
+        return x.sum()
+
+    look(torch.ones(2))
+    make_fx(look)(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    assert seen == [(False, False), (True, False), (False, True), (False, True)]
 
 
 @relies_on("torch.utils._python_dispatch._disable_current_modes")

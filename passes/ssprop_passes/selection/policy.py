@@ -6,6 +6,7 @@ a SymInt that is read at run time.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,12 +86,12 @@ class Selection:
             The channels, [N, groups * k, *space], and their indices, int64 [groups * k], grouped.
 
         Raises:
+            RuntimeError: a custom score or selector fails.
             ValueError: a custom score or selector returns a result of the wrong form.
         """
         if memory is not None:
             grad_output = recall(grad_output, memory, self.memory)
-        scores = self.score(grad_output, weight)
-        self.check_scores(scores, grad_output.shape[1])
+        scores = self.scores_of(grad_output, weight)
         if self.ranks is not None:
             scores = self.ranks.mean(scores, power_over_ranks(self.score))
         indices, weights = self.choose(scores, k, groups)
@@ -102,13 +103,25 @@ class Selection:
         kept = gather_channels(grad_output, indices)
         return kept if weights is None else scale_channels(kept, weights), indices
 
-    def check_scores(self, scores: Tensor, count: int) -> None:
-        """Raise a ValueError unless there is one score for each of `count` channels or samples."""
-        if tuple(scores.shape) != (count,):
+    def scores_of(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """Return the score of each channel or sample.
+
+        Args:
+            grad_output: [N, C, *space], or [D, samples].
+            weight: [C, ...], or [samples, D].
+
+        Raises:
+            RuntimeError: a custom score fails.
+            ValueError: there is not one score for each.
+        """
+        scores = _call("score", self.score, grad_output, weight)
+        count = grad_output.shape[1]
+        if tuple(getattr(scores, "shape", ())) != (count,):
             raise ValueError(
                 f"score must return one score per {self.axis}, shape ({count},),"
-                f" got {tuple(scores.shape)}"
+                f" got {_form(scores)}"
             )
+        return cast(Tensor, scores)
 
     def choose(self, scores: Tensor, k: int, groups: int = 1) -> tuple[Tensor, Tensor | None]:
         """Return the kept channels and their weights; the weights are None if all are 1.
@@ -147,12 +160,16 @@ class Selection:
         return indices, weights
 
     def _select(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        chosen = self.select(scores, k)
+        chosen = _call("select", self.select, scores, k)
         indices, weights = chosen if isinstance(chosen, tuple) else (chosen, None)
-        if indices.dtype != torch.int64 or indices.shape[:-1] != scores.shape[:-1]:
+        if (
+            getattr(indices, "dtype", None) != torch.int64
+            or indices.shape[:-1] != scores.shape[:-1]
+            or not _is_same(indices.shape[-1], k)
+        ):
             raise ValueError(
-                "select must return int64 indices, k of each group,"
-                f" got {indices.dtype} of shape {tuple(indices.shape)}"
+                f"select must return int64 indices, k of each group, with k = {k}"
+                f" got {_form(indices)}"
             )
         return indices, weights
 
@@ -164,3 +181,29 @@ class Selection:
             return None
         how = self.gradients, self.block, self.memory, self.axis, self.ranks
         return repr((score, select, how))
+
+
+def _call(argument: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that the user may have written; an error names the argument it came by."""
+    try:
+        return function(*args)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{argument} failed with {what}") from error
+
+
+def _is_same(size: int, k: int) -> bool:
+    """Return whether two sizes are equal whatever k is, if k is read at run time."""
+    difference: Any = size - k
+    if isinstance(difference, int):
+        return difference == 0
+    symbols = difference.node.expr.free_symbols
+    return all(
+        difference.node.expr.subs(dict.fromkeys(symbols, value)) == 0 for value in (6, 11, 17)
+    )
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape ({', '.join(map(str, value.shape))})"

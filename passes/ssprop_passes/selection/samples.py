@@ -36,9 +36,7 @@ def sample_scores(selection: Selection, gradients: Sequence[Tensor]) -> Tensor:
     for gradient in gradients:
         wide = torch.promote_types(wide, gradient.dtype)
     by_sample = torch.cat([g.reshape(g.shape[0], -1).to(wide) for g in gradients], 1)
-    scores = selection.score(by_sample.t(), by_sample)
-    selection.check_scores(scores, by_sample.shape[0])
-    return scores
+    return selection.scores_of(by_sample.t(), by_sample)
 
 
 def choose_samples(selection: Selection, scores: Tensor, k: int) -> tuple[Tensor, Tensor | None]:

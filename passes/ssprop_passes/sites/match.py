@@ -9,7 +9,9 @@ from ssprop_passes.replacements.gradients import Gradients
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.sites.site import Slot
 
-__all__ = ["SiteMatch", "why_dense"]
+__all__ = ["UNKNOWN", "SiteMatch", "why_dense"]
+
+UNKNOWN = "its backward has a form that no kind of site knows"
 
 
 class SiteMatch(ABC):

@@ -15,7 +15,7 @@ constants, k is a plain int, and the graph has no such input.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class SparseBackwardPass(GraphPass):
         telemetry: whether the sites report what they keep.
         constants: keep count of each slot, if keep counts are constants.
         chooses_samples: whether the graph has the choice of samples as a state input.
+        trained: names of the layers whose weights get a gradient.
 
     Attributes:
         sites: what became of each site, after a run.
@@ -73,6 +74,7 @@ class SparseBackwardPass(GraphPass):
         telemetry: bool = False,
         constants: Sequence[int] | None = None,
         chooses_samples: bool = False,
+        trained: Container[str] = (),
     ) -> None:
         super().__init__()
         self.slots = slots
@@ -86,6 +88,7 @@ class SparseBackwardPass(GraphPass):
         self.constants = None if constants is None else tuple(constants)
         self.telemetry = telemetry
         self.chooses_samples = chooses_samples
+        self.trained = trained
         self.sites: list[Site] = []
         self.total_flops = 0
 
@@ -116,7 +119,9 @@ class SparseBackwardPass(GraphPass):
         state = find_state_inputs(graph, self.state_layout, self.slot_count)
         rows: dict[int, fx.Node] = {}
         counts: dict[int, fx.Node] = {}
-        found, self.total_flops = find_sites(graph, self.slots, self.excluded, self.selection)
+        found, self.total_flops = find_sites(
+            graph, self.slots, self.excluded, self.selection, self.trained
+        )
         for node, site in found:
             if not site.reason:
                 # Match again: the rewrite of another site may have replaced an input of this one.

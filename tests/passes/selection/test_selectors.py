@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from oracle import inclusion_probabilities
+from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.replacements.linear import sparse_linear_backward
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.scores import SCORES
 from ssprop_passes.selection.selectors import SELECTORS, random, sampled
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
 
 DRAWS = 20_000
 ALL = (True, True, True)
@@ -206,16 +209,69 @@ def test_groups_are_selected_from_by_themselves(select: str) -> None:
 def test_names_what_a_function_of_ones_own_got_wrong() -> None:
     site = Site()
     cases = {
-        "score must return one score per channel, shape .16,., got .5,.": Selection(
-            score=lambda grad_output, weight: grad_output.abs().mean(1)
-        ),
-        "select must return int64 indices, k of each group, got torch.float32": Selection(
-            select=lambda scores, k: scores.float()
-        ),
+        "score must return one score per channel, shape .16,., got torch.float64 of shape .5.": {
+            "score": lambda grad_output, weight: grad_output.abs().mean(1)
+        },
+        "score must return one score per channel, shape .16,., got a float": {
+            "score": lambda grad_output, weight: 1.0
+        },
+        "select must return int64 indices, k of each group, .* got torch.float64": {
+            "select": lambda scores, k: scores.double()
+        },
+        "select must return int64 indices, .* with k = 4 got torch.int64 of shape .3.": {
+            "select": lambda scores, k: torch.topk(scores, k - 1).indices
+        },
+        "select must return int64 indices, .* got a list": {"select": lambda scores, k: [0] * k},
     }
-    for message, selection in cases.items():
-        with pytest.raises(ValueError, match=message):
-            site.backward(4, selection)
+    for message, functions in cases.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            site.backward(4, Selection(**functions))
+
+
+def fail(*_args: object) -> Tensor:
+    raise KeyError("stem")
+
+
+@pytest.mark.parametrize("argument", ["score", "select"])
+def test_an_error_in_a_function_of_ones_own_names_the_argument(argument: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{argument} failed with KeyError: 'stem'$"):
+        Site().backward(4, Selection(**{argument: fail}))
+    config = SparsityConfig(min_channels=1, **{argument: fail})
+    model = compile_with(config)
+    with pytest.raises(SsPropCompileError, match=f"{argument} failed with KeyError: 'stem'"):
+        model(torch.randn(4, 8))
+
+
+FEWER = {
+    "one fewer": lambda scores, k: torch.topk(scores, k - 1).indices,
+    "half": lambda scores, k: torch.topk(scores, (k + 1) // 2).indices,
+    "a fixed number": lambda scores, k: torch.topk(scores, 3).indices,
+}
+RIGHT = {
+    "a slice": lambda scores, k: scores.argsort(-1, descending=True)[..., :k],
+    "two parts": lambda scores, k: torch.cat(
+        [torch.topk(scores, (k + 1) // 2).indices, torch.topk(-scores, k // 2).indices]
+    ),
+}
+
+
+def compile_with(config: SparsityConfig) -> nn.Module:
+    model, scheduler = nn.Linear(8, 32), SparsityScheduler(constant(0.5))
+    return ssprop_compile(model, scheduler, config=config, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_too_few_channels_are_refused_if_k_is_read_at_run_time(name: str) -> None:
+    model = compile_with(SparsityConfig(min_channels=1, select=FEWER[name]))
+    with pytest.raises(SsPropCompileError, match=r"select must return .* with k = u\d+ got"):
+        model(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_k_channels_are_recognised_if_k_is_read_at_run_time(name: str) -> None:
+    model = compile_with(SparsityConfig(min_channels=1, select=RIGHT[name]))
+    model(torch.randn(4, 8)).square().sum().backward()
+    assert int(model.weight.grad.any(1).sum()) == 16
 
 
 def test_random_numbers_are_those_of_the_seed() -> None:
