@@ -10,13 +10,17 @@ from benchmarks import (
     long_run,
     machine,
     markdown,
+    pooling,
     scale,
     scaling,
     step,
     suite,
 )
 
-COMMANDS = (step, breakdown, layer, compile_time, scaling, scale, long_run, suite, markdown, export)
+COMMANDS = (
+    *(step, breakdown, layer, pooling, compile_time, scaling, scale, long_run, suite, markdown),
+    export,
+)
 
 
 def main() -> None:

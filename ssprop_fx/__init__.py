@@ -29,6 +29,7 @@ from ssprop_fx.scheduling.schedules import *  # noqa: F403
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 if TYPE_CHECKING:
+    from ssprop_passes.transforms.global_max import GlobalMaxPass
     from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
 
     from ssprop_fx.runtime.module import SsPropModule
@@ -38,6 +39,7 @@ __all__ = [
     "AddedNoise",
     "CaptureError",
     "Controller",
+    "GlobalMaxPass",
     "Inspection",
     "KeptMass",
     "KeptRows",
@@ -70,6 +72,7 @@ __version__ = "0.1.0"
 # They import the compiler, which takes seconds: only when they are asked for.
 _ON_DEMAND = {
     "SsPropModule": "ssprop_fx.runtime.module",
+    "GlobalMaxPass": "ssprop_passes.transforms.global_max",
     "TwoStepSumsPass": "ssprop_passes.transforms.two_step_sums",
 }
 
