@@ -40,7 +40,7 @@ class SparsityConfig:
             chosen once, by their gradients of the model's outputs. Then `targets`, `min_channels`
             and `filter_fn` matter only to layers in `rates`. `block`, `memory`, `gradients`,
             `specialize=True`, `ranks="shared"`, `score="l2_weight"` and `telemetry` do not work
-            with `"sample"`. A rule, such as the controller `AddedNoise(0.3)` of the scheduler, may
+            with `"sample"`. A rule, such as the controller `AddedNoise(0.1)` of the scheduler, may
             decide how many. See docs/schedules.md.
         score: what a channel, or a sample, is worth. `"l2"` is the l2 norm of its gradient, for
             channels nearly free behind a batch norm. `"mean_abs"` is the mean magnitude of its

@@ -68,7 +68,7 @@ def read_settings(
         (constant(rate=0.0), 64)
         >>> settings = read_settings(None, {}, {})
         >>> settings.controller, settings.config.axis
-        (AddedNoise(target=0.3, budget=None), 'sample')
+        (AddedNoise(target=0.1, budget=None), 'sample')
     """
     options = dict(options or {})
     names = {"schedule", "controller", "start_step", "backend", *_OPTIONS}

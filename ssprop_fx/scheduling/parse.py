@@ -32,7 +32,7 @@ _CONTROLLERS: dict[str, Callable[..., Controller | SampleRule]] = {
 
 CONTROLLERS = {
     "kept_mass": "kept_mass:target=0.9,budget=0.6",
-    "added_noise": "added_noise:target=0.3",
+    "added_noise": "added_noise:target=0.1",
     "added_error": "added_error:target=0.1",
 }
 

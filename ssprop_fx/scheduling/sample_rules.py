@@ -153,8 +153,8 @@ class AddedNoise(SampleRule):
 
     Examples:
         >>> from ssprop_fx import SparsityScheduler
-        >>> SparsityScheduler(controller=AddedNoise(0.3)).controller
-        AddedNoise(target=0.3, budget=None)
+        >>> SparsityScheduler(controller=AddedNoise(0.1)).controller
+        AddedNoise(target=0.1, budget=None)
         >>> import torch
         >>> [sample_count(AddedNoise(target), torch.ones(13)) for target in (0.3, 1.0)]
         [10, 7]
@@ -192,6 +192,6 @@ def default_rule() -> SampleRule:
 
     Examples:
         >>> default_rule()
-        AddedNoise(target=0.3, budget=None)
+        AddedNoise(target=0.1, budget=None)
     """
-    return AddedNoise(0.3)
+    return AddedNoise(0.1)

@@ -27,7 +27,7 @@ class SparsityScheduler:
         schedule: step -> drop rate in [0, 1), such as `bar(0.8, period=2 * len(loader))`. With a
             controller it may be left out: then every step is sparse.
         controller: decides how much is kept, when the schedule's drop rate is above 0. With
-            `axis="sample"`, `KeptMass(0.9)` or `AddedNoise(0.3)` decides in each step how many
+            `axis="sample"`, `KeptMass(0.9)` or `AddedNoise(0.1)` decides in each step how many
             samples are kept; the schedule says only which steps are sparse. With `axis="channel"`,
             `KeptMass(0.9)` or `AddedError(0.1)` sets the drop rate of each layer from its
             telemetry, except where `SparsityConfig.rates` gives one. Until its first decision the

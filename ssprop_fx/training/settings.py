@@ -158,7 +158,7 @@ class SparsitySettings:
         None,
         help="Adapt what is kept, such as kept_mass:target=0.9; added_noise is for samples,"
         " added_error for channels",
-        unset="added_noise:target=0.3 with --recipe samples",
+        unset="added_noise:target=0.1 with --recipe samples",
         metavar="TEXT",
     )
     compile_backend: Literal["inductor", "aot_eager"] = option(

@@ -37,7 +37,7 @@ def test_samples_by_a_rule_with_frozen_batch_norms(tmp_path, capsys):
     flags += ["--freeze-batch-norm", "--smoothing", "0"]
     saved, steps = _train(tmp_path, "a", *flags)
     assert saved["state_dict"]["conv1.1.num_batches_tracked"] == 0
-    assert saved["config"]["controller"] == "added_noise:target=0.3"
+    assert saved["config"]["controller"] == "added_noise:target=0.1"
     for row in steps:
         assert 0 < float(row["drop_rate"]) < 1
         assert float(row["backward_saved"]) == pytest.approx(float(row["drop_rate"]), abs=0.02)
