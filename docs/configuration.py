@@ -31,7 +31,8 @@ In the environment, separate several values with commas: `SSPROP_TARGETS=conv,li
 `SSPROP_RATES='layer4.*=0.9,stem.*=0'`. Write switches as `yes` or `no`; flags are `--gate` and
 `--no-gate`. `select` and `score` also take a function in Python. The backend `ssprop` reads keep
 counts at run time, so it refuses `specialize=True`. It has more settings, `SSPROP_SCHEDULE`,
-`SSPROP_CONTROLLER`, `SSPROP_START_STEP` and `SSPROP_BACKEND`; see the [guide](guide.md#the-backend-ssprop).
+`SSPROP_CONTROLLER`, `SSPROP_START_STEP` and `SSPROP_BACKEND`; see the
+[guide](guide.md#the-backend-ssprop).
 """
 
 _TRAINER = """\

@@ -1,5 +1,9 @@
-"""`python -m benchmarks.recipe page`: docs/study.md, from the results."""
+"""`python -m benchmarks.recipe page`: docs/study.md, from the results.
 
+In the text, `[[TASK ROW FIELD]]` stands for a field of that row's `Summary`.
+"""
+
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from benchmarks.study.store import Result
 __all__ = ["page"]
 
 _TEXT = Path(__file__).with_name("page.md")
+_FIELD = re.compile(r"\[\[(\S+) (\S+) (\w+)\]\]")
+_FORMS = {"accuracy": ".1f", "time": ".2f", "loss": ".3f", "seconds": ".0f", "ece": ".1f"}
 _COLUMNS = (
     *("row", "seeds", "accuracy", "test loss", "calibration error", "time", "kept, by quarter"),
     *("against the whole dense run", "against dense of equal time"),
@@ -20,9 +26,19 @@ def page(results: Sequence[Result]) -> str:
     """Return the page as Markdown."""
     found = [(task, summarize(task, results)) for task in TASKS.values()]
     shown = [(task, rows) for task, rows in found if rows]
-    abouts = {row.name: row.about for _, rows in shown for row in rows}
+    abouts = {
+        row.name: row.about for _, rows in shown for row in rows if not row.name.startswith("dense")
+    }
     machines = {(r["device"], r["threads"], r["torch"], r["commit"]): None for r in results}
-    return _TEXT.read_text(encoding="utf-8").format(
+    by_name = {task.name: {row.name: row for row in rows} for task, rows in shown}
+
+    def field(match: re.Match[str]) -> str:
+        task, row, name = match.groups()
+        if row not in by_name.get(task, {}):
+            return "(not run)"
+        return format(getattr(by_name[task][row], name), _FORMS.get(name, ""))
+
+    return _FIELD.sub(field, _TEXT.read_text(encoding="utf-8")).format(
         rows="\n".join(f"- `{name}`: {about}" for name, about in abouts.items()),
         tables="\n\n".join(_table(task, rows) for task, rows in shown),
         machines="\n".join(

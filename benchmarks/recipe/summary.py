@@ -49,8 +49,8 @@ class Summary:
         time: mean processor time as a share of the whole dense run's, of the same seed.
         shares: share of each batch that backwards kept, in each quarter of the run.
         to_full: gain over the whole dense run.
-        to_equal: gain over dense training of equal time; None for dense rows, and beyond the times
-            of the dense rows.
+        to_equal: gain over dense training of equal time, or of the shortest dense row if that takes
+            longer; None for dense rows, and beyond the longest.
     """
 
     name: str
@@ -113,6 +113,11 @@ def _full(dense: Mapping[str, Mapping[int, Result]], seed: int) -> float | None:
 
 
 def _equal(dense: Mapping[str, Mapping[int, Result]], seed: int, run: Result) -> float | None:
-    """Return the accuracy of dense training of the same seed and of this run's time."""
-    found = [runs[seed] for runs in dense.values() if seed in runs]
-    return dense_accuracy([(r["relative"], r["accuracy"]) for r in found], run["relative"])
+    """Return the accuracy of dense training of the same seed and of this run's time.
+
+    A run that is shorter than all dense ones is compared with the shortest, which takes longer.
+    """
+    curve = [
+        (runs[seed]["relative"], runs[seed]["accuracy"]) for runs in dense.values() if seed in runs
+    ]
+    return dense_accuracy(curve, max([run["relative"], min(curve)[0]])) if curve else None

@@ -127,9 +127,9 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="cifar-fine",
-            about="EfficientNet-Lite0 from ImageNet weights on 5,000 images of CIFAR-10 at 96"
+            about="EfficientNet-Lite0 from ImageNet weights on 5,000 images of CIFAR-10 at 64"
             " pixels, batch norms frozen",
-            size=96,
+            size=64,
             images=5000,
             tests=2000,
             lr=0.003,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from ssprop_passes.sites.site import Site
 from torch import nn
 
+from ssprop_fx.scheduling.sample_rules import SampleTelemetry
+
 if TYPE_CHECKING:
     from ssprop_fx.runtime.sparse_variant import SparseVariant
 
@@ -52,6 +54,7 @@ class Report:
         drop_rate: its drop rate.
         kept_samples: how many samples the backward keeps of how many, in the last batch; None with
             `axis="channel"`, and if the backward runs on the whole batch.
+        samples: what the last backward kept of its batch; None likewise, and before any.
     """
 
     sites: tuple[SiteReport, ...]
@@ -60,6 +63,7 @@ class Report:
     step: int = 0
     drop_rate: float = 0.0
     kept_samples: tuple[int, int] | None = None
+    samples: SampleTelemetry | None = None
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -95,9 +99,13 @@ class Report:
             kept, size = self.kept_samples
             lines.append(
                 f"the whole backward of {self.backward_flops / 1e9:.3g} GFLOPs runs on {kept} of"
-                f" {size} samples; {self.saved_flops / flops:.1%} saved at step"
-                f" {self.step}, drop rate {self.drop_rate:g}"
+                f" {size} samples; {self.saved_flops / flops:.1%} saved at step {self.step}"
             )
+            if self.samples is not None:
+                lines.append(
+                    f"the last backward kept {self.samples.kept_mass:.1%} of the sum of the"
+                    f" gradients' norms; added noise {self.samples.error:.2f}"
+                )
             return "\n".join(lines)
         covered = sum(site.sparse_flops for site in self.sites) / flops
         lines.append(
@@ -170,6 +178,7 @@ def report(model: nn.Module) -> Report:
         step=variant.scheduler.last_step,
         drop_rate=variant.scheduler.drop_rate,
         kept_samples=kept_samples,
+        samples=None if kept_samples is None else variant.samples,
     )
 
 

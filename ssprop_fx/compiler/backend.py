@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.fingerprint import sources_hash
+from ssprop_passes.graph.rewrite import inductor_decompositions
 from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
@@ -35,7 +36,6 @@ from ssprop_fx.compiler.inductor import (
     compile_error,
     compile_inductor,
     get_hooks,
-    inductor_decompositions,
 )
 from ssprop_fx.compiler.node_marks import (
     complex_layers,

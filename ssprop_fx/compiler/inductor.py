@@ -26,7 +26,6 @@ __all__ = [
     "compile_error",
     "compile_inductor",
     "get_hooks",
-    "inductor_decompositions",
     "inductor_options",
     "is_inductor_option",
 ]
@@ -155,13 +154,6 @@ def compile_aot_eager(
         with _without_autograd_cache():
             compiled: Callable[..., Any] = compiler(gm, list(inputs), bw_compiler=compile_backward)
             return compiled
-
-
-def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return the decompositions with which Inductor traces joint graphs."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()
 
 
 def inductor_options(

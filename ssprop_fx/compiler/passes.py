@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssprop_passes.graph.graph_pass import PassList
+from ssprop_passes.graph.rewrite import inductor_decompositions
 from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
-
-from ssprop_fx.compiler.inductor import inductor_decompositions
 
 __all__ = ["build_passes"]
 

@@ -103,7 +103,7 @@ class Trainer:
         done = state.step - state.epoch * self.steps_per_epoch
         images_per_step = self._loaders.images_per_step
         self._loaders.sampler.set_epoch(state.epoch, skip=done * images_per_step)
-        self._network.train()
+        self._set_train_mode()
         end = min((state.epoch + 1) * self.steps_per_epoch, last_step)
         if state.step >= end:
             return False
@@ -134,6 +134,13 @@ class Trainer:
                     began = time.perf_counter()
             self._add_energy()
         return stopped
+
+    def _set_train_mode(self) -> None:
+        self._network.train()
+        if self._config.freeze_batch_norm:
+            for module in self._state.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[float, float]:
         """Run a step; return its loss in this process and the milliseconds that it took."""

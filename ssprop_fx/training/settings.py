@@ -120,6 +120,9 @@ class ModelSettings:
     model_kwargs: dict[str, Any] | None = option(
         None, help="Pass further arguments to the model, such as drop_rate=0.1"
     )
+    freeze_batch_norm: bool = option(
+        False, help="Leave the statistics of batch norms as they are, for fine-tuning"
+    )
     channels_last: bool = option(
         True, help="Store images channels last, which is faster for convolutions"
     )

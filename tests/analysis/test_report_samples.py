@@ -31,6 +31,11 @@ def test_all_products_shrink_with_the_samples() -> None:
     assert not site.reason
     assert site.saved_flops == 0.75 * site.flops < made.saved_flops
     assert "runs on 2 of 8 samples; 75.0% saved" in str(made)
+    assert made.samples is not None
+    assert f"kept {made.samples.kept_mass:.1%} of the sum of the gradients' norms" in str(made)
+    # The gradient of a sum is the same for all samples.
+    assert made.samples.kept_mass == pytest.approx(0.25)
+    assert made.samples.error == pytest.approx(0.75)
 
 
 def test_channels_inside_the_kept_samples() -> None:

@@ -93,7 +93,7 @@ def test_rows_share_their_order_and_infobatch_leaves_out_samples_of_low_loss() -
 
 def test_samples_left_out_of_the_forward_are_unbiased() -> None:
     order = Order(rows_of(TASK)["mass-0.9-stale"], 16, 16, 4, seed=0)
-    norms = torch.linspace(0.01, 1, 16) ** 3
+    norms = torch.linspace(0.2, 1, 16)
     order.tell(torch.arange(16), norms, norms)
     total = torch.zeros(16)
     for _ in range(3000):

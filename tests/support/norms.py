@@ -3,12 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from ssprop_passes.graph.rewrite import INSERTED_KEY
+from ssprop_passes.graph.rewrite import INSERTED_KEY, inductor_decompositions
 from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-
-from ssprop_fx.compiler.inductor import inductor_decompositions
 
 Norm = Callable[[Tensor], Tensor]
 

@@ -32,6 +32,20 @@ def test_accumulated_batches_make_one_step(tmp_path):
         torch.testing.assert_close(parts["state_dict"][name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_samples_by_a_rule_with_frozen_batch_norms(tmp_path, capsys):
+    flags = [*TINY, "--epochs", "1", "--max-steps", "4", "--recipe", "samples", "--no-plot"]
+    flags += ["--freeze-batch-norm", "--smoothing", "0"]
+    saved, steps = _train(tmp_path, "a", *flags)
+    assert saved["state_dict"]["conv1.1.num_batches_tracked"] == 0
+    assert saved["config"]["controller"] == "added_noise:target=0.3"
+    for row in steps:
+        assert 0 < float(row["drop_rate"]) < 1
+        assert float(row["backward_saved"]) == pytest.approx(float(row["drop_rate"]), abs=0.02)
+        assert 0.3 < float(row["kept_mass"]) < 1
+        assert 0 < float(row["added_noise"]) < 1
+    assert "samples kept: " in capsys.readouterr().out
+
+
 def test_the_moving_average_is_what_is_validated_and_what_timm_reads(tmp_path):
     flags = [*TINY, "--epochs", "1", "--max-steps", "6", "--schedule", "none", "--model-ema"]
     saved, _ = _train(tmp_path, "a", *flags, "--model-ema-decay", "0.9")

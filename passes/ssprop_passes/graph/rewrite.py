@@ -1,6 +1,7 @@
 """Trace a replacement function and put it into a graph in place of a node.
 
-Private torch: `make_fx`'s dispatcher context, `ShapeEnv` via the fake mode, node metadata.
+Private torch: `make_fx`'s dispatcher context, `ShapeEnv` via the fake mode, node metadata,
+Inductor's decompositions.
 """
 
 import operator
@@ -17,6 +18,7 @@ __all__ = [
     "INSERTED_KEY",
     "Replacer",
     "find_sum_maybe",
+    "inductor_decompositions",
     "replace_node",
     "replace_outputs",
 ]
@@ -139,6 +141,13 @@ def replace_node(node: fx.Node, replacement: fx.Node) -> None:
     """Make the users of a node use `replacement` instead, and erase the node."""
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the decompositions with which Inductor traces joint graphs."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
 
 
 def find_sum_maybe(grad_output: fx.Node, dim: int, node: fx.Node) -> fx.Node | None:
