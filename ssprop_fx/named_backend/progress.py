@@ -36,7 +36,7 @@ class _Steps:
         self.saved = 0.0
 
     def __str__(self) -> str:
-        if not self.rates:
+        if not self.rates and not self.sparse:
             return "dense"
         return (
             f"{self.sparse} of {self.count} sparse, mean drop rate {self.rates / self.count:.3g},"

@@ -49,7 +49,7 @@ def test_every_block_has_its_own_keep_counts() -> None:
 
 
 def test_blocks_that_run_the_code_of_a_dense_one_are_named() -> None:
-    with pytest.warns(NoEffectWarning, match=r"train dense: 1\.second, 2\.second, 3\.second"):
+    with pytest.warns(NoEffectWarning, match=r"and so dense: 1\.second, 2\.second, 3\.second"):
         _, reasons = compare(dense_layer="0.second")
     assert "compiled code of '0.second'" in reasons["3.second"]
     assert reasons["3.first"] == ""

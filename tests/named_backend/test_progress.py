@@ -156,3 +156,10 @@ def test_without_a_schedule_the_rate_is_what_the_rule_left_out(
         f"Sequential: all steps: 2 of 2 sparse, mean drop rate {mean:.3g},"
         f" {mean:.1%} of the backward's FLOPs saved"
     )
+
+
+def test_a_rule_that_keeps_all_samples_is_not_called_dense() -> None:
+    steps = progress._Steps()
+    assert str(steps) == "dense"
+    steps.count = steps.sparse = 2
+    assert str(steps) == ("2 of 2 sparse, mean drop rate 0, 0.0% of the backward's FLOPs saved")

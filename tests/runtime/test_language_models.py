@@ -193,3 +193,14 @@ def test_a_gpt_with_a_tied_head_is_sparse_everywhere() -> None:
     seen = report(compiled)
     assert {site.name: site.reason for site in seen.sites} == {"head": "", "up": "", "down": ""}
     assert seen.saved_flops > 0.65 * seen.backward_flops
+
+
+def test_a_layer_with_a_transposed_weight_may_have_a_memory() -> None:
+    model = nn.Sequential(Conv1D(12, 6), nn.Tanh())
+    config = SparsityConfig(channel_multiple=1, min_channels=1, memory=0.9)
+    compiled = sparse(model, config=config)
+    for _ in range(2):
+        loss(compiled(torch.randn(2, 5, 6))).backward()
+    (held,) = compiled.ssprop.memory.state_dict().values()
+    assert held.shape == (12,)
+    assert held.any()
