@@ -1,4 +1,4 @@
-"""add_windows: adds windows of a signal up at the positions of winners, row by row.
+"""ADD_WINDOWS: adds windows of a signal up at the positions of winners, row by row.
 
     ssprop::add_windows(v, weight, winners, length, stride, padding, dilation) -> grad_input
 
@@ -12,7 +12,7 @@ apart may overlap; those of one *phase* do not:
 import torch
 from torch import Tensor
 
-__all__ = ["add_windows"]
+__all__ = ["ADD_WINDOWS"]
 
 _library = torch.library.Library("ssprop", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -70,4 +70,4 @@ def _fake(
 _library.impl("add_windows", _add_windows, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("ssprop::add_windows", _fake, lib=_library)
 
-add_windows = torch.ops.ssprop.add_windows
+ADD_WINDOWS = torch.ops.ssprop.add_windows.default

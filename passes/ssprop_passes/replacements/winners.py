@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ssprop_passes.kernels.windows import add_windows
+from ssprop_passes.kernels.windows import ADD_WINDOWS
 
 __all__ = ["grad_input", "grad_weight"]
 
@@ -27,7 +27,7 @@ def grad_input(
     size, c_in, length = x.shape
     if x.device.type == "cpu":
         return cast(
-            Tensor, add_windows(v, w, winners.squeeze(2), length, stride, padding, dilation)
+            Tensor, ADD_WINDOWS(v, w, winners.squeeze(2), length, stride, padding, dilation)
         )
     at = _positions(winners, w.shape[2], stride, padding, dilation)
     is_inside = ((at >= 0) & (at < length)).unsqueeze(1)

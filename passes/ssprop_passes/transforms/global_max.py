@@ -28,8 +28,10 @@ from ssprop_passes.graph.rewrite import (
     INSERTED_KEY,
     Replacer,
     inductor_decompositions,
+    replace_node,
     replace_outputs,
 )
+from ssprop_passes.kernels.windows import ADD_WINDOWS
 from ssprop_passes.replacements.winners import grad_input, grad_weight
 from ssprop_passes.sites.winner_match import VIEWS, Winners, find_winners_maybe
 
@@ -76,6 +78,8 @@ class GlobalMaxPass(GraphPass):
             else:
                 _rewrite(replacer, node, winners)
                 summary.rewritten += 1
+        for node in list(graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+            _add_together(replacer, node)
         return summary
 
 
@@ -113,6 +117,29 @@ def _rewrite(replacer: Replacer, node: fx.Node, winners: Winners) -> None:
         )
 
     replace_outputs(node, replacer.insert(node, backward, inputs))
+
+
+def _add_together(replacer: Replacer, node: fx.Node) -> None:
+    """Compute a sum of two gradients of an input, such as that of a gate and its signal, as one.
+
+    The windows of both are added to the same zeros.
+    """
+    terms = [o for o in node.args if isinstance(o, fx.Node) and o.target is ADD_WINDOWS]
+    if len(terms) < 2 or any(len(term.users) > 1 for term in terms):
+        return
+    tensors, geometries = zip(*((term.args[:3], term.args[3:]) for term in terms), strict=True)
+    if geometries[0] != geometries[1]:
+        return
+
+    def both(*tensors: Tensor) -> tuple[Tensor]:
+        v, w, winners = (
+            torch.cat([tensors[i], tensors[i + 3]], dim) for i, dim in enumerate((1, 0, 1))
+        )
+        return (ADD_WINDOWS(v, w, winners, *geometries[0]),)
+
+    (total,) = replacer.insert(node, both, [*tensors[0], *tensors[1]])
+    assert total is not None
+    replace_node(node, total)
 
 
 def _follow(path: tuple[fx.Node, ...], known: Mapping[fx.Node, Tensor]) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from ssprop_passes.kernels.windows import ADD_WINDOWS
 from ssprop_passes.transforms.global_max import GlobalMaxPass
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from ssprop_fx.compiler.inductor import compile_aot_eager
@@ -129,12 +130,21 @@ def test_two_convolutions_under_one_pooling(backend: str) -> None:
     want = copy.deepcopy(model)
     want(words).sin().sum().backward()
     graph_pass = GlobalMaxPass()
+    # The windows of both are added to the same zeros.
+    sums: list[int] = []
     torch._dynamo.reset()
     settings: dict[str, Any] = {"options": {"joint_custom_pre_pass": graph_pass}}
     if backend == "aot_eager":
-        settings = {"backend": lambda gm, inputs: compile_aot_eager(gm, inputs, graph_pass, {})}
+
+        def and_count(graph: fx.Graph) -> None:
+            graph_pass(graph)
+            graph.eliminate_dead_code()
+            sums.append(len(graph.find_nodes(op="call_function", target=ADD_WINDOWS)))
+
+        settings = {"backend": lambda gm, inputs: compile_aot_eager(gm, inputs, and_count, {})}
     torch.compile(model, **settings)(words).sin().sum().backward()
     assert graph_pass.summary.rewritten == 2
+    assert sums == ([1] if backend == "aot_eager" else [])
     for a, b in zip(model.parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-13)
 
