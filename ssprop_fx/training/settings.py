@@ -208,17 +208,10 @@ class RateSettings:
     warmup_epochs: int = option(
         0, help="Raise the learning rate over this many epochs first", rule="at least 0"
     )
-    warmup_lr: float = option(1e-5, help="Start the warm-up at this rate", rule="at least 0")
-    min_lr: float = option(0.0, help="End at this learning rate", rule="at least 0")
-    decay_epochs: float | None = option(
-        None,
-        help="Wait this many epochs between steps, or decay over as many with wsd and rsqrt",
-        unset="30 for step",
-        rule="above 0",
-    )
     sched_kwargs: dict[str, Any] | None = option(
         None,
-        help="Pass further arguments to the learning rate schedule, such as decay_rate=0.1",
+        help="Pass further arguments to the learning rate schedule, such as min_lr=1e-6,"
+        " warmup_lr=1e-5, decay_epochs=30 or decay_rate=0.1",
     )
 
 
