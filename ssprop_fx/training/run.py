@@ -41,6 +41,7 @@ from ssprop_fx.training.setup import (
     sparsity_config,
     with_rates,
 )
+from ssprop_fx.training.weights import without_weights
 
 __all__ = ["train"]
 
@@ -105,7 +106,8 @@ class _Run:
         if checkpoint is not None:
             steps_per_epoch = check_same_data(checkpoint["data"], datasets, changed=changed_data)
         self._loaders = create_loaders(config, datasets, data_config, processes, steps_per_epoch)
-        model = create_model(config, datasets.num_classes, data_config["input_size"][-1])
+        start = config if checkpoint is None else without_weights(config)
+        model = create_model(start, datasets.num_classes, data_config["input_size"][-1])
         model = model.to(device).to(memory_format=memory_format(config))
         random_seed(config.seed, processes.rank)
         self._config = config

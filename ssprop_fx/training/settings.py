@@ -108,6 +108,17 @@ class ModelSettings:
 
     model: str = option("resnet18", help="Train this model of timm")
     pretrained: bool = option(False, help="Start from timm's pretrained weights")
+    pretrained_path: str | None = option(
+        None,
+        help="Start from the pretrained weights in this file, in any form that timm converts for"
+        " the model",
+        metavar="FILE",
+    )
+    initial_checkpoint: str | None = option(
+        None,
+        help="Start from the weights in this file, which have the model's own names",
+        metavar="FILE",
+    )
     num_classes: int | None = option(
         None, help="Give the model this many classes", unset="the dataset's", rule="above 0"
     )

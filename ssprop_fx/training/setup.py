@@ -26,6 +26,7 @@ from ssprop_fx.training.data.datasets import Datasets
 from ssprop_fx.training.errors import CommandError, first_line, flag_error, unknown_name
 from ssprop_fx.training.state import TrainState
 from ssprop_fx.training.trial import check_model
+from ssprop_fx.training.weights import create_from_file
 
 __all__ = [
     "check_names",
@@ -111,7 +112,11 @@ def create_model(config: TrainConfig, num_classes: int, image_size: int) -> nn.M
     if model_config is not None and model_config.fixed_input_size:
         settings["img_size"] = image_size
     try:
-        model: nn.Module = timm.create_model(config.model, pretrained=config.pretrained, **settings)
+        model = create_from_file(config, settings)
+        if model is None:
+            model = timm.create_model(config.model, pretrained=config.pretrained, **settings)
+    except CommandError:
+        raise
     except TypeError as error:
         raise CommandError(f"--model {config.model} does not take it: {error}") from error
     except Exception as error:
