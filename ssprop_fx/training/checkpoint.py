@@ -26,12 +26,16 @@ __all__ = [
 LAST = "last.pt"
 BEST = "best.pt"
 
-_FORMAT = 3
+_FORMAT = 4
 _COUNTERS = ("epoch", "step", "seconds", "gpu_joules", "cpu_joules", "best_top1", "best_epoch")
 
 
 def save_checkpoint(
-    path: Path, state: TrainState, config: TrainConfig, processes: Processes | None = None
+    path: Path,
+    state: TrainState,
+    config: TrainConfig,
+    processes: Processes | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that `torch.load(path, weights_only=True)` reads.
 
@@ -43,6 +47,7 @@ def save_checkpoint(
         state: state of the run.
         config: settings of the run.
         processes: processes of the run. All of them must call this; the first one writes.
+        data: what the run's data is, as `describe_data` says it.
 
     Raises:
         OSError: the file cannot be written; an existing file stays unchanged.
@@ -69,6 +74,7 @@ def save_checkpoint(
         "rng": rng,
         "memory": memory,
         "config": config.to_dict(),
+        "data": data,
     }
     if state.ema is not None:
         content["state_dict_ema"] = state.ema.module.state_dict()

@@ -5,7 +5,14 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 
-__all__ = ["CommandError", "flag_error", "needs_train_extra", "unknown_name"]
+__all__ = [
+    "CommandError",
+    "UnreadableError",
+    "first_line",
+    "flag_error",
+    "needs_train_extra",
+    "unknown_name",
+]
 
 
 class CommandError(Exception):
@@ -21,11 +28,28 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
+class UnreadableError(CommandError):
+    """Images that cannot be read, which ends a run.
+
+    Args:
+        message: which images; torch passes on that of a loader worker with a traceback before it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2], exit_code=1)
+
+
 def flag_error(error: Exception) -> CommandError:
     """Return the error of a flag, given that of the argument which the message begins with."""
     name = re.match(r"\w*", str(error))
     length = name.end() if name else 0
     return CommandError(f"--{str(error)[:length].replace('_', '-')}{str(error)[length:]}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def unknown_name(flag: str, name: str, known: Sequence[str]) -> CommandError:

@@ -16,6 +16,7 @@ from ssprop_fx.training.allocator import keep_freed_memory
 from ssprop_fx.training.checkpoint import BEST, LAST, restore, save_checkpoint
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.config_file import CONFIG, write_config
+from ssprop_fx.training.data.contents import check_same_data, describe_classes, describe_data
 from ssprop_fx.training.data.datasets import create_datasets
 from ssprop_fx.training.data.loaders import create_loaders
 from ssprop_fx.training.distributed import Processes, join_processes
@@ -40,12 +41,17 @@ from ssprop_fx.training.setup import (
     sparsity_config,
     with_rates,
 )
+from ssprop_fx.training.weights import without_weights
 
 __all__ = ["train"]
 
 
 def train(
-    config: TrainConfig, *, folder: Path | None = None, checkpoint: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    changed_data: bool = False,
 ) -> int:
     """Train a model and save weights, records and a plot of the run in a folder.
 
@@ -53,6 +59,7 @@ def train(
         config: settings of the run.
         folder: folder of the run; None makes one in `config.output`.
         checkpoint: result of `load_checkpoint`, to resume that run; None starts a new run.
+        changed_data: whether a resumed run may find other images of the same classes.
 
     Returns:
         Exit status: 0, or 128 + signal number if a signal ended the run.
@@ -65,7 +72,7 @@ def train(
     if config.tensorboard:
         check_tensorboard()
     with join_processes(find_device(config.device)) as processes:
-        run = _Run(config, processes, checkpoint, folder)
+        run = _Run(config, processes, checkpoint, folder, changed_data)
         try:
             return run.run()
         except OSError as error:
@@ -86,6 +93,7 @@ class _Run:
         processes: Processes,
         checkpoint: Mapping[str, Any] | None,
         folder: Path | None,
+        changed_data: bool,
     ) -> None:
         device = processes.device
         if device.type == "cpu":
@@ -94,8 +102,12 @@ class _Run:
         random_seed(config.seed)
         datasets = create_datasets(config)
         data_config = create_data_config(config, datasets)
-        self._loaders = create_loaders(config, datasets, data_config, processes)
-        model = create_model(config, datasets.num_classes, data_config["input_size"][-1])
+        steps_per_epoch = None
+        if checkpoint is not None:
+            steps_per_epoch = check_same_data(checkpoint["data"], datasets, changed=changed_data)
+        self._loaders = create_loaders(config, datasets, data_config, processes, steps_per_epoch)
+        start = config if checkpoint is None else without_weights(config)
+        model = create_model(start, datasets.num_classes, data_config["input_size"][-1])
         model = model.to(device).to(memory_format=memory_format(config))
         random_seed(config.seed, processes.rank)
         self._config = config
@@ -114,7 +126,8 @@ class _Run:
         self._is_new = checkpoint is None
         if checkpoint is not None:
             restore(self._state, checkpoint, processes)
-        self._num_images = len(datasets.train)
+        self._datasets = datasets
+        self._data = describe_data(datasets, self._loaders.steps_per_epoch)
         self._meter = EnergyMeter(processes, enabled=config.energy)
         self._records: Records | None = None
         self.folder = folder or _name_folder(config, processes)
@@ -125,10 +138,15 @@ class _Run:
         if self._processes.is_first:
             self._records = self._open_folder()
         self._print(
-            f"{config.model} on {self._processes.device}: {self._num_images} training images,"
-            f" {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
+            f"{config.model} on {self._processes.device}: {len(self._datasets.train)} training"
+            f" images, {loaders.steps_per_epoch} steps an epoch, {state.scheduler.schedule}\n"
             f"run folder: {self.folder}"
         )
+        for line in describe_classes(self._datasets):
+            self._print(line)
+        for path, left_out in self._datasets.left_out.items():
+            if left_out:
+                self._print(f"left out of {path}: {left_out}")
         # So that a run can resume from its first step on, and a full disk fails at once.
         if self._is_new:
             self._save(LAST)
@@ -210,7 +228,7 @@ class _Run:
         is_best = eval_top1 > state.best_top1
         if is_best:
             state.best_top1, state.best_epoch = eval_top1, state.epoch
-        if state.step == (state.epoch + 1) * self._loaders.steps_per_epoch:
+        if state.step >= (state.epoch + 1) * self._loaders.steps_per_epoch:
             state.epoch += 1
             state.seconds = state.gpu_joules = state.cpu_joules = 0.0
         return is_best
@@ -234,7 +252,7 @@ class _Run:
         # Rows first: a run that resumes from the checkpoint needs all rows before it.
         if self._records is not None:
             self._records.flush()
-        save_checkpoint(self.folder / name, self._state, self._config, self._processes)
+        save_checkpoint(self.folder / name, self._state, self._config, self._processes, self._data)
 
     def _close(self, records: Records) -> None:
         config = self._config

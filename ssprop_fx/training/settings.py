@@ -108,6 +108,17 @@ class ModelSettings:
 
     model: str = option("resnet18", help="Train this model of timm")
     pretrained: bool = option(False, help="Start from timm's pretrained weights")
+    pretrained_path: str | None = option(
+        None,
+        help="Start from the pretrained weights in this file, in any form that timm converts for"
+        " the model",
+        metavar="FILE",
+    )
+    initial_checkpoint: str | None = option(
+        None,
+        help="Start from the weights in this file, which have the model's own names",
+        metavar="FILE",
+    )
     num_classes: int | None = option(
         None, help="Give the model this many classes", unset="the dataset's", rule="above 0"
     )
@@ -215,17 +226,10 @@ class RateSettings:
     warmup_epochs: int = option(
         0, help="Raise the learning rate over this many epochs first", rule="at least 0"
     )
-    warmup_lr: float = option(1e-5, help="Start the warm-up at this rate", rule="at least 0")
-    min_lr: float = option(0.0, help="End at this learning rate", rule="at least 0")
-    decay_epochs: float | None = option(
-        None,
-        help="Wait this many epochs between steps, or decay over as many with wsd and rsqrt",
-        unset="30 for step",
-        rule="above 0",
-    )
     sched_kwargs: dict[str, Any] | None = option(
         None,
-        help="Pass further arguments to the learning rate schedule, such as decay_rate=0.1",
+        help="Pass further arguments to the learning rate schedule, such as min_lr=1e-6,"
+        " warmup_lr=1e-5, decay_epochs=30 or decay_rate=0.1",
     )
 
 

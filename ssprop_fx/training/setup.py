@@ -22,8 +22,10 @@ from ssprop_fx.scheduling.parse import parse_schedule
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data.datasets import Datasets
-from ssprop_fx.training.errors import CommandError, flag_error, unknown_name
+from ssprop_fx.training.errors import CommandError, first_line, flag_error, unknown_name
 from ssprop_fx.training.state import TrainState
+from ssprop_fx.training.trial import check_model
+from ssprop_fx.training.weights import create_from_file
 
 __all__ = [
     "check_names",
@@ -94,7 +96,8 @@ def create_model(config: TrainConfig, num_classes: int, image_size: int) -> nn.M
         image_size: height and width of the images in pixels.
 
     Raises:
-        CommandError: the model does not take a setting, or its weights cannot be had.
+        CommandError: the model does not take a setting, its weights cannot be had, or it cannot
+            train on such images.
     """
     if config.num_classes is not None and config.num_classes < num_classes:
         raise CommandError(
@@ -108,14 +111,19 @@ def create_model(config: TrainConfig, num_classes: int, image_size: int) -> nn.M
     if model_config is not None and model_config.fixed_input_size:
         settings["img_size"] = image_size
     try:
-        model: nn.Module = timm.create_model(config.model, pretrained=config.pretrained, **settings)
+        model = create_from_file(config, settings)
+        if model is None:
+            model = timm.create_model(config.model, pretrained=config.pretrained, **settings)
+    except CommandError:
+        raise
     except TypeError as error:
         raise CommandError(f"--model {config.model} does not take it: {error}") from error
     except Exception as error:
-        # Hub, network and file errors have no class in common.
+        # Hub, network and file errors have no class in common, nor those of sizes that do not fit.
         if not config.pretrained:
-            raise
+            raise CommandError(f"--model {config.model}: {first_line(error)}") from error
         raise CommandError(f"--pretrained: {config.model} has no weights here: {error}") from error
+    check_model(config, model, (3, image_size, image_size), num_classes)
     return model
 
 
@@ -136,21 +144,16 @@ def create_state(config: TrainConfig, model: nn.Module, steps_per_epoch: int) ->
         )
     except (TypeError, ValueError) as error:
         raise CommandError(f"--opt {config.opt}: {error}") from error
-    decay_epochs = config.decay_epochs
-    if decay_epochs is None and config.sched == "step":
-        decay_epochs = _STEP_EPOCHS
+    further = {"decay_epochs": _STEP_EPOCHS} if config.sched == "step" else {}
     try:
         lr_scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
             num_epochs=config.epochs,
-            decay_epochs=decay_epochs,
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
             warmup_epochs=config.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
-            **(config.sched_kwargs or {}),
+            **{**further, **(config.sched_kwargs or {})},
         )
     except (TypeError, ValueError) as error:
         raise CommandError(f"--sched {config.sched}: {error}") from error

@@ -100,7 +100,7 @@ class Code:
 
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
-    torch.save({"format": 3, "state_dict": Code(tmp_path / "ran")}, tmp_path / "last.pt")
+    torch.save({"format": 4, "state_dict": Code(tmp_path / "ran")}, tmp_path / "last.pt")
     with pytest.raises(CommandError, match="not a checkpoint, or a damaged one"):
         load_checkpoint(tmp_path / "last.pt")
     assert os.listdir(tmp_path) == ["last.pt"]

@@ -37,7 +37,8 @@ def parse(monkeypatch):
 
 def test_every_setting_has_a_flag_and_every_flag_a_setting():
     parser = train_parser()
-    assert {action.dest for action in parser._actions} - {"config", "resume", "help"} == NAMES
+    of_the_command = {"config", "resume", "changed_data", "help"}
+    assert {action.dest for action in parser._actions} - of_the_command == NAMES
     # Nothing on the command line leaves TrainConfig its defaults.
     assert set(vars(parser.parse_args([]))) == {"run"}
     settings = {field.name for field in fields(TrainConfig)} - {"sparsity"}

@@ -51,6 +51,15 @@ def test_skipping_leaves_the_rest_of_the_same_order():
     assert len(sampler) == 6
 
 
+def test_an_epoch_that_is_longer_than_the_data_begins_the_order_again():
+    sampler = EpochSampler(4, seed=1, used=10)
+    order = [index for _, index in _order(sampler, 0)]
+    assert sorted(order[:4]) == list(range(4))
+    assert order == (order[:4] * 3)[:10]
+    assert [index for _, index in _order(sampler, 0, skip=6)] == order[6:]
+    assert len(sampler) == 4
+
+
 def test_a_sample_depends_on_seed_epoch_and_index_alone():
     whole = _batches(seed=1, epoch=0)
     assert _batches(seed=1, epoch=0, skip=4) == whole[2:]

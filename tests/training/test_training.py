@@ -124,10 +124,11 @@ def _learning_rates(steps=40, **settings):
 def test_learning_rate_schedules_are_those_of_timm():
     rates = _learning_rates(sched="multistep", sched_kwargs={"decay_milestones": [1, 3]})
     assert [rates[step] for step in (0, 20, 35)] == pytest.approx([1.0, 0.1, 0.01])
-    rates = _learning_rates(sched="step", decay_epochs=2, warmup_epochs=1, warmup_lr=0.5)
+    further = {"decay_epochs": 2, "warmup_lr": 0.5}
+    rates = _learning_rates(sched="step", warmup_epochs=1, sched_kwargs=further)
     assert rates[:3] == pytest.approx([0.5, 0.55, 0.6])
     assert rates[-1] == pytest.approx(0.1)
-    rates = _learning_rates(sched="wsd", min_lr=0.0)
+    rates = _learning_rates(sched="wsd", sched_kwargs={"min_lr": 0.0})
     assert rates[:30] == pytest.approx([1.0] * 30)
     assert rates[-1] < 0.3
 

@@ -1,6 +1,7 @@
 """The datasets of a run: scikit-learn's digits, images in folders or tars, or torchvision."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,14 @@ from torch.utils.data import Dataset
 
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.data import digits
+from ssprop_fx.training.data.folders import LeftOut
+from ssprop_fx.training.data.images import to_rgb
+from ssprop_fx.training.data.splits import (
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    find_split,
+    open_split,
+)
 from ssprop_fx.training.errors import CommandError
 
 __all__ = ["Datasets", "create_datasets"]
@@ -22,8 +31,6 @@ _AUGMENTATION: dict[str, Any] = {
     "interpolation": "random",
 }
 _TORCH = "torch/"
-_TRAIN_NAMES = ("train", "training")
-_VALIDATION_NAMES = ("validation", "val", "valid", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -31,18 +38,26 @@ class Datasets:
     """The two datasets of a run, and settings for their loaders.
 
     Attributes:
-        train: training images and labels.
-        validation: validation images and labels.
-        num_classes: number of classes in the training dataset.
+        train: training images and labels; `labels` and `names` list those of all images, where
+            the dataset knows them without reading images.
+        validation: the same of the validation images.
+        classes: names of the classes, in the order of the labels.
         data_config: settings that replace the model's own, as in `timm.data.resolve_data_config`.
         augmentation: settings of timm's training transform.
+        left_out: what in the folder of a split is no image of a class.
     """
 
     train: Any
     validation: Any
-    num_classes: int
+    classes: Sequence[str]
     data_config: dict[str, Any]
     augmentation: dict[str, Any]
+    left_out: Mapping[Path, LeftOut] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
 
 
 def create_datasets(config: TrainConfig) -> Datasets:
@@ -55,7 +70,7 @@ def create_datasets(config: TrainConfig) -> Datasets:
         return Datasets(
             digits.Digits(train=True),
             digits.Digits(train=False),
-            digits.CLASSES,
+            [str(digit) for digit in range(digits.CLASSES)],
             digits.DATA_CONFIG,
             digits.AUGMENTATION,
         )
@@ -76,41 +91,12 @@ def create_datasets(config: TrainConfig) -> Datasets:
 
 
 def _open_images(config: TrainConfig, root: Path) -> Datasets:
-    train = _read(_find_split(root, "--train-split", config.train_split, _TRAIN_NAMES))
-    # timm's reader of tars uses the second name.
-    names = ("class_to_idx", "class_name_to_idx")
-    class_map = next(getattr(train.reader, name) for name in names if hasattr(train.reader, name))
-    path = _find_split(root, "--val-split", config.val_split, _VALIDATION_NAMES)
-    return Datasets(train, _read(path, class_map), len(class_map), {}, _AUGMENTATION)
-
-
-def _find_split(root: Path, flag: str, name: str, synonyms: tuple[str, ...]) -> Path:
-    # timm falls back to the root folder, which would train and validate on the same images.
-    names = (name, *synonyms) if name in synonyms else (name,)
-    for candidate in names:
-        for path in (root / candidate, root / f"{candidate}.tar"):
-            if path.is_dir() or path.is_file():
-                return path
-    present = sorted(
-        path.name for path in root.iterdir() if path.is_dir() or path.suffix == ".tar"
-    )[:8]
-    raise CommandError(
-        f"{flag} {name}: no folder or tar named {' or '.join(dict.fromkeys(names))} in {root};"
-        f" it has {', '.join(present) if present else 'no folders'}"
-    )
-
-
-def _read(path: Path, class_map: dict[str, int] | None = None) -> Any:
-    try:
-        dataset = create_dataset("", root=str(path), search_split=False, class_map=class_map)
-        if len(dataset):
-            return dataset
-    except RuntimeError:
-        pass
-    raise CommandError(
-        f"{path}: no images found; expected {path}/CLASS/IMAGE.jpg"
-        + (", with the classes of the training images" if class_map else "")
-    )
+    train_path = find_split(root, "--train-split", config.train_split, TRAIN_NAMES)
+    path = find_split(root, "--val-split", config.val_split, VALIDATION_NAMES)
+    train, labels, of_train = open_split(train_path)
+    validation, _, of_validation = open_split(path, labels)
+    left_out = {train_path: of_train, path: of_validation}
+    return Datasets(train, validation, list(labels), {}, _AUGMENTATION, left_out)
 
 
 def _open_torchvision(config: TrainConfig, name: str, root: Path) -> Datasets:
@@ -127,8 +113,10 @@ def _open_torchvision(config: TrainConfig, name: str, root: Path) -> Datasets:
         raise CommandError(f"--dataset {name} does not list its classes: give --num-classes")
     if classes != getattr(validation, "classes", None):
         raise CommandError(f"--dataset {name}: its training and validation classes differ")
-    num_classes = len(classes) if classes is not None else config.num_classes or 0
-    return Datasets(_Images(train), _Images(validation), num_classes, {}, _AUGMENTATION)
+    names = classes if classes is not None else range(config.num_classes or 0)
+    return Datasets(
+        _Images(train), _Images(validation), [str(name) for name in names], {}, _AUGMENTATION
+    )
 
 
 def _open_part(name: str, root: Path, flag: str, split: str) -> Any:
@@ -144,11 +132,12 @@ class _Images(Dataset[tuple[Any, int]]):
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        self.labels = getattr(dataset, "targets", None)
         self.transform: Any = None
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self._dataset[index]
-        image = image.convert("RGB")
+        image = to_rgb(image)
         return (image if self.transform is None else self.transform(image)), int(label)
 
     def __len__(self) -> int:

@@ -46,12 +46,12 @@ class Digits(Dataset[tuple[Any, int]]):
         self._images = [
             Image.fromarray((image * 255 / 16).astype("uint8")).convert("RGB") for image in images
         ]
-        self._labels = [int(label) for label in labels]
+        self.labels = [int(label) for label in labels]
         self.transform: Any = None
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self._images[index]
-        return (image if self.transform is None else self.transform(image)), self._labels[index]
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)

@@ -39,7 +39,11 @@ class Loaders:
 
 
 def create_loaders(
-    config: TrainConfig, datasets: Datasets, data_config: dict[str, Any], processes: Processes
+    config: TrainConfig,
+    datasets: Datasets,
+    data_config: dict[str, Any],
+    processes: Processes,
+    steps_per_epoch: int | None = None,
 ) -> Loaders:
     """Make the loaders.
 
@@ -51,13 +55,15 @@ def create_loaders(
         datasets: the datasets to load.
         data_config: input size and normalisation, as in `timm.data.resolve_data_config`.
         processes: processes of the run; on CUDA, batches are normalised on the device.
+        steps_per_epoch: number of steps of an epoch; None takes as many as there are images for.
 
     Raises:
         CommandError: the training dataset is smaller than a step.
     """
     images_per_step = config.batch_size * config.grad_accum_steps * processes.world_size
-    steps_per_epoch = len(datasets.train) // images_per_step
-    if steps_per_epoch == 0:
+    whole_steps = len(datasets.train) // images_per_step
+    steps_per_epoch = steps_per_epoch or whole_steps
+    if whole_steps == 0:
         factors = ((config.grad_accum_steps, "batches"), (processes.world_size, "processes"))
         times = "".join(f" in {number} {name}" for number, name in factors if number > 1)
         raise CommandError(

@@ -27,7 +27,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         length: number of samples in the dataset.
         seed: seed of the run.
         used: number of samples of an epoch, over all processes; the rest of the order is left
-            out. None uses all.
+            out, and if it is too short, it begins again. None uses all.
         rank: number of this process.
         world_size: number of processes.
     """
@@ -62,6 +62,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, self._epoch))
         order = torch.randperm(self._length, generator=generator).tolist()
+        order *= -(-self._used // self._length)
         for index in order[self._skip : self._used][self._rank :: self._world_size]:
             yield self._epoch, index
 
