@@ -90,7 +90,7 @@ def test_finetune_from_a_file_of_weights(
         save_classes(tmp_path / split, cat=number, dog=number)
     flags = f"--data-dir {tmp_path} --image-size 32 --tune-epochs 1 --batch-size 8"
     lines = run("finetune", flags, capsys)
-    assert [line.split("  ")[0] for line in lines] == ["photographs, dense", "photographs, sparse"]
+    assert [line.split(":")[0] for line in lines] == ["photographs, dense", "photographs, recipe"]
 
 
 def test_lightning_fit(capsys: pytest.CaptureFixture[str]) -> None:
