@@ -15,16 +15,22 @@ from benchmarks import (
     step,
     suite,
 )
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import pack, study_command
 
-COMMANDS = (step, breakdown, layer, compile_time, scaling, scale, long_run, suite, markdown, export)
+COMMANDS = (
+    *(step, breakdown, layer, compile_time, scaling, scale, long_run, suite),
+    *(gpu, study_command, pack),
+    *(markdown, export),
+)
 
 
 def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for module in COMMANDS:
+        module.add_parser(subparsers)
     args = parser.parse_args()
     machine.allocator()
     args.run(args)
