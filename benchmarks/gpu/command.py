@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import ahead
 from benchmarks.gpu.runner import DONE, Job, Outcome, run_jobs
 from benchmarks.gpu.stage import Stage
 from benchmarks.gpu.stages import STAGES
@@ -80,4 +81,5 @@ def run_stages(
         )
         for stage in stages
     ]
-    return run_jobs(jobs, 60 * args.minutes, folder)
+    beside = [] if args.tiny else ahead.command(stages, args.device)
+    return run_jobs(jobs, 60 * args.minutes, folder, beside)

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import torch
 
+from benchmarks.gpu.alone import alone
 from benchmarks.gpu.events import elapsed_ms
 from benchmarks.gpu.settings import Settings
 from benchmarks.results import table
@@ -30,7 +31,8 @@ class Fact:
 
 def run(settings: Settings, name: str) -> None:
     """Print and save the facts."""
-    rows = [*_software(), *_hardware(settings), *_ceilings(settings)]
+    with alone():
+        rows = [*_software(), *_hardware(settings), *_ceilings(settings)]
     print(table(rows, {"fact": "", "value": ""}))
     settings.save(rows, name)
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.alone import alone
 from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.steps import CHANNELS, SLICED, compiled_variants
+from benchmarks.gpu.steps import CHANNELS, SLICED, compiled_variants, dense_variant
 from benchmarks.phases import before_backward
 from benchmarks.timing import synchronize
 from benchmarks.variants import DENSE, Variant
@@ -66,8 +66,7 @@ def run(settings: Settings, name: str) -> None:
     """Profile one step of each variant, print times by kind, and save times by kernel."""
     workload = settings.workload("resnet50", 256)
     model, images = workload.build()
-    module = torch.compile(model, backend=workload.backend)
-    dense = Variant(DENSE, 0.0, model, lambda: workload.step(module, images))
+    dense = dense_variant(workload, model, images)
     rows: list[KernelRow] = []
     for variants in (
         lambda: [dense],
@@ -146,7 +145,6 @@ def _profile(variant: Variant, settings: Settings) -> dict[tuple[str, str, str],
     """Return phase, kind and kernel -> calls and milliseconds of one step."""
     for _ in range(3):
         variant.step()
-    synchronize()
     forward, backward = (_profiler(settings.is_cuda) for _ in range(2))
 
     def turn() -> None:
@@ -154,7 +152,8 @@ def _profile(variant: Variant, settings: Settings) -> dict[tuple[str, str, str],
         forward.__exit__(None, None, None)
         backward.__enter__()
 
-    with before_backward(turn):
+    with alone(), before_backward(turn):
+        synchronize()
         forward.__enter__()
         variant.step()
         synchronize()

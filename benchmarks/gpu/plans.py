@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.gpu.alone import alone
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import CHANNELS, SLICED, Group, compiled_variants
 from benchmarks.results import table
@@ -68,7 +69,8 @@ def run(settings: Settings, name: str) -> None:
             first, *others = compiled_variants(workload, model, images, some)
             first.step()
             for variant in others:
-                new_ms, *later = (_wall_ms(variant) for _ in range(4))
+                with alone():
+                    new_ms, *later = (_wall_ms(variant) for _ in range(4))
                 later_ms = statistics.median(later)
                 rows.append(
                     PlanRow(

@@ -4,16 +4,18 @@ A job that fails, hangs or is cut off takes nothing from the others: what it has
 the next one begins. `gpu-status.json` says what became of each.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.alone import AHEAD, signal_group
 from benchmarks.results import read, save, table
 
 __all__ = ["CUT", "DONE", "FAILED", "Job", "Outcome", "run_jobs"]
@@ -56,7 +58,9 @@ class Outcome:
     limit: float
 
 
-def run_jobs(jobs: Sequence[Job], seconds: float, folder: Path) -> list[Outcome]:
+def run_jobs(
+    jobs: Sequence[Job], seconds: float, folder: Path, ahead: Sequence[str] = ()
+) -> list[Outcome]:
     """Run all jobs that are not done yet.
 
     Each gets its share of the time, and what the jobs before it left over.
@@ -66,6 +70,7 @@ def run_jobs(jobs: Sequence[Job], seconds: float, folder: Path) -> list[Outcome]
         seconds: time for all of them.
         folder: folder of results, logs and status. If it has a status, its jobs that are done do
             not run again.
+        ahead: a command that runs beside the jobs, as long as they run; see `alone`.
 
     Returns:
         The outcome of every job that ever ran in the folder.
@@ -75,22 +80,44 @@ def run_jobs(jobs: Sequence[Job], seconds: float, folder: Path) -> list[Outcome]
     left = [job for job in jobs if _state(outcomes, job) != DONE]
     scale = seconds / sum(job.seconds for job in left) if left else 0.0
     end = time.monotonic()
-    for number, job in enumerate(left):
-        end += job.seconds * scale
-        print(f"\n[{number + 1}/{len(left)}] {shlex.join(job.command)}", flush=True)
-        if job.name in outcomes:
-            _keep_earlier(folder, job.name)
-        # Written before the job begins: if all is cut off, this is what is known.
-        outcomes[job.name] = Outcome(job.name, CUT, 0.0, end - time.monotonic())
-        _write_status(folder, list(outcomes.values()))
-        outcomes[job.name] = _run(job, end - time.monotonic(), folder)
-        _write_status(folder, list(outcomes.values()))
+    with _beside(ahead, folder) as environment:
+        for number, job in enumerate(left):
+            end += job.seconds * scale
+            print(f"\n[{number + 1}/{len(left)}] {shlex.join(job.command)}", flush=True)
+            if job.name in outcomes:
+                _keep_earlier(folder, job.name)
+            # Written before the job begins: if all is cut off, this is what is known.
+            outcomes[job.name] = Outcome(job.name, CUT, 0.0, end - time.monotonic())
+            _write_status(folder, list(outcomes.values()))
+            outcomes[job.name] = _run(job, end - time.monotonic(), folder, environment)
+            _write_status(folder, list(outcomes.values()))
     formats = {"stage": "", "state": "", "seconds": ".0f", "limit": ".0f"}
     print(f"\n{table(list(outcomes.values()), formats)}", flush=True)
     return list(outcomes.values())
 
 
-def _run(job: Job, limit: float, folder: Path) -> Outcome:
+@contextlib.contextmanager
+def _beside(command: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+    """Run a command beside the jobs, if there is one; yield the environment of the jobs.
+
+    All processes share a compile cache in the folder.
+    """
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder.resolve() / "cache")}
+    environment = {**cache, **os.environ, "PYTHONUNBUFFERED": "1"}
+    if not command:
+        yield environment
+        return
+    with (folder / "gpu-ahead.log").open("a") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=environment
+        )
+    try:
+        yield {**environment, AHEAD: str(process.pid)}
+    finally:
+        _kill(process)
+
+
+def _run(job: Job, limit: float, folder: Path, environment: Mapping[str, str]) -> Outcome:
     start = time.monotonic()
     log = folder / f"gpu-{job.name}.log"
     with log.open("a") as file:
@@ -100,7 +127,7 @@ def _run(job: Job, limit: float, folder: Path) -> Outcome:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(folder),
+            env=environment,
         )
         try:
             state = FAILED if process.wait(limit) else DONE
@@ -108,6 +135,8 @@ def _run(job: Job, limit: float, folder: Path) -> Outcome:
             state = CUT
         finally:
             _kill(process)
+            # A job that is killed while it is alone cannot wake the others.
+            signal_group(int(environment.get(AHEAD, "0")), signal.SIGCONT)
     seconds = time.monotonic() - start
     print("\n".join(log.read_text(errors="replace").splitlines()[-_PRINTED:]))
     print(f"{job.name}: {state} after {seconds:.0f} of {limit:.0f} s", flush=True)
@@ -116,17 +145,8 @@ def _run(job: Job, limit: float, folder: Path) -> Outcome:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a job's process and all that it has started, also if it ended by itself."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    signal_group(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a job: all jobs share a compile cache in the folder."""
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder.resolve() / "cache")}
-    return {**cache, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _keep_earlier(folder: Path, name: str) -> None:

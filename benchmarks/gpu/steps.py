@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.backward_time import BackwardTime, ProfiledStep, linear_products
+from benchmarks.gpu.alone import alone
 from benchmarks.gpu.events import count_waits, phased
 from benchmarks.gpu.row import FORMATS, GpuRow, bound_of
 from benchmarks.gpu.settings import Settings
@@ -26,6 +27,7 @@ from ssprop_fx import SparsityConfig, SparsityScheduler, constant, join, ssprop_
 from ssprop_fx.compiler.slots import find_slots
 
 __all__ = ["CHANNELS", "EAGER", "SLICED", "TWO_PASSES", "Group", "StepStage", "compiled_variants"]
+__all__ += ["dense_variant"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ def compiled_variants(
         model, scheduler, config=group.config, backend=workload.backend, mode=mode
     )
     return list(sparse_variants(workload, model, images, group.name, rates, scheduler, compiled))
+
+
+def dense_variant(
+    workload: Workload, model: nn.Module, images: Tensor, mode: str | None = None
+) -> Variant:
+    """Return the dense step under `torch.compile`; the arguments are those of the others."""
+    module = torch.compile(model, backend=workload.backend, mode=mode)
+    return Variant(DENSE, 0.0, model, lambda: workload.step(module, images))
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,7 @@ class _Measurement:
         self.rounds = rounds
         self.keep = keep
         self.model, self.images = workload.build()
-        module = torch.compile(self.model, backend=workload.backend, mode=mode)
-        self.dense = Variant(DENSE, 0.0, self.model, lambda: workload.step(module, self.images))
+        self.dense = dense_variant(workload, self.model, self.images, mode)
         self.backward = BackwardTime(conv_ms=0.0)
 
     def run(self, groups: Sequence[Group]) -> list[str]:
@@ -171,7 +180,8 @@ class _Measurement:
         device = self.workload.device
         everything = {v.key: v for v in [self.dense, *variants]}
         steps = {key: phased(variant, device) for key, variant in everything.items()}
-        alternate(steps, self.rounds)
+        with alone():
+            alternate(steps, self.rounds)
         timings = {key: Phases.of(step.phases[-self.rounds :]) for key, step in steps.items()}
         dense = timings[self.dense.key]
         return [
@@ -196,7 +206,8 @@ class _Measurement:
         )
         profiled = ProfiledStep(self.dense.step, products, self.workload.device)
         steps = {"dense": phased(self.dense, self.workload.device), "profiled": profiled}
-        alternate(steps, rounds=3, warmup=1)
+        with alone():
+            alternate(steps, rounds=3, warmup=1)
         return profiled.of(Phases.of(steps["dense"].phases[-3:]).step.median)
 
 
