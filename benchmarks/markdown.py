@@ -22,9 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "table", help="saved results as Markdown tables", description=__doc__
     )
-    parser.add_argument(
-        "folder", type=Path, help="folder of step-*.json, samples-*.json, gpu-*.json"
-    )
+    parser.add_argument("folder", type=Path, help="folder of results of `step` or of `gpu`")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of the channels")
     parser.set_defaults(run=run)
 

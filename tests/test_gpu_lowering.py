@@ -39,6 +39,12 @@ def lowered(name: str, img_size: int, is_sparse: bool, autocast: bool = True) ->
     return lower(build(name), images(img_size), config if is_sparse else None, autocast)
 
 
+@cache
+def lowered_samples(name: str, img_size: int, saved: str) -> Lowered:
+    return lower(build(name), images(img_size), SparsityConfig(axis="sample", saved=saved))
+
+
+SAVED = pytest.mark.parametrize("saved", ["all", "kept"])
 MODELS = pytest.mark.parametrize(
     ("name", "img_size"), [("test_resnet", 64), ("test_vit", 160), ("test_efficientnet", 64)]
 )
@@ -55,6 +61,24 @@ def test_the_backward_takes_nothing_of_the_cpu(name: str, img_size: int) -> None
 @MODELS
 def test_kernels_compile(name: str, img_size: int) -> None:
     assert compile_kernels(lowered(name, img_size, True)) > 20
+
+
+@SAVED
+@MODELS
+def test_a_sliced_backward_takes_nothing_of_the_cpu(name: str, img_size: int, saved: str) -> None:
+    """It is given the number of its choice, but does not read it."""
+    step = lowered_samples(name, img_size, saved)
+    backward = step.graphs[1]
+    assert "cuda" in step.devices[1]
+    print(step.devices)
+    assert ".item()" not in backward
+    assert "device='cpu'" not in backward
+
+
+@SAVED
+@MODELS
+def test_kernels_of_a_sliced_backward_compile(name: str, img_size: int, saved: str) -> None:
+    assert compile_kernels(lowered_samples(name, img_size, saved)) > 20
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

@@ -6,6 +6,7 @@ rehearses all stages in minutes, without a GPU.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,8 @@ def run_stages(
     Raises:
         ValueError: `--output` has results already, or `--resume` has none.
     """
+    # So that no process is left when this one is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = args.resume or args.output
     has_results = any(folder.glob("gpu-*.json"))
     if args.output and has_results:

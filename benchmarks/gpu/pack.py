@@ -102,9 +102,15 @@ def _commands(folder: Path, has_data: bool) -> str:
     lines = [
         f"python3 -m pip install --no-index --no-deps --target {site} {folder / 'wheels'}/*.whl",
         f"export PYTHONPATH=.:passes:{site} BENCHMARK_COMMIT={commit()}",
-        "python3 -m benchmarks gpu --minutes 10 --output results",
+        f"python3 -m benchmarks gpu --minutes 10 {_where(folder / 'results')}",
     ]
     if has_data:
         data = folder / "cifar10.pt"
-        lines.append(f"python3 -m benchmarks gpu-study --minutes 10 --data {data} --output study")
+        where = _where(folder / "study")
+        lines.append(f"python3 -m benchmarks gpu-study --minutes 10 --data {data} {where}")
     return "\n".join(lines)
+
+
+def _where(results: Path) -> str:
+    """Go on with the results of an earlier run if they travel along, with their compile cache."""
+    return f"{'--resume' if results.exists() else '--output'} {results}"

@@ -214,7 +214,9 @@ def test_what_travels_is_weighed(
     assert parts["cache"] == 3
     assert 1 < parts["repository"] < 20
     assert parts["together"] == parts["repository"] + 3
-    assert "python3 -m benchmarks gpu --minutes 10" in capsys.readouterr().out
+    assert f"gpu --minutes 10 --output {tmp_path / 'results'}\n" in capsys.readouterr().out
+    (tmp_path / "results").mkdir()
+    assert f"gpu --minutes 10 --resume {tmp_path / 'results'}" in pack._commands(tmp_path, False)
     monkeypatch.setattr(pack, "LIMIT_MIB", 2)
     (tmp_path / "wheels").rmdir()
     with pytest.raises(SystemExit, match="more than 2 MiB"):

@@ -89,3 +89,42 @@ def test_output_is_new_and_resume_is_not(tmp_path: Path) -> None:
         run("--output")
     with pytest.raises(SystemExit):
         parse(["gpu"])
+
+
+def test_what_compiles_ahead_stands_still_while_a_job_is_alone(tmp_path: Path) -> None:
+    """The job looks at a counter that the other process writes, alone and not alone."""
+    counter = tmp_path / "counter"
+    count = f"""
+import itertools, pathlib, time
+for number in itertools.count():
+    pathlib.Path({str(counter)!r}).write_text(str(number))
+    time.sleep(0.01)
+"""
+    look = f"""
+import pathlib, time
+from benchmarks.gpu.alone import alone
+def moves():
+    found = set()
+    for _ in range(20):
+        found.add(pathlib.Path({str(counter)!r}).read_text())
+        time.sleep(0.05)
+    return len(found) > 2
+while not pathlib.Path({str(counter)!r}).exists():
+    time.sleep(0.05)
+assert moves()
+with alone():
+    time.sleep(0.1)
+    assert not moves()
+assert moves()
+"""
+    stopped = "from benchmarks.gpu.alone import alone; alone().__enter__(); time.sleep(600)"
+    jobs = [
+        Job("looks", 20, (sys.executable, "-c", look)),
+        job(tmp_path, "hangs alone", stopped, seconds=10),
+        Job("looks again", 20, (sys.executable, "-c", look)),
+    ]
+    outcomes = run_jobs(jobs, 50, tmp_path, ahead=(sys.executable, "-c", count))
+    assert states(outcomes) == {"looks": DONE, "hangs alone": CUT, "looks again": DONE}
+    last = counter.read_text()
+    time.sleep(0.3)
+    assert counter.read_text() == last, "it ends with the jobs"
