@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.settings import Settings, Stage
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.steps import Group, StepStage, compiled_variants, dense_variant
 

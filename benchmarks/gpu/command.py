@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import ahead
 from benchmarks.gpu.runner import DONE, Job, Outcome, run_jobs
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.settings import Stage
 from benchmarks.gpu.stages import STAGES
 
 __all__ = ["add_arguments", "add_parser", "run_stages"]

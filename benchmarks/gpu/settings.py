@@ -1,6 +1,6 @@
-"""What every stage is told: the device, the size of the rehearsal, and where results go."""
+"""A stage, and what it is told: the device, the size of the rehearsal, where results go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.machine import environment
 from benchmarks.results import save
 from benchmarks.workload import Workload
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "Stage"]
 
 # Small models of the same kinds, for a rehearsal on a CPU.
 _TINY = {
@@ -72,3 +72,18 @@ class Settings:
     def save(self, rows: Sequence[Any], name: str) -> None:
         """Write rows as `gpu-NAME.json`; an earlier file of that name is replaced."""
         save(rows, environment(self.device), self.folder, f"gpu-{name}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run that has a process and a share of the time of its own.
+
+    Attributes:
+        name: its name, also of its files.
+        seconds: its share of ten minutes.
+        run: runs it; is given the settings and the name.
+    """
+
+    name: str
+    seconds: int
+    run: Callable[[Settings, str], None]

@@ -1,7 +1,7 @@
 """The stages of `python -m benchmarks gpu`, the most telling first."""
 
 from benchmarks.gpu import checks, facts, kernels, plans
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.settings import Stage
 from benchmarks.gpu.steps import CHANNELS, EAGER, SLICED, TWO_PASSES, StepStage
 
 __all__ = ["STAGES"]

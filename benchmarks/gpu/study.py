@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.gpu.cifar import Images, digits, load
 from benchmarks.gpu.learner import Learner, Recipe
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.settings import Settings, Stage
 from benchmarks.results import read, table
 from benchmarks.study.cost import dense_accuracy
 from ssprop_fx import SparsityScheduler, constant

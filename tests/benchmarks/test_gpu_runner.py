@@ -117,7 +117,7 @@ with alone():
     assert not moves()
 assert moves()
 """
-    stopped = "from benchmarks.gpu.alone import alone; alone().__enter__(); time.sleep(600)"
+    stopped = "from benchmarks.gpu.alone import alone\nwith alone(): time.sleep(600)"
     jobs = [
         Job("looks", 20, (sys.executable, "-c", look)),
         job(tmp_path, "hangs alone", stopped, seconds=10),
