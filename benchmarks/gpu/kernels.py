@@ -1,7 +1,8 @@
 """Stage `kernels`: where the time of a step goes, by kind of kernel, dense and sparse.
 
 A kernel's kind follows from its name. On a CPU, in a rehearsal, operators take the place of
-kernels. `idle` is the time between the first and the last kernel of a phase in which none runs.
+kernels. `idle` is the time between the first and the last kernel of a phase in which none runs;
+the profiler slows launches down, so it may be too long.
 """
 
 import re

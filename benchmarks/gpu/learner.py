@@ -102,13 +102,13 @@ class Learner:
         """
         if not self._is_compiled:
             self._begin(seed)
-            self._run(self._batches(1), _FIRST_STEPS, 1)
+            self._run(self._batches(1), _FIRST_STEPS)
             self._is_compiled = True
         self._begin(seed)
         steps = epochs * (len(self.images.train) // self.recipe.batch_size)
         synchronize()
         start = time.perf_counter()
-        kept = self._run(self._batches(epochs), steps, steps)
+        kept = self._run(self._batches(epochs), steps)
         synchronize()
         seconds = time.perf_counter() - start
         return Trained(self._accuracy(), seconds, kept)
@@ -124,8 +124,8 @@ class Learner:
         for _ in range(epochs):
             yield from self.images.epoch(self.recipe.batch_size)
 
-    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int, total: int) -> float:
-        """Train for some steps; return the mean share of the samples kept."""
+    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
+        """Train for all steps of a training; return the mean share of the samples kept."""
         optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=self.recipe.lr,
@@ -136,7 +136,7 @@ class Learner:
         kept = 0.0
         for step, (images, labels) in zip(range(steps), batches, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.lr * _slope((step + 1) / (total + 1))
+                group["lr"] = self.recipe.lr * _slope((step + 1) / (steps + 1))
             with torch.autocast(self.device.type, torch.bfloat16):
                 output = self.compiled(images)
             functional.cross_entropy(output.float(), labels).backward()

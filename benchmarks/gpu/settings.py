@@ -19,6 +19,8 @@ _TINY = {
     "efficientnet_b0": "test_efficientnet",
     "vit_small_patch16_224": "test_vit",
 }
+# Bytes of memory that a batch of 256 needs at 224 x 224, with room for the larger models.
+_LARGE = 40 * 2**30
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Settings:
 
         Args:
             model: name of the timm model.
-            batch_size: images in a batch.
+            batch_size: images in a batch; a GPU of less than 40 GiB gets a quarter of them.
             backend: compiler of the rehearsal; everything else is compiled by Inductor.
         """
         if self.is_tiny:
@@ -65,6 +67,8 @@ class Settings:
                 device=self.device,
                 backend=backend,
             )
+        if self.is_cuda and torch.cuda.get_device_properties(0).total_memory < _LARGE:
+            batch_size //= 4
         return Workload(
             model=model, batch_size=batch_size, img_size=224, amp=True, device=self.device
         )
