@@ -1,10 +1,9 @@
 """Stages of tests: gradients against the oracle, and all tests that need a GPU."""
 
-import subprocess
-import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from benchmarks.gpu.settings import Settings
 from benchmarks.results import table
@@ -12,7 +11,7 @@ from benchmarks.results import table
 __all__ = ["GRADIENTS", "TestRow", "run_gradients", "run_tests"]
 
 _ROOT = Path(__file__).parents[2]
-GRADIENTS = "tests/runtime/test_device_gradients.py"
+GRADIENTS = _ROOT / "tests/runtime/test_device_gradients.py"
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class TestRow:
         test: its name.
         outcome: `passed`, `failed` or `skipped`.
         seconds: its time.
-        message: why it failed or was skipped, in one line.
+        message: why it failed or was skipped: the last line of what pytest says.
     """
 
     test: str
@@ -38,9 +37,9 @@ def run_gradients(settings: Settings, name: str) -> None:
     Raises:
         RuntimeError: a test failed.
     """
-    chosen = ["-k", settings.device] if not settings.is_tiny else ["-k", "cpu and sliced and bf16"]
+    chosen = "cpu and sliced and bf16" if settings.is_tiny else settings.device
     marked = "gpu" if settings.is_cuda else "slow"
-    _run(settings, name, ["-m", marked, *chosen, GRADIENTS])
+    _run(settings, name, ["-m", marked, "-k", chosen, str(GRADIENTS)])
 
 
 def run_tests(settings: Settings, name: str) -> None:
@@ -56,24 +55,33 @@ def run_tests(settings: Settings, name: str) -> None:
 
 
 def _has_marker(path: Path) -> bool:
-    return path != _ROOT / GRADIENTS and "@pytest.mark.gpu" in path.read_text()
+    return path != GRADIENTS and "@pytest.mark.gpu" in path.read_text()
+
+
+class _Recorder:
+    """A plugin of pytest: saves the rows after each test."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.rows: list[TestRow] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add a row for a test's call, or for a set-up that failed or skipped."""
+        if report.when != "call" and report.passed:
+            return
+        message = str(report.longrepr).splitlines()[-1] if report.longrepr else ""
+        test = report.nodeid.rpartition("::")[2]
+        self.rows.append(TestRow(test, report.outcome, report.duration, message))
+        self.settings.save(self.rows, self.name)
 
 
 def _run(settings: Settings, name: str, arguments: list[str]) -> None:
-    report = settings.folder.resolve() / f"{name}.xml"
-    command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={report}", *arguments]
-    status = subprocess.run(command, cwd=_ROOT, check=False).returncode
-    rows = [_row(case) for case in ElementTree.parse(report).iter("testcase")]
-    report.unlink()
-    settings.save(rows, name)
-    print(table(rows, {"outcome": "", "seconds": ".1f", "test": ""}))
-    if status:
+    recorder = _Recorder(settings, name)
+    status = pytest.main(
+        ["-v", "-c", str(_ROOT / "pyproject.toml"), *arguments], plugins=[recorder]
+    )
+    settings.save(recorder.rows, name)
+    print(table(recorder.rows, {"outcome": "", "seconds": ".1f", "test": ""}))
+    if status != pytest.ExitCode.OK:
         raise RuntimeError(f"pytest ended with status {status}")
-
-
-def _row(case: ElementTree.Element) -> TestRow:
-    outcome, message = "passed", ""
-    for child, named in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-        if (found := case.find(child)) is not None:
-            outcome, message = named, found.get("message", "").partition("\n")[0]
-    return TestRow(case.get("name", ""), outcome, float(case.get("time", 0)), message)
