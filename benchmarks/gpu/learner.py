@@ -151,8 +151,9 @@ class Learner:
         """Return the share of the samples that the last backward kept."""
         if self.scheduler is None:
             return 1.0
-        # The last slot of the model counts samples.
-        return int(self.scheduler.keep_counts[-1]) / self.recipe.batch_size
+        kept = self.compiled.ssprop.kept_samples
+        # None: a backward of the whole batch.
+        return 1.0 if kept is None else kept[0] / kept[1]
 
     def _accuracy(self) -> float:
         self.model.eval()
