@@ -25,6 +25,9 @@ def main() -> None:
     machine.allocator()
     # As training scripts do for a fixed shape: the dense step gets its fastest kernels.
     torch.backends.cudnn.benchmark = True
+    # Every variant recompiles the same code, and none may silently fall back to eager.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     settings = Settings(args.device, args.tiny, args.output, args.data)
     _ALL[args.stage].run(settings, args.stage)
 
