@@ -16,10 +16,13 @@ from benchmarks import (
     step,
     suite,
 )
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import pack, study_command
 
 COMMANDS = (
-    *(step, breakdown, layer, pooling, compile_time, scaling, scale, long_run, suite, markdown),
-    export,
+    *(step, breakdown, layer, pooling, compile_time, scaling, scale, long_run, suite),
+    *(gpu, study_command, pack),
+    *(markdown, export),
 )
 
 
@@ -27,8 +30,8 @@ def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for module in COMMANDS:
+        module.add_parser(subparsers)
     args = parser.parse_args()
     machine.allocator()
     args.run(args)

@@ -10,7 +10,7 @@ import torch
 
 from ssprop_fx.training.allocator import keep_freed_memory
 
-__all__ = ["allocator", "describe", "environment"]
+__all__ = ["allocator", "commit", "describe", "environment"]
 
 
 @functools.cache
@@ -35,15 +35,14 @@ def environment(device: str) -> dict[str, str | int]:
         device: type of the measured device, `"cpu"` or `"cuda"`.
 
     Returns:
-        Device, CPU threads, torch version, commit and allocator. The commit is git's, unless the
-        environment variable `BENCHMARK_COMMIT` is set (for a copy of the sources without history).
+        Device, CPU threads, torch version, commit and allocator.
     """
     is_cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": os.environ.get("BENCHMARK_COMMIT") or _commit(),
+        "commit": commit(),
         "allocator": f"CUDA {torch.cuda.get_allocator_backend()}" if is_cuda else allocator(),
     }
 
@@ -63,11 +62,18 @@ def _cpu_name() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _commit() -> str:
-    commit = _git("describe", "--always")
+def commit() -> str:
+    """Return git's name of the commit, with `-dirty` if files have changed.
+
+    The environment variable `BENCHMARK_COMMIT` replaces it, for a copy of the sources without
+    history.
+    """
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
+    found = _git("describe", "--always")
     # Ignore changed results: they do not affect a measurement.
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
-    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+    return f"{found}-dirty" if found and changed else found or "unknown"
 
 
 def _git(*arguments: str) -> str:

@@ -2,7 +2,8 @@
 
 For channels, one row for each model and sparse variant, one column for each measured peer. For
 samples, one row for each model and variant, one column for each drop rate; the other columns are
-at the highest drop rate. All speed-ups are over dense torch.compile.
+at the highest drop rate. For results of `gpu`, one row for each model, variant and drop rate. All
+speed-ups are over dense torch.compile.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from benchmarks.picture import sparse_rows
 from benchmarks.results import read
 from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
-__all__ = ["add_parser", "markdown", "samples_markdown"]
+__all__ = ["add_parser", "gpu_markdown", "markdown", "samples_markdown"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,19 +22,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "table", help="saved results as Markdown tables", description=__doc__
     )
-    parser.add_argument("folder", type=Path, help="folder of step-*.json and samples-*.json")
+    parser.add_argument("folder", type=Path, help="folder of results of `step` or of `gpu`")
     parser.add_argument("--drop-rate", type=float, default=0.8, help="drop rate of the channels")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
-    channels, samples = (
+    channels, samples, gpu = (
         [read(path) for path in sorted(args.folder.glob(f"{kind}-*.json"))]
-        for kind in ("step", "samples")
+        for kind in ("step", "samples", "gpu")
     )
     tables = [markdown(channels, args.drop_rate)] if channels else []
-    print("\n\n".join([*tables, *([samples_markdown(samples)] if samples else [])]))
+    tables += [samples_markdown(samples)] if samples else []
+    tables += [gpu_markdown(gpu)] if gpu else []
+    print("\n\n".join(tables))
 
 
 def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
@@ -88,6 +91,23 @@ def samples_markdown(files: list[list[dict[str, Any]]]) -> str:
             lines.append([last["model"], name, *_figures(speedups, rates), *figures])
             if name == DENSE:
                 lines.append([last["model"], "bound", *_figures(bounds, rates), "", "", ""])
+    return _join(lines)
+
+
+def gpu_markdown(files: list[list[dict[str, Any]]]) -> str:
+    """Return the table of `gpu`.
+
+    Args:
+        files: the rows of each file; only records of GpuRow are shown.
+    """
+    columns = ["model, resolution, batch", "variant", "mode", "drop rate", "forward ms"]
+    columns += ["backward ms", "step ms", "speed-up", "bound", "share", "peak MiB", "waits"]
+    lines = [columns, ["---"] * len(columns)]
+    for row in (row for rows in files for row in rows if "forward_ms" in row):
+        texts = [row["model"], row["variant"], row["mode"], f"{row['drop_rate']:g}"]
+        times = [f"{row[f]:.1f}" for f in ("forward_ms", "backward_ms", "step_ms")]
+        ratios = [f"{row[f]:.2f}" for f in ("speedup", "bound", "share")]
+        lines.append([*texts, *times, *ratios, f"{row['peak_mib']:.0f}", str(row["waits"])])
     return _join(lines)
 
 

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from benchmarks.variants import Variant, make_variants
 from benchmarks.workload import Workload
 from ssprop_fx import SparsityConfig
 
-__all__ = ["OtherCheckout", "OtherStep", "PhasedStep", "Step"]
+__all__ = ["OtherCheckout", "OtherStep", "PhasedStep", "Step", "before_backward"]
 
 CLOCKS: dict[str, Callable[[], float]] = {
     "wall time": time.perf_counter,
@@ -46,6 +47,19 @@ class Step(Protocol):
         """Return the peak memory of a step."""
 
 
+@contextmanager
+def before_backward(call: Callable[[], object]) -> Iterator[None]:
+    """Run a function right before each call of `Tensor.backward`."""
+    real_backward = torch.Tensor.backward
+
+    def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        call()
+        real_backward(tensor, *args, **kwargs)
+
+    with patch.object(torch.Tensor, "backward", backward):
+        yield
+
+
 class PhasedStep:
     """A variant's step in this process. Its backward begins at the call of `Tensor.backward`.
 
@@ -63,15 +77,13 @@ class PhasedStep:
 
     def __call__(self) -> None:
         """Run the step once."""
-        real_backward = torch.Tensor.backward
         begins: list[float] = []
 
-        def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        def begin() -> None:
             synchronize()
             begins.append(self.clock())
-            real_backward(tensor, *args, **kwargs)
 
-        with patch.object(torch.Tensor, "backward", backward):
+        with before_backward(begin):
             synchronize()
             start = self.clock()
             self.variant.step()

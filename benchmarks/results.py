@@ -46,7 +46,7 @@ def table(rows: Sequence[Any], formats: Mapping[str, str]) -> str:
 def save(
     rows: Sequence[Any], environment: Mapping[str, str | int], folder: str | Path, name: str
 ) -> None:
-    """Write rows and environment as `folder/name.json`.
+    """Write rows and environment as `folder/name.json`, whole or not at all.
 
     Args:
         rows: dataclass instances.
@@ -57,7 +57,10 @@ def save(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     content = {"environment": dict(environment), "rows": [asdict(row) for row in rows]}
-    (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    # A process that is killed while it writes leaves the file as it was.
+    partial = path / f"{name}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path / f"{name}.json")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from ssprop_fx import (
     ssprop_compile,
 )
 
-__all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants"]
+__all__ = ["DENSE", "DENSE_PEERS", "PEERS", "Variant", "make_variants", "sparse_variants"]
 
 DENSE = "dense"
 # Rows to compare with: dense eager, the module swap, and dense torch.compile with the kernels of a
@@ -83,14 +83,14 @@ def make_variants(
         rates = drop_rates if index else [0.0, *drop_rates]
         scheduler = SparsityScheduler(join([constant(r) for r in rates], range(1, len(rates))))
         compiled = ssprop_compile(model, scheduler, config=config, backend=workload.backend)
-        variants += _sparse(workload, model, images, name, rates, scheduler, compiled)
+        variants += sparse_variants(workload, model, images, name, rates, scheduler, compiled)
         reports.append(lambda compiled=compiled: report(compiled))
     if with_peers:
         variants += _peers(workload, model, images, drop_rates, reports[0])
     return variants
 
 
-def _sparse(
+def sparse_variants(
     workload: Workload,
     model: nn.Module,
     images: Tensor,
@@ -99,6 +99,18 @@ def _sparse(
     scheduler: SparsityScheduler,
     compiled: nn.Module,
 ) -> Iterator[Variant]:
+    """Return a variant of one compiled model for each drop rate.
+
+    Args:
+        workload: the workload that built `model` and `images`.
+        model: the model.
+        images: a batch.
+        name: name of the rows.
+        rates: the drop rates, in the order of the scheduler's steps.
+        scheduler: the scheduler of `compiled`.
+        compiled: the model as `ssprop_compile` returns it.
+    """
+
     def variant(index: int, rate: float) -> Variant:
         def run() -> None:
             # Setting the drop rate is part of the step, as in training.

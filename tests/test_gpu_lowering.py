@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
+    if name == "without norms":
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Flatten(), nn.Linear(576, 10))
     # One block of each stage, and one more whose residual is not a convolution.
     short = {"layers": (2, 1, 1, 1)} if name == "resnet50" else {}
     return timm.create_model(name, num_classes=10, **short).to(memory_format=torch.channels_last)
@@ -39,6 +41,12 @@ def lowered(name: str, img_size: int, is_sparse: bool, autocast: bool = True) ->
     return lower(build(name), images(img_size), config if is_sparse else None, autocast)
 
 
+@cache
+def lowered_samples(name: str, img_size: int, saved: str) -> Lowered:
+    return lower(build(name), images(img_size), SparsityConfig(axis="sample", saved=saved))
+
+
+SAVED = pytest.mark.parametrize("saved", ["all", "kept"])
 MODELS = pytest.mark.parametrize(
     ("name", "img_size"), [("test_resnet", 64), ("test_vit", 160), ("test_efficientnet", 64)]
 )
@@ -55,6 +63,31 @@ def test_the_backward_takes_nothing_of_the_cpu(name: str, img_size: int) -> None
 @MODELS
 def test_kernels_compile(name: str, img_size: int) -> None:
     assert compile_kernels(lowered(name, img_size, True)) > 20
+
+
+@SAVED
+@MODELS
+def test_a_sliced_backward_takes_nothing_of_the_cpu(name: str, img_size: int, saved: str) -> None:
+    assert shapes_on_the_cpu(lowered_samples(name, img_size, saved).graphs[1]) <= {"2"}
+
+
+def test_the_kept_samples_are_on_the_gpu() -> None:
+    """Also where the number of the choice is the first input: in bf16, without norms."""
+    step = lowered_samples("without norms", 8, "all")
+    assert shapes_on_the_cpu(step.graphs[1]) <= {"2"}
+    assert compile_kernels(step) > 0
+
+
+def shapes_on_the_cpu(backward: str) -> set[str]:
+    """Shapes of the inputs on the CPU. One of shape [2] is the number of the choice, not read."""
+    assert "rand_strided(" in backward
+    return set(re.findall(r"rand_strided\(\(([^)]*?),? \), \([^)]*\), device='cpu'", backward))
+
+
+@SAVED
+@MODELS
+def test_kernels_of_a_sliced_backward_compile(name: str, img_size: int, saved: str) -> None:
+    assert compile_kernels(lowered_samples(name, img_size, saved)) > 20
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

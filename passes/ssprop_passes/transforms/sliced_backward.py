@@ -172,11 +172,8 @@ class _Slicer:
         )
         self._last = placeholders[-1]
         self._size = self._placeholder("ssprop_batch", self._symint(self._whole))
-        device = next(
-            value.device
-            for node in placeholders
-            if isinstance(value := node.meta.get("val"), Tensor) and value.ndim
-        )
+        # Not of any input: the number of the choice is on the CPU.
+        device = next(n.meta["val"].device for n in placeholders if "tangents" in str(n.target))
         with self._mode:
             indices = torch.empty([k], dtype=torch.int64, device=device)
         self._kept = self._placeholder("ssprop_kept", indices)
