@@ -20,7 +20,7 @@ from benchmarks.gpu.learner import Learner, Recipe
 from benchmarks.gpu.settings import Settings, Stage
 from benchmarks.results import read, table
 from benchmarks.study.cost import dense_accuracy
-from ssprop_fx import SparsityScheduler, constant
+from ssprop_fx import AddedNoise, KeptMass, SparsityScheduler
 
 __all__ = ["EPOCHS", "RULES", "SEEDS", "RunRow", "Summary", "summaries", "summary_table"]
 
@@ -28,8 +28,8 @@ __all__ = ["EPOCHS", "RULES", "SEEDS", "RunRow", "Summary", "summaries", "summar
 EPOCHS = (20, 15, 12, 10)
 # Name of a row -> what makes its scheduler; each is compiled with `SparsityConfig(axis="sample")`.
 RULES: Mapping[str, Callable[[], SparsityScheduler]] = {
-    "samples 0.3": lambda: SparsityScheduler(constant(0.3)),
-    "samples 0.5": lambda: SparsityScheduler(constant(0.5)),
+    "noise 0.1": lambda: SparsityScheduler(controller=AddedNoise(0.1)),
+    "mass 0.9": lambda: SparsityScheduler(controller=KeptMass(0.9)),
 }
 _FORMATS = {
     "row": "",
