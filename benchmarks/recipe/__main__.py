@@ -23,10 +23,12 @@ def main() -> None:
     train.set_defaults(command=run)
     table = commands.add_parser("page", help="print the page docs/study.md")
     table.set_defaults(command=print_page)
+    claims = commands.add_parser("claims", help="print the figures of the README")
+    claims.set_defaults(command=print_claims)
     plot = commands.add_parser("plot", help="plot accuracy over seconds")
     plot.add_argument("path", type=Path, metavar="PNG")
     plot.add_argument("--tasks", nargs="+", default=["flowers", "cifar-fine"], metavar="TASK")
-    plot.add_argument("--rule", default="mass-0.9", metavar="ROW")
+    plot.add_argument("--rule", default="noise-0.1", metavar="ROW")
     plot.set_defaults(command=plot_tasks)
     args = parser.parse_args()
     args.command(args)
@@ -56,6 +58,13 @@ def print_page(args: argparse.Namespace) -> None:
     from benchmarks.recipe.page import page
 
     print(page(read_results(args.results)), end="")
+
+
+def print_claims(args: argparse.Namespace) -> None:
+    """Print what the README says."""
+    from benchmarks.recipe.page import claims
+
+    print("\n".join(claims(read_results(args.results))))
 
 
 def plot_tasks(args: argparse.Namespace) -> None:

@@ -11,7 +11,14 @@ from benchmarks.recipe.summary import Summary, summarize
 from benchmarks.recipe.task import TASKS, Task
 from benchmarks.study.store import Result
 
-__all__ = ["page"]
+__all__ = ["claims", "page"]
+
+# The default rule, and the tasks that the README names.
+RECIPE = "noise-0.1"
+FINE_TUNING = {
+    "flowers": "1,600 photographs of flowers at 128 pixels",
+    "cifar-fine": "5,000 images of CIFAR-10 at 64 pixels",
+}
 
 _TEXT = Path(__file__).with_name("page.md")
 _FIELD = re.compile(r"\[\[(\S+) (\S+) (\w+)\]\]")
@@ -46,6 +53,23 @@ def page(results: Sequence[Result]) -> str:
             for device, threads, torch, commit in machines
         ),
     )
+
+
+def claims(results: Sequence[Result]) -> list[str]:
+    """Return what the README says of the default rule, a line for each task."""
+    lines = []
+    for name, what in FINE_TUNING.items():
+        rows = {row.name: row for row in summarize(TASKS[name], results)}
+        if RECIPE not in rows:
+            continue
+        dense, found = rows["dense"], rows[RECIPE]
+        lines.append(
+            f"- {what}: {found.time:.2f} of the time, {found.accuracy:.1f} % against"
+            f" {dense.accuracy:.1f} % of the test images right; dense training of equal time is"
+            f" {-found.to_equal.mean if found.to_equal else 0:+.1f} points from that"
+            f" ({found.seeds} seeds)"
+        )
+    return lines
 
 
 def _table(task: Task, rows: Sequence[Summary]) -> str:

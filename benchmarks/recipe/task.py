@@ -134,8 +134,8 @@ TASKS: dict[str, Task] = {
             tests=2000,
             lr=0.003,
             frozen=True,
-            fewer=(1.5, 2),
-            **{**_LITE, "epochs": 3},
+            fewer=(3, 4),
+            **_LITE,
             **_CIFAR,
         ),
         Task(
