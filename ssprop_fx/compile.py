@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ssprop_fx.config import SparsityConfig
-from ssprop_fx.scheduling.sample_rules import default_rule
+from ssprop_fx.scheduling.controllers import Controller
+from ssprop_fx.scheduling.sample_rules import SampleRule, default_rule
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ def ssprop_compile(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(scheduler, (Controller, SampleRule)):
+        raise TypeError(
+            f"scheduler must be a SparsityScheduler, got {scheduler!r}: write"
+            f" SparsityScheduler(controller={scheduler!r})"
+        )
     if scheduler is not None and not isinstance(scheduler, SparsityScheduler):
         raise TypeError(
             f"scheduler must be a SparsityScheduler, got {type(scheduler).__name__}:"

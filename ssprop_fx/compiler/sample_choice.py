@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ssprop_fx.scheduling.keep_counts import KeepCounts
-from ssprop_fx.scheduling.sample_rules import sample_count, sample_telemetry
+from ssprop_fx.scheduling.sample_rules import KeptSamples, sample_count
 
 __all__ = ["SampleChoice", "current_choice_maybe", "opened"]
 
@@ -50,6 +50,7 @@ class SampleChoice:
         kept: number of samples that the backward keeps, k. With a rule, it is known once the
             backward begins.
         indices: the kept samples, int64 [k]; None before the backward begins.
+        calls: number of compiled graphs that the forward has run.
         maker: number of the graph's call whose backward made the choice; 0 if the model's outputs
             did.
     """
@@ -68,12 +69,15 @@ class SampleChoice:
             else replace(selection, select=rule.select)
         )
         self._counts = counts
-        self.size = self.kept = 0
+        # The backward may keep all samples, and then it tells nothing.
+        counts.samples = None
+        self.size = self.kept = self.calls = 0
         self.indices: Tensor | None = None
         self.maker = 0
 
     def count_call(self) -> Tensor:
         """Return what a graph saves for its backward: the choice and the call, int64 [2]."""
+        self.calls += 1
         return torch.tensor([self._number, next(self._calls)])
 
     @classmethod
@@ -137,8 +141,7 @@ class SampleChoice:
             if self._counts.rule is not None:
                 self.kept = sample_count(self._counts.rule, scores)
             self.indices, weights = choose_samples(self._selection, scores, self.kept)
-            self._counts.samples = sample_telemetry(scores, self.indices, weights)
-            self._counts.kept = self.kept, self.size
+            self._counts.samples = KeptSamples(scores, self.indices, weights)
             factors = sample_factors(self.indices, weights, self.size)
             return [
                 weigh_samples(g, factors, *place)
@@ -148,9 +151,11 @@ class SampleChoice:
     def attach(self, output: Any) -> Any:
         """Return the model's output, such that its backward begins with the choice.
 
-        If a tensor of the output has no dimension for the batch, the first compiled backward
-        chooses instead, from the gradients that reach it.
+        If the model is one graph, that graph's backward chooses: it knows where its gradients have
+        samples. So does the first compiled backward if the shape of an output does not say that.
         """
+        if self.calls < 2:
+            return output
         leaves, structure = tree_flatten(output)
         places = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
         dims = [_batch_dim(leaves[i], self.size) for i in places]
@@ -202,5 +207,9 @@ def _has_gradient(leaf: Any) -> bool:
 
 
 def _batch_dim(output: Tensor, size: int) -> int | None:
-    """Return the first dimension of the batch's size, None if there is none."""
-    return next((d for d, n in enumerate(cast(Sequence[int], output.shape)) if n == size), None)
+    """Return the dimension that holds the samples; None if the shape does not say which."""
+    shape = cast(Sequence[int], output.shape)
+    found = [d for d, n in enumerate(shape) if n == size]
+    # A size that is a multiple of the batch's may be samples merged with tokens.
+    is_merged = any(n % size == 0 for n in shape[: found[0]]) if found else False
+    return found[0] if len(found) == 1 and not is_merged else None

@@ -18,7 +18,7 @@ from ssprop_fx.runtime.rank_agreement import RankAgreement
 from ssprop_fx.runtime.tripwire import Problem, Tripwire, why_no_layer
 from ssprop_fx.runtime.user_warning import warn_no_effect
 from ssprop_fx.scheduling.keep_counts import KeepCounts
-from ssprop_fx.scheduling.sample_rules import SampleTelemetry
+from ssprop_fx.scheduling.sample_rules import SampleRule, SampleTelemetry
 from ssprop_fx.scheduling.scheduler import SparsityScheduler
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
@@ -64,6 +64,8 @@ class SparseVariant:
         if scheduler.controller is not None and not chooses_samples:
             # A controller decides from telemetry.
             config = replace(config, telemetry=True)
+        if chooses_samples:
+            _check_select(config, scheduler)
         self.scheduler = scheduler
         self.config = config
         self.table = find_slots(model, config)
@@ -115,14 +117,15 @@ class SparseVariant:
         if not graphs or not all(graph.is_sliced for graph in graphs):
             return None
         if self.counts.rule is not None:
-            return self.counts.kept
+            kept = self.counts.samples
+            return None if kept is None else (len(kept.indices), len(kept.scores))
         return int(self.keep_counts[-1]), self.counts.channels[-1]
 
     @property
     def samples(self) -> SampleTelemetry | None:
-        """What the last backward kept of its batch; None before any. On a GPU this waits for it."""
-        read = self.counts.samples
-        return None if read is None else read()
+        """What the last backward kept of its batch; None if it was whole. Waits for a GPU."""
+        kept = self.counts.samples
+        return None if kept is None else kept.telemetry()
 
     def telemetry(self) -> dict[str, SiteTelemetry]:
         """Return the telemetry of each layer; see `SparsityScheduler.telemetry`."""
@@ -224,6 +227,17 @@ class SparseVariant:
         if problem.kind not in self._warned:
             self._warned.add(problem.kind)
             warn_no_effect(problem.message)
+
+
+def _check_select(config: SparsityConfig, scheduler: SparsityScheduler) -> None:
+    """Raise a ValueError if the rule draws samples by itself, and the configuration says how."""
+    rule = scheduler.controller
+    draws = isinstance(rule, SampleRule) and rule.select is not None
+    if draws and config.select not in (SparsityConfig.select, "sampled"):
+        raise ValueError(
+            f'select must be "sampled", or left out, with {rule!r}, which draws samples by itself;'
+            f" got {config.select!r}"
+        )
 
 
 def saved_share(graphs: Sequence[GraphRecord], keep_counts: Sequence[int]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 import torch
 from ssprop_passes.sites.site import MIN_KEEP_COUNT
 
-from ssprop_fx.scheduling.sample_rules import SampleRule, SampleTelemetry
+from ssprop_fx.scheduling.sample_rules import KeptSamples, SampleRule
 from ssprop_fx.scheduling.telemetry import Telemetry
 
 __all__ = ["KeepCounts", "RateSource", "keep_count"]
@@ -50,8 +50,7 @@ class KeepCounts:
         names: layer name of each slot.
         batch: whether the last slot is not of a layer: it counts the kept samples of the batch.
         rule: decides how many samples are kept, in place of the tensor; None without one.
-        samples: returns what the last backward kept of its batch; None before any.
-        kept: how many samples that were, of how many; None before any.
+        samples: those that the last backward was made of; None if it was of the whole batch.
         telemetry: what the model's sparse backwards report.
     """
 
@@ -78,8 +77,7 @@ class KeepCounts:
         self.names = tuple(names)
         self.batch = batch
         self.rule = rule
-        self.samples: Callable[[], SampleTelemetry] | None = None
-        self.kept: tuple[int, int] | None = None
+        self.samples: KeptSamples | None = None
         self.telemetry = Telemetry()
 
     def of_batch(self, size: int) -> int:

@@ -6,7 +6,6 @@ model's outputs. Early in training all samples have a gradient, late few do; a r
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ssprop_passes.selection.selectors import Selector, sampled
@@ -16,11 +15,11 @@ from ssprop_fx.scheduling.base import check_budget, check_number
 
 __all__ = [
     "AddedNoise",
+    "KeptSamples",
     "SampleRule",
     "SampleTelemetry",
     "default_rule",
     "sample_count",
-    "sample_telemetry",
 ]
 
 # Keep counts are multiples of a 16th of the batch, rounded up: oneDNN and cuDNN prepare a kernel
@@ -86,6 +85,9 @@ def sample_count(rule: SampleRule, scores: Tensor) -> int:
     Returns:
         The keep count, in [1, N]: N / 16 or a multiple of it if N is above 16.
 
+    Raises:
+        ValueError: a score is negative.
+
     Examples:
         >>> import torch
         >>> from ssprop_fx import KeptMass
@@ -97,6 +99,8 @@ def sample_count(rule: SampleRule, scores: Tensor) -> int:
     total = float(scores.sum())
     if not math.isfinite(total):
         return size
+    if float(scores.min()) < 0:
+        raise ValueError(f"score must not be negative with a rule, got {float(scores.min()):g}")
     wanted = float(rule.samples_wanted(scores)) if total > 0 else 1.0
     step = max(size // _LEVELS, 1)
     # Rounded first: 2.0000000001 samples are 2.
@@ -106,29 +110,31 @@ def sample_count(rule: SampleRule, scores: Tensor) -> int:
     return min(count, size)
 
 
-def sample_telemetry(
-    scores: Tensor, indices: Tensor, weights: Tensor | None
-) -> Callable[[], SampleTelemetry]:
-    """Return a function that returns the telemetry of a choice; its call waits for a GPU.
+@dataclass(frozen=True, eq=False)
+class KeptSamples:
+    """The samples that a backward was made of.
 
-    Args:
+    Attributes:
         scores: [N].
         indices: the kept samples, [k].
         weights: their weights, [k]; None if all are 1.
     """
 
-    def read() -> SampleTelemetry:
-        s = scores.double()
-        kept, square = s[indices], s.square().sum()
-        if weights is None:
+    scores: Tensor
+    indices: Tensor
+    weights: Tensor | None
+
+    def telemetry(self) -> SampleTelemetry:
+        """Return what was kept; this waits for a GPU."""
+        s = self.scores.double()
+        kept, square = s[self.indices], s.square().sum()
+        if self.weights is None:
             error = square - kept.square().sum()
         else:
             # Each sample stands for 1 / p_i like it, and a draw adds s_i^2 (1 / p_i - 1).
-            error = (kept.square() * weights * (weights - 1)).sum()
+            error = (kept.square() * self.weights * (self.weights - 1)).sum()
         share, noise = kept.sum() / s.sum(), error / square
-        return SampleTelemetry(len(indices), len(scores), float(share), float(noise))
-
-    return read
+        return SampleTelemetry(len(kept), len(s), float(share), float(noise))
 
 
 @dataclass(frozen=True)
@@ -166,8 +172,8 @@ class AddedNoise(SampleRule):
     def __post_init__(self) -> None:
         check_number("target", self.target)
         check_budget(self.budget)
-        if not self.target > 0:
-            raise ValueError(f"target must be above 0, got {self.target!r}")
+        if not 0 < self.target < math.inf:
+            raise ValueError(f"target must be above 0 and finite, got {self.target!r}")
 
     @property
     def select(self) -> Selector:

@@ -56,7 +56,13 @@ class SparsityScheduler:
         if schedule is None and controller is not None:
             schedule = constant(0.5)
         if not callable(schedule):
-            raise TypeError(f"schedule must be a schedule such as constant(0.8), got {schedule!r}")
+            is_rule = isinstance(schedule, (Controller, SampleRule))
+            hint = (
+                f": write controller={schedule!r}" if is_rule else ", unless there is a controller"
+            )
+            raise TypeError(
+                f"schedule must be a schedule such as constant(0.8), got {schedule!r}{hint}"
+            )
         if controller is not None and not isinstance(controller, (Controller, SampleRule)):
             raise TypeError(
                 f"controller must be a controller such as KeptMass(0.9), got {controller!r}"

@@ -246,6 +246,43 @@ def test_a_second_backward_through_a_loss_chooses_again(monkeypatch: pytest.Monk
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("layout", ["tokens first", "classes first"])
+def test_other_dimensions_of_an_output_may_have_the_batch_size(layout: str) -> None:
+    """Only the graph knows which of two equal sizes is the batch."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 8), nn.Linear(8, BATCH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(torch.tanh(self.first(x)))
+            if layout == "tokens first":
+                return y.transpose(0, 1)
+            return y.mean(1).t()
+
+    def by_sample(output: Tensor) -> Tensor:
+        if layout == "tokens first":
+            return output.transpose(0, 1)
+        return output.t()
+
+    def loss(output: Tensor, factors: Tensor) -> Tensor:
+        y = by_sample(output)
+        return (y.sin() * factors.view(-1, *[1] * (y.ndim - 1))).sum()
+
+    torch.manual_seed(0)
+    model = Words().double()
+    x = torch.randn(BATCH, BATCH, 5, dtype=torch.float64)
+    factors = torch.tensor([3.0, 0.01, 9.0, 0.01, 5.0, 0.02], dtype=torch.float64)
+    kept = torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64)
+    loss(model(x), factors * kept).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss(compile_net(model)(x), factors).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found, expected) < 1e-12
+
+
 def test_an_input_for_the_whole_batch_may_come_first() -> None:
     class Shifted(Net):
         def forward(self, shift: Tensor, x: Tensor) -> Tensor:

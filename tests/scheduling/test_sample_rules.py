@@ -1,10 +1,13 @@
 """Rules for samples: the counts against brute force, and the draws against their bound."""
 
+import io
 import math
+import warnings
 
 import pytest
 import torch
 from oracle import relative_error
+from ssprop_passes.errors import NoEffectWarning
 from ssprop_passes.selection.selectors import sampled
 from torch import Tensor, nn
 from torch.nn import functional
@@ -83,7 +86,7 @@ def test_counts_come_in_few_levels_and_within_the_budget() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: AddedNoise(0), "target must be above 0, got 0"),
+        (lambda: AddedNoise(0), "target must be above 0 and finite, got 0"),
         (lambda: AddedNoise("0.3"), "target must be a number, got '0.3'"),  # type: ignore[arg-type]
         (lambda: AddedNoise(0.3, budget=0), r"budget must be in \(0, 1\] or None, got 0"),
         (
@@ -98,7 +101,21 @@ def test_counts_come_in_few_levels_and_within_the_budget() -> None:
             lambda: compile_linear(None, SparsityConfig()),
             "scheduler must be a SparsityScheduler for channels",
         ),
-        (lambda: SparsityScheduler(), "schedule must be a schedule"),
+        (lambda: SparsityScheduler(), "schedule must be a .*, unless there is a controller"),
+        (lambda: SparsityScheduler(AddedNoise(1)), r"schedule .* write controller=AddedNoise\("),
+        (
+            lambda: ssprop_compile(nn.Linear(2, 2), KeptMass(0.5)),  # type: ignore[arg-type]
+            r"scheduler must be .*: write SparsityScheduler\(controller=KeptMass\(",
+        ),
+        (lambda: AddedNoise(math.inf), "target must be above 0 and finite, got inf"),
+        (
+            lambda: compile_linear(
+                SparsityScheduler(controller=AddedNoise(1)),
+                SparsityConfig(axis="sample", select="random"),
+            ),
+            'select must be "sampled", or left out, with AddedNoise',
+        ),
+        (lambda: sample_count(KeptMass(0.9), -torch.ones(3)), "score must not be negative .*-1"),
     ],
 )
 def test_wrong_arguments_have_one_line(wrong: object, message: str) -> None:
@@ -162,6 +179,33 @@ def test_the_count_follows_within_the_step(rule: SampleRule) -> None:
     expected = torch.stack([x[[3, 11]].sum(0)] * 3)
     assert relative_error({"w": layer.weight.grad}, {"w": expected}) < 1e-2
     assert report(compiled).kept_samples == (2, 16)
+
+
+def test_a_selector_that_repeats_samples_is_refused() -> None:
+    config = SparsityConfig(axis="sample", select=lambda scores, k: torch.zeros(k).long())
+    _, compiled = compile_linear(SparsityScheduler(controller=KeptMass(0.5)), config)
+    with pytest.raises(ValueError, match="select must return indices that are all different"):
+        compiled(torch.randn(8, 8, dtype=torch.float64)).square().sum().backward()
+
+
+def test_a_model_that_has_trained_can_be_saved_whole() -> None:
+    _, compiled = compile_linear(None, None)
+    compiled(torch.randn(8, 8, dtype=torch.float64)).square().sum().backward()
+    saved = io.BytesIO()
+    torch.save(compiled, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    assert loaded.ssprop.scheduler.controller == AddedNoise(0.1)
+
+
+def test_what_was_kept_is_of_the_last_backward() -> None:
+    _, compiled = compile_linear(None, None)
+    compiled(torch.randn(8, 8, dtype=torch.float64)).square().sum().backward()
+    assert compiled.ssprop.samples.size == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        compiled(torch.randn(1, 8, dtype=torch.float64)).square().sum().backward()
+    assert compiled.ssprop.samples is None
 
 
 def test_draws_repeat_under_a_seed() -> None:

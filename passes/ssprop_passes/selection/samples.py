@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.selectors import SELECTORS
 
 __all__ = [
     "choose_samples",
@@ -54,6 +55,9 @@ def choose_samples(selection: Selection, scores: Tensor, k: int) -> tuple[Tensor
         ValueError: a custom selector returns a result of the wrong form.
     """
     indices, weights = selection.choose(scores, k)
+    is_own = selection.select not in SELECTORS.values()
+    if is_own and len(set(indices.tolist())) < k:
+        raise ValueError(f"select must return indices that are all different, got {indices}")
     order = indices.argsort()
     return indices[order], None if weights is None else weights[order]
 
