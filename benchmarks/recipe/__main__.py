@@ -27,7 +27,7 @@ def main() -> None:
     claims.set_defaults(command=print_claims)
     plot = commands.add_parser("plot", help="plot accuracy over seconds")
     plot.add_argument("path", type=Path, metavar="PNG")
-    plot.add_argument("--tasks", nargs="+", default=["flowers", "cifar-fine"], metavar="TASK")
+    plot.add_argument("--tasks", nargs="+", default=["flowers", "scratch"], metavar="TASK")
     plot.add_argument("--rule", default="noise-0.1", metavar="ROW")
     plot.set_defaults(command=plot_tasks)
     args = parser.parse_args()

@@ -149,6 +149,15 @@ def test_the_page_is_short_and_up_to_date() -> None:
     assert len(text.splitlines()) <= 150
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    results = read_results(Path(pages.__file__).with_name("results.jsonl"))
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    found = pages.claims(results)
+    assert found
+    for text in found:
+        assert text in readme, "python -m benchmarks.recipe claims"
+
+
 def test_folders_of_images_are_read_once(tmp_path: Path) -> None:
     from PIL import Image
 
