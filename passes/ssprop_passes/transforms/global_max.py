@@ -128,7 +128,8 @@ def _add_together(replacer: Replacer, node: fx.Node) -> None:
     if len(terms) < 2 or any(len(term.users) > 1 for term in terms):
         return
     tensors, geometries = zip(*((term.args[:3], term.args[3:]) for term in terms), strict=True)
-    if geometries[0] != geometries[1]:
+    kernels = {weight.meta["val"].shape[1:] for _, weight, _ in tensors}
+    if geometries[0] != geometries[1] or len(kernels) > 1:
         return
 
     def both(*tensors: Tensor) -> tuple[Tensor]:

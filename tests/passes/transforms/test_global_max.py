@@ -108,6 +108,27 @@ def test_inductor(pooling: str) -> None:
     assert error < 1e-12
 
 
+class Widths(nn.Module):
+    """Convolutions of three widths read one input, as for text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 4, 1)
+        self.convs = nn.ModuleList(nn.Conv1d(4, 5, width) for width in (3, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat([torch.relu(conv(x)).max(2).values for conv in self.convs], 1).sin()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_several_widths_read_one_input(backend: str) -> None:
+    torch.manual_seed(0)
+    summary, error = rewritten_and_error(Widths(), torch.randn(3, 3, 60), backend)
+    assert summary.rewritten == 3
+    assert error < 1e-12
+
+
 class MalConv(nn.Module):
     """Bytes, a gate, wide windows (Raff et al., 2018)."""
 
