@@ -75,6 +75,14 @@ def no_progress_lines() -> None:
 
 
 @pytest.fixture(autouse=True)
+def loggers_are_on() -> None:
+    """The test of the layout runs import-linter, which turns all existing loggers off."""
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.startswith("ssprop") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+
+
+@pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """No test sees the graphs, guards or recompile counts of another."""
     torch._dynamo.reset()

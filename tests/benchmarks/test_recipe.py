@@ -48,7 +48,7 @@ def test_a_study_runs_goes_on_and_prints_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.jsonl"
-    names = ["dense-1ep", "noise-0.3", "infobatch", "mass-0.9-stale", "channels-0.8"]
+    names = ["dense-1ep", "noise-0.3", "infobatch", "mass-0.9-stale"]
     train, test = squares(64, 0), squares(40, 1)
     run_task(TASK, train, test, path, names=names[:2], seeds=[0])
     before = path.read_text()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracle import relative_error
 from ssprop_passes.errors import NoEffectWarning
+from ssprop_passes.selection.policy import Selection
+from ssprop_passes.selection.samples import choose_samples
 from ssprop_passes.selection.selectors import sampled
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +24,7 @@ from ssprop_fx import (
     report,
     ssprop_compile,
 )
+from ssprop_fx.compiler import sample_choice
 from ssprop_fx.scheduling.sample_rules import SampleRule, sample_count
 
 DRAWS = 20_000
@@ -132,7 +135,7 @@ def compile_linear(
     return layer, ssprop_compile(layer, scheduler, config=config, backend="aot_eager")
 
 
-def test_draws_add_the_noise_of_the_bound_and_no_bias() -> None:
+def test_draws_add_the_noise_of_the_bound_and_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over 20,000 draws of a compiled network, whose samples have orthogonal gradients."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 3).double()
@@ -148,12 +151,21 @@ def test_draws_add_the_noise_of_the_bound_and_no_bias() -> None:
     assert sample_count(AddedNoise(bound), scores) == 3
     scheduler = SparsityScheduler(controller=AddedNoise(bound))
     compiled = ssprop_compile(layer, scheduler, config=SAMPLES, backend="aot_eager")
-    gradients = []
+    # A choice determines the gradient: take a step once for each that occurs.
+    gradients: dict[tuple[int, ...], Tensor] = {}
+    drawn = []
     for _ in range(DRAWS):
-        layer.weight.grad = None
-        (8 * functional.cross_entropy(compiled(words), labels)).backward()
-        gradients.append(layer.weight.grad)
-    found = torch.stack(gradients)
+        indices, weights = choose_samples(Selection(select=sampled), scores, 3)
+        key = tuple(indices.tolist())
+        drawn.append(key)
+        if key not in gradients:
+            made = indices, weights
+            monkeypatch.setattr(sample_choice, "choose_samples", lambda *_args, made=made: made)
+            layer.weight.grad = None
+            (8 * functional.cross_entropy(compiled(words), labels)).backward()
+            gradients[key] = layer.weight.grad
+    assert len(gradients) > 5
+    found = torch.stack([gradients[key] for key in drawn])
     error = found.std(0) / DRAWS**0.5
     assert ((found.mean(0) - dense).abs() <= 4 * error + 1e-12).all()
     variance = float((found - dense).square().sum((1, 2)).mean() / scores.square().sum())

@@ -19,6 +19,7 @@ def _row(step, *, drop_rate=0.0, ms=10.0, timed=1, steps_per_epoch=3, saved=0.0,
         ms=ms,
         timed=timed,
         kept_mass=kept_mass,
+        added_noise=0.1,
     )
 
 
