@@ -44,12 +44,6 @@ LINES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def logger_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of imports in another test disables the loggers that exist."""
-    monkeypatch.setattr(progress.logger, "disabled", False)
-
-
 def run(script: str = SCRIPT, **environment: str) -> list[str]:
     settings = {"SSPROP_SCHEDULE": "bar:rate=0.75,period=4", "SSPROP_BACKEND": "aot_eager"}
     done = subprocess.run(
