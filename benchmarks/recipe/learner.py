@@ -49,14 +49,13 @@ class Learner:
         task, row = self.task, self.row
         self._model.load_state_dict(task.build(seed, self._weights).state_dict())
         epochs = row.epochs or task.epochs
-        self._images, self._seed = images, seed
+        self._images = images
         self._order = Order(row, len(images), task.batch_size, epochs, seed)
         self.total = self._order.steps
-        self._scheduler = row.scheduler(self.total)
         if self._compiled is None:
+            self._scheduler = row.scheduler(self.total)
             self._compile(images)
         elif self._scheduler is not None:
-            self._scheduler = self._compiled.ssprop.scheduler
             self._scheduler.load_state_dict({"last_step": 0})
         self._optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(self._model.parameters(), lr=task.lr, weight_decay=task.weight_decay)

@@ -65,8 +65,8 @@ def claims(results: Sequence[Result]) -> list[str]:
         dense, found = rows["dense"], rows[RECIPE]
         assert found.to_equal is not None
         lines.append(
-            f"{what}: {found.time:.2f} of the time, for {found.accuracy:.1f} % of the test images"
-            f" against {dense.accuracy:.1f} %; dense training of equal time has"
+            f"{what}: {found.time:.2f} of the time, test accuracy {found.accuracy:.1f} % against"
+            f" {dense.accuracy:.1f} %; dense training of equal time reaches"
             f" {found.accuracy - found.to_equal.mean:.1f} % ({found.seeds} seeds)"
         )
     return lines

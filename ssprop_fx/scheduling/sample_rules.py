@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from ssprop_passes.selection.selectors import Selector, sampled
 from torch import Tensor
 
@@ -66,10 +67,12 @@ class SampleRule(ABC):
 
     @abstractmethod
     def samples_wanted(self, scores: Tensor) -> Tensor:
-        """Return how many samples to keep: one number, at least 0; it is rounded up.
+        """Return how many samples to keep: a tensor of one number, which is rounded up.
+
+        What it returns does not matter if a score is not finite or negative, or if all are zero.
 
         Args:
-            scores: finite, not negative, not all zero; float64 [N].
+            scores: float64 [N].
         """
 
 
@@ -96,12 +99,14 @@ def sample_count(rule: SampleRule, scores: Tensor) -> int:
     """
     size = scores.shape[0]
     scores = scores.double()
-    total = float(scores.sum())
+    # One copy, so that a GPU is waited for once.
+    numbers = torch.stack([scores.sum(), scores.min(), rule.samples_wanted(scores).double()])
+    total, smallest, wanted = numbers.tolist()
     if not math.isfinite(total):
         return size
-    if float(scores.min()) < 0:
-        raise ValueError(f"score must not be negative with a rule, got {float(scores.min()):g}")
-    wanted = float(rule.samples_wanted(scores)) if total > 0 else 1.0
+    if smallest < 0:
+        raise ValueError(f"score must not be negative with a rule, got {smallest:g}")
+    wanted = wanted if total > 0 else 1.0
     step = max(size // _LEVELS, 1)
     # Rounded first: 2.0000000001 samples are 2.
     count = math.ceil(max(round(wanted, 6), 1.0) / step) * step
@@ -189,8 +194,9 @@ class AddedNoise(SampleRule):
         sums, squares = ordered.cumsum(0), ordered.square().cumsum(0)
         bound = self.target * squares[-1]
         drawn = (sums * ordered - squares <= bound).sum().clamp(min=1) - 1
-        factor = sums[drawn] / (bound + squares[drawn])
-        return scores.shape[0] - 1 - drawn + factor * sums[drawn]
+        # To index with a number would wait for a GPU.
+        of_drawn, of_squares = (x.gather(0, drawn[None])[0] for x in (sums, squares))
+        return scores.shape[0] - 1 - drawn + of_drawn * of_drawn / (bound + of_squares)
 
 
 def default_rule() -> SampleRule:

@@ -65,7 +65,7 @@ def _read(flag: str, path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise CommandError(f"{flag} {path}: no such file")
     try:
-        # Of a run's checkpoint it takes the moving average, if there is one.
+        # timm takes the moving average of a run's checkpoint, if there is one.
         state: dict[str, Any] = load_state_dict(path)
     except Exception as error:
         # A damaged file can raise anything.

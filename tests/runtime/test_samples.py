@@ -283,6 +283,21 @@ def test_other_dimensions_of_an_output_may_have_the_batch_size(layout: str) -> N
     assert relative_error(found, expected) < 1e-12
 
 
+def test_an_output_of_samples_merged_with_classes_is_whole_and_says_so() -> None:
+    class Merged(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flatten(0, 1).view(BATCH, -1)
+
+    model, x = Merged(5, 7).double(), torch.randn(BATCH, 4, 5, dtype=torch.float64)
+    model(x).sin().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with pytest.warns(NoEffectWarning, match="whole batch"):
+        compile_net(model)(x).sin().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found, expected) < 1e-12
+
+
 def test_an_input_for_the_whole_batch_may_come_first() -> None:
     class Shifted(Net):
         def forward(self, shift: Tensor, x: Tensor) -> Tensor:
