@@ -5,7 +5,10 @@ from importlib.util import find_spec
 
 import pytest
 import timm
-from sweep import MODELS, SKIPPED, TOLERANCE, check_apart
+from sweep import REFUSED, SAMPLES_TOLERANCE, TOLERANCE, check_apart
+from sweep_models import MODELS, SKIPPED
+
+NAMES = [name for names in MODELS.values() for name in names]
 
 
 def test_the_table_names_every_timm_module_and_only_models_that_exist() -> None:
@@ -18,9 +21,20 @@ def test_the_table_names_every_timm_module_and_only_models_that_exist() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for names in MODELS.values() for name in names])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_the_oracle(name: str) -> None:
-    row = check_apart(name)
+    row = check_apart(name, "channel")
     assert not row.failure
     assert row.error < TOLERANCE
     assert row.kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_the_kept_samples_equal_the_reference(name: str) -> None:
+    row = check_apart(name, "sample")
+    if name in REFUSED:
+        assert REFUSED[name] in row.failure
+        return
+    assert not row.failure
+    assert row.error < SAMPLES_TOLERANCE

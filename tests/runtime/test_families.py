@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from oracle import gradients, oracle_gradients, relative_errors
-from sweep import build, loss, takes_part
+from sweep import BATCH, loss, takes_part
+from sweep_models import build
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
 from ssprop_fx.config import TARGETS
@@ -33,7 +34,7 @@ def test_float32_gradients_under_inductor(name: str) -> None:
 
     Not all are: when scores nearly tie, float32 may keep another channel.
     """
-    model, inputs = build(name)
+    model, inputs = build(name, BATCH)
     exact = oracle_gradients(model, inputs, 0.8, takes_part, loss)
     config = SparsityConfig(
         channel_multiple=1, min_channels=1, filter_fn=takes_part, targets=TARGETS
