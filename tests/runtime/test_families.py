@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from oracle import gradients, oracle_gradients, relative_errors
-from sweep import BATCH, loss, takes_part
+from sample_oracle import kept_gradients
+from sweep import BATCH, SAMPLES, SAMPLES_KEPT, choose_strongest, loss, takes_part
 from sweep_models import build
 
 from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
@@ -46,3 +47,20 @@ def test_float32_gradients_under_inductor(name: str) -> None:
     assert errors.quantile(0.5) < 1e-5
     assert errors.quantile(0.9) < 1e-3
     assert report(compiled).sparse_sites
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_gradients_of_the_kept_samples_under_inductor(name: str) -> None:
+    """All gradients are within 1e-3 of float64: no layer chooses anew."""
+    model, inputs = build(name, SAMPLES)
+    exact = kept_gradients(model, (inputs.requires_grad_(),), loss, choose_strongest, SAMPLES)
+    exact["inputs"] = exact.pop("input 0")
+    single, x = copy.deepcopy(model).float(), inputs.detach().float().requires_grad_()
+    single.zero_grad()
+    scheduler = SparsityScheduler(constant(1 - SAMPLES_KEPT / SAMPLES))
+    compiled = ssprop_compile(single, scheduler, config=SparsityConfig(axis="sample"))
+    loss(compiled(x)).backward()
+    errors = torch.tensor(list(relative_errors(gradients(single, x), exact).values()))
+    assert errors.quantile(0.5) < 1e-5
+    assert errors.max() < 1e-3

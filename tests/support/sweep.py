@@ -54,6 +54,7 @@ class Row:
         kinds: number of sparse sites by kind.
         dense: number of sites left dense by reason.
         covered: share of the backward's floating-point operations in sparse sites.
+        torch: the release that was checked.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Row:
     kinds: dict[str, int] | None = None
     dense: dict[str, int] | None = None
     covered: float = 0.0
+    torch: str = torch.__version__
 
 
 def loss(output: Tensor) -> Tensor:
@@ -173,6 +175,11 @@ def outcome(row: Row | None) -> str:
     return row.failure or f"{row.error:.1e}"
 
 
+def releases(rows: Mapping[tuple[str, str], Row], axis: str) -> str:
+    """Return the releases of torch on which an axis was checked."""
+    return " and ".join(sorted({row.torch for row in rows.values() if row.axis == axis}))
+
+
 def markdown(rows: Mapping[tuple[str, str], Row]) -> str:
     """Return the coverage table."""
     lines = [
@@ -193,8 +200,9 @@ def markdown(rows: Mapping[tuple[str, str], Row]) -> str:
         " samples kept, against an eager backward of those samples. Batch norms, in training mode,"
         " sum over the kept samples alone.",
         "",
-        "`python tests/support/sweep.py docs/coverage.md` wrote this page with torch"
-        f" {torch.__version__}.",
+        "`python tests/support/sweep.py docs/coverage.md` wrote this page. Channels were checked"
+        f" with torch {releases(rows, 'channel')}, kept samples with torch"
+        f" {releases(rows, 'sample')}.",
         "",
         *(f"`{layer}` of {name} stays dense: its channels tie." for name, layer in TIED.items()),
         "",
