@@ -12,7 +12,7 @@ from sources import FOLDERS, ROOT, files, imported_names, used_names
 import ssprop_fx
 
 # Torch's private names, and the files that may use them: a new torch release may break these.
-# `torch_api.py` states what they rely on.
+# `torch_api/` states what they rely on.
 PRIVATE = ("_dispatch", "_dynamo", "_functorch", "_guards", "_inductor", "_subclasses")
 USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/cache_files.py",

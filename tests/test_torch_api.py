@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from sources import FOLDERS, ROOT, files, imported_names, used_names
-from torch_api import Canary, explanation
-from torch_api_samples import CANARIES
+from torch_api import CANARIES, Canary, explanation
 
 LISTED = {name for canary in CANARIES for name in canary.names}
 
@@ -83,7 +82,7 @@ def users(name: str) -> list[str]:
 
 def test_every_private_name_is_listed() -> None:
     missing = sorted(all_private_names() - LISTED)
-    assert not missing, f"give these a canary in tests/support/torch_api.py: {missing}"
+    assert not missing, f"give these a canary in tests/support/torch_api/: {missing}"
 
 
 def test_every_listed_name_is_used() -> None:

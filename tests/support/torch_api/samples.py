@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch_api import CANARIES, find, relies_on
 
-__all__ = ["CANARIES"]
+from torch_api.canary import find, relies_on
 
 aten = torch.ops.aten
 
