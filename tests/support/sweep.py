@@ -8,15 +8,15 @@ row as JSON.
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import timm
@@ -38,6 +38,8 @@ SAMPLES_TOLERANCE = 1e-9
 # Model -> what its refusal of `axis="sample"` says: samples do not stay apart in it.
 REFUSED = {"csatv2": "holds the batch in several dimensions"}
 TIMEOUT_S = 1800
+# Its processes start with all modules imported.
+FORKS = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -140,23 +142,31 @@ CHECKS = {"sample": check_samples, "channel": check_channels}
 
 def check_apart(name: str, axis: str) -> Row:
     """Check a model in its own process, so that a crash or a hang becomes a row as well."""
-    command = [sys.executable, "-W", "ignore", __file__, "--model", name, "--axis", axis]
-    try:
-        # One thread each: processes that spin on the same cores slow each other down.
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired:
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=send_row, args=(sender, name, axis))
+    process.start()
+    sender.close()
+    if not receiver.poll(TIMEOUT_S):
+        process.kill()
         return Row(name, axis, failure=f"more than {TIMEOUT_S} s")
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        return Row(name, axis, failure=f"exit code {done.returncode}: {lines[-1][:300]}")
-    return Row(**json.loads(done.stdout.splitlines()[-1]))
+    try:
+        row: Row = receiver.recv()
+    except EOFError:
+        process.join()
+        return Row(name, axis, failure=f"exit code {process.exitcode}")
+    process.join()
+    return row
+
+
+def send_row(sender: Connection, name: str, axis: str) -> None:
+    # One thread each: processes that spin on the same cores slow each other down.
+    torch.set_num_threads(1)
+    try:
+        row = CHECKS[axis](name)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+        row = Row(name, axis, failure=f"{type(error).__name__}: {lines[-1][:300]}")
+    sender.send(row)
 
 
 def read_rows(path: Path) -> dict[tuple[str, str], Row]:
