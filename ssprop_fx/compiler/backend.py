@@ -17,7 +17,6 @@ from ssprop_passes.graph.rewrite import inductor_decompositions
 from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
-from ssprop_passes.selection.selectors import UNWEIGHTED
 from ssprop_passes.transforms.gate import Gate
 from ssprop_passes.transforms.kept_samples import KeptSamplesPass
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
@@ -45,7 +44,7 @@ from ssprop_fx.compiler.node_marks import (
     trained_layers,
 )
 from ssprop_fx.compiler.passes import build_passes
-from ssprop_fx.compiler.sample_choice import current_choice_maybe, selection_of_samples
+from ssprop_fx.compiler.sample_choice import current_choice_maybe
 from ssprop_fx.compiler.site_cache import GraphRecord, load_record_maybe, record_key, save_record
 from ssprop_fx.compiler.slots import COMPLEX, SlotTable, find_slots
 from ssprop_fx.config import SparsityConfig
@@ -198,10 +197,7 @@ class SparseBackend:
 
         samples_pass = None
         if batch is not None:
-            select = selection_of_samples(self.config.selection, self.counts.rule).select
-            samples_pass = KeptSamplesPass(
-                batch.symbol, state, self.config.saved == "kept", select not in UNWEIGHTED
-            )
+            samples_pass = KeptSamplesPass(batch.symbol, state, self.config.saved == "kept")
 
         def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
             sparse_pass = self._sparse_pass(

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ssprop_fx.scheduling.keep_counts import KeepCounts
-from ssprop_fx.scheduling.sample_rules import KeptSamples, SampleRule, sample_count
+from ssprop_fx.scheduling.sample_rules import KeptSamples, sample_count
 
-__all__ = ["SampleChoice", "current_choice_maybe", "opened", "selection_of_samples"]
+__all__ = ["SampleChoice", "current_choice_maybe", "opened"]
 
 # Key in the metadata of autograd nodes.
 _KEY = "ssprop_choice"
@@ -50,7 +50,6 @@ class SampleChoice:
         kept: number of samples that the backward keeps, k. With a rule, it is known once the
             backward begins.
         indices: the kept samples, int64 [k]; None before the backward begins.
-        weights: their weights, [k]; None if all are 1.
         calls: number of compiled graphs that the forward has run.
         maker: number of the graph's call whose backward made the choice; 0 if the model's outputs
             did.
@@ -63,13 +62,17 @@ class SampleChoice:
     def __init__(self, selection: Selection, counts: KeepCounts) -> None:
         self._number = next(self._numbers)
         self._open[self._number] = self
-        self._selection = selection_of_samples(selection, counts.rule)
+        rule = counts.rule
+        self._selection = (
+            selection
+            if rule is None or rule.select is None
+            else replace(selection, select=rule.select)
+        )
         self._counts = counts
         # The backward may keep all samples, and then it tells nothing.
         counts.samples = None
         self.size = self.kept = self.calls = 0
         self.indices: Tensor | None = None
-        self.weights: Tensor | None = None
         self.maker = 0
 
     def count_call(self) -> Tensor:
@@ -137,9 +140,9 @@ class SampleChoice:
             scores = sample_scores(self._selection, split)
             if self._counts.rule is not None:
                 self.kept = sample_count(self._counts.rule, scores)
-            self.indices, self.weights = choose_samples(self._selection, scores, self.kept)
-            self._counts.samples = KeptSamples(scores, self.indices, self.weights)
-            factors = sample_factors(self.indices, self.weights, self.size)
+            self.indices, weights = choose_samples(self._selection, scores, self.kept)
+            self._counts.samples = KeptSamples(scores, self.indices, weights)
+            factors = sample_factors(self.indices, weights, self.size)
             return [
                 weigh_samples(g, factors, *place)
                 for g, place in zip(gradients, places, strict=True)
@@ -182,13 +185,6 @@ class _Choose(torch.autograd.Function):
         for (i, _), gradient in zip(known, made, strict=True):
             results[i] = gradient
         return None, None, *results
-
-
-def selection_of_samples(selection: Selection, rule: SampleRule | None) -> Selection:
-    """Return how samples are chosen: as the rule says if it says how, else as configured."""
-    if rule is None or rule.select is None:
-        return selection
-    return replace(selection, select=rule.select)
 
 
 def current_choice_maybe() -> SampleChoice | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import sympy
 from ssprop_passes.graph.batch_dims import BatchDim
-from ssprop_passes.selection.samples import relative_weights, scatter_samples
+from ssprop_passes.selection.samples import scatter_samples
 from ssprop_passes.transforms.sliced_backward import SlicedGraph, slice_backward
 from torch import Tensor, fx
 
@@ -79,8 +79,6 @@ class SlicedBackward:
         for i in graph.sizes:
             args[i] = args[i] // size * choice.kept
         args += [size, indices]
-        if graph.weights is not None:
-            args.append(relative_weights(choice.weights, indices, graph.weights))
         results = list(self._compiled(args))
         for i, position in graph.scattered.items():
             inner = _inner(results[i], position, choice.kept)

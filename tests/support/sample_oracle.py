@@ -3,8 +3,7 @@
 Layers that treat each sample by itself need nothing: if the gradient of the outputs is zero for the
 dropped samples, their share of every gradient is zero. Batch norm in training mode couples samples.
 Here its statistics come from the whole batch. Its backward uses the kept samples alone: the sums
-run over them, and the normaliser is their number. What it subtracts from a sample's gradient grows
-with the sample's weight: a sample with twice the mean weight stands for twice as many.
+run over them, and the normaliser is their number.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ __all__ = ["kept_gradients", "strongest"]
 
 
 class Kept:
-    """The kept samples of the backward that runs now, and their weights over the mean weight."""
+    """The kept samples of the backward that runs now."""
 
     indices: Tensor | None = None
-    shares: Tensor
 
 
 class BatchNormOfKept(torch.autograd.Function):
@@ -54,8 +52,7 @@ class BatchNormOfKept(torch.autograd.Function):
         mean = scaled.sum(ctx.dims, keepdim=True) / count
         slope = (scaled * n).sum(ctx.dims, keepdim=True) / count
         whole = torch.zeros_like(grad)
-        shares = ctx.kept.shares.view(-1, *[1] * (g.ndim - 1)).to(g.dtype)
-        whole[indices] = (scaled - shares * (mean + n * slope)) * scale
+        whole[indices] = (scaled - mean - n * slope) * scale
         none = None
         return (
             whole,
@@ -129,8 +126,6 @@ def kept_gradients(
         gradients = torch.autograd.grad(value, leaves)
         factors = choose([g.detach() for g in gradients])
         kept.indices = factors.nonzero().flatten()
-        weights = factors[kept.indices]
-        kept.shares = weights / weights.mean()
         shaped = [factors.view(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in gradients]
         torch.autograd.backward(outputs, [g * f for g, f in zip(gradients, shaped, strict=True)])
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

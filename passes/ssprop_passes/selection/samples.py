@@ -14,7 +14,6 @@ from ssprop_passes.selection.selectors import SELECTORS
 
 __all__ = [
     "choose_samples",
-    "relative_weights",
     "sample_factors",
     "sample_scores",
     "scatter_samples",
@@ -76,23 +75,6 @@ def sample_factors(indices: Tensor, weights: Tensor | None, size: int) -> Tensor
     """
     values = torch.ones(indices.shape, device=indices.device) if weights is None else weights
     return values.new_zeros(size).index_copy(0, indices, values)
-
-
-def relative_weights(weights: Tensor | None, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of the kept samples over their mean, [k].
-
-    Args:
-        weights: [k]; None if all are 1.
-        indices: the kept samples, [k].
-        dtype: of the result.
-
-    Example:
-        >>> relative_weights(torch.tensor([1.0, 3.0]), torch.tensor([0, 2]), torch.float32)
-        tensor([0.5000, 1.5000])
-    """
-    if weights is None:
-        return torch.ones(indices.shape, dtype=dtype, device=indices.device)
-    return (weights / weights.mean()).to(dtype)
 
 
 def split_samples(x: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["SELECTORS", "UNWEIGHTED", "Selector", "random", "sampled", "topk"]
+__all__ = ["SELECTORS", "Selector", "random", "sampled", "topk"]
 
 Selector = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
 
@@ -108,8 +108,6 @@ def sampled(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 SELECTORS: dict[str, Selector] = {"topk": topk, "random": random, "sampled": sampled}
-# Those that keep all with a weight of 1.
-UNWEIGHTED: tuple[Selector, ...] = (topk, random)
 
 
 def _relative(scores: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ computes the rest again, from the kept rows. This pass makes both right:
 -   What a forward node computes over the whole batch, such as the statistics of a batch norm, is
     saved, never computed again. So are random numbers, such as the mask of a dropout.
 -   The marker (`graph/sample_marker`) ties the backward to its choice of samples.
--   If samples have weights, batch norms in training mode weigh their corrections by them
-    (`norm_corrections`).
 -   A graph that moves samples or mixes them is left as it is, with a reason.
 
     before    ... = f(tangents_1, saved)
@@ -36,7 +34,6 @@ from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
 from ssprop_passes.graph.sample_marker import MARKER
 from ssprop_passes.graph.state_inputs import StateInputs
 from ssprop_passes.transforms.keep_count_input import find_state_inputs
-from ssprop_passes.transforms.norm_corrections import weigh_corrections
 
 __all__ = ["KeptSamplesPass"]
 
@@ -58,29 +55,23 @@ class KeptSamplesPass(GraphPass):
         batch: the symbol of the batch size.
         layout: the state inputs of the graph.
         recompute: whether the backward computes all that it can again (`saved="kept"`).
-        weighted: whether the kept samples have weights that differ.
 
     Attributes:
         reason: why the backward stays whole, after a run; "" if it can be sliced.
     """
 
     def __init__(
-        self,
-        batch: sympy.Symbol,
-        layout: StateInputs[Any],
-        recompute: bool = False,
-        weighted: bool = False,
+        self, batch: sympy.Symbol, layout: StateInputs[Any], recompute: bool = False
     ) -> None:
         super().__init__()
         self.batch = batch
         self.layout = layout
         self.recompute = recompute
-        self.weighted = weighted
         self.reason = ""
 
     def identity(self) -> str | None:
         """Return the batch symbol and what is saved; the graph shows its state inputs."""
-        return repr((str(self.batch), self.recompute, self.weighted))
+        return repr((str(self.batch), self.recompute))
 
     def transform(self, graph: fx.Graph) -> PassSummary:
         """Mark what the backward must not compute again, and where it begins."""
@@ -108,10 +99,8 @@ class KeptSamplesPass(GraphPass):
                 node.meta["ac_graph_id"] = 0
         choice = find_state_inputs(graph, self.layout).choice
         assert choice is not None
-        norms = weigh_corrections(graph, choice) if self.weighted else 0
         _insert_marker(begin, choice)
-        found = 1 + len(whole) + norms
-        return PassSummary(found, found)
+        return PassSummary(1 + len(whole), 1 + len(whole))
 
 
 def _find_beginning_maybe(graph: fx.Graph, tangents: list[fx.Node]) -> fx.Node | None:

@@ -126,7 +126,7 @@ class NormGradient:
             node, own_reads = cast(fx.Node, node.args[0]), 1
 
 
-def match_norm_gradient_maybe(node: Any, is_symbolic: bool = False) -> NormGradient | None:
+def match_norm_gradient_maybe(node: Any) -> NormGradient | None:
     """Return the parts of a batch norm's gradient, None for any other node.
 
     This recognises the decomposition of `aten.native_batch_norm_backward`, and looks through casts:
@@ -134,7 +134,6 @@ def match_norm_gradient_maybe(node: Any, is_symbolic: bool = False) -> NormGradi
 
     Args:
         node: a node of a joint graph.
-        is_symbolic: whether the batch size is a symbol.
     """
     dy = strip(node, CASTS)
     centred, scale = operands(dy, aten.mul.Tensor)
@@ -154,24 +153,14 @@ def match_norm_gradient_maybe(node: Any, is_symbolic: bool = False) -> NormGradi
     if _summed(total) is not g or same_g is not g or operands(same_x, aten.sub.Tensor)[0] is not x:
         return None
     val: Tensor = g.meta["val"]
+    count = val.numel() // val.shape[1]
     eps = _eps_maybe(x, mean, inverse_std)
     # If the sums are not means over all positions of a channel, this is not a batch norm.
-    if eps is None or not _is_one_of(share, val, is_symbolic):
+    if eps is None or not isinstance(share, float) or share != 1 / count:
         return None
     if any(part.meta["val"].numel() != val.shape[1] for part in known):
         return None
     return NormGradient(g, x, *known, eps)
-
-
-def _is_one_of(share: Any, x: Tensor, is_symbolic: bool) -> bool:
-    """Say whether a number is 1 / (positions of a channel); symbols are compared by example."""
-    if not is_symbolic:
-        return isinstance(share, float) and share == 1 / (x.numel() // x.shape[1])
-    if not isinstance(share, fx.Node):
-        return False
-    count, value = x.numel() // x.shape[1], share.meta["val"]
-    hints = [n.node.hint if hasattr(n, "node") else n for n in (count, value)]
-    return isinstance(hints[1], float) and hints[1] == 1 / hints[0]
 
 
 def _masked_maybe(g: fx.Node) -> tuple[fx.Node | None, Any]:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, batch_dim_maybe, size_expr
-from ssprop_passes.graph.sample_marker import MARKER, WEIGHTS
+from ssprop_passes.graph.sample_marker import MARKER
 from ssprop_passes.kernels.operators import gather_weight
 from ssprop_passes.selection.gather_scatter import dims_order
 
@@ -39,8 +39,7 @@ class SlicedGraph:
     """A backward that was sliced, and how to call it.
 
     Its inputs are those of the whole backward, the gradient that `head` returns if there is a head,
-    the batch size, the kept samples, int64 [k], and, unless `weights` is None, their weights over
-    the mean weight, [k].
+    the batch size, and the kept samples, int64 [k].
 
     Attributes:
         examples: example inputs.
@@ -50,7 +49,6 @@ class SlicedGraph:
         sizes: positions of the inputs that are multiples of the batch size.
         gradients: position of each gradient from which samples are chosen -> where it has them.
         scattered: position of each result that has only the kept samples -> where it has them.
-        weights: dtype of the weights; None if the graph does not need them.
     """
 
     examples: list[Any]
@@ -59,7 +57,6 @@ class SlicedGraph:
     sizes: tuple[int, ...]
     gradients: dict[int, BatchDim]
     scattered: dict[int, BatchDim]
-    weights: torch.dtype | None
 
 
 def slice_backward(
@@ -98,7 +95,6 @@ def slice_backward(
     _check_whole_batch(graph, gradients)
     positions = {placeholders.index(node): _position(node, batch) for node in gradients}
     slicer = _Slicer(graph, placeholders, batch)
-    weights = slicer.take_weights()
     sizes = []
     for number, (node, example) in enumerate(zip(placeholders, examples, strict=True)):
         if isinstance(example, Tensor):
@@ -129,7 +125,6 @@ def slice_backward(
         tuple(sizes),
         positions,
         scattered,
-        weights,
     )
 
 
@@ -183,18 +178,6 @@ class _Slicer:
             indices = torch.empty([k], dtype=torch.int64, device=device)
         self._kept = self._placeholder("ssprop_kept", indices)
         self._pooled = _shapes_of_pool_gradients(graph)
-
-    def take_weights(self) -> torch.dtype | None:
-        """Make the samples' weights an input; return their dtype, None if no node needs them."""
-        nodes = self._graph.find_nodes(op="call_function", target=WEIGHTS)
-        if not nodes:
-            return None
-        example: Tensor = nodes[0].meta["val"]
-        weights = self._placeholder("ssprop_weights", example)
-        for node in nodes:
-            node.replace_all_uses_with(weights)
-            self._graph.erase_node(node)
-        return example.dtype
 
     def gather(self, node: fx.Node, example: Tensor) -> None:
         """Gather the kept samples of an input, if it holds samples.
