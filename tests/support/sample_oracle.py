@@ -18,9 +18,17 @@ __all__ = ["kept_gradients", "strongest"]
 
 
 class Kept:
-    """The kept samples of the backward that runs now."""
+    """The kept samples of the backward that runs now; the batch has this many samples."""
 
-    indices: Tensor | None = None
+    indices: Tensor
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def rows(self, count: int) -> Tensor:
+        """Return the rows of the kept samples, where each sample has the same number of rows."""
+        per_sample = count // self.size
+        return (self.indices[:, None] * per_sample + torch.arange(per_sample)).flatten()
 
 
 class BatchNormOfKept(torch.autograd.Function):
@@ -43,7 +51,7 @@ class BatchNormOfKept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         normal, scale = ctx.saved_tensors
-        indices = ctx.kept.indices
+        indices = ctx.kept.rows(grad.shape[0])
         weight, bias = ctx.has
         g, n = grad[indices], normal[indices]
         count = g.numel() // g.shape[1]
@@ -64,8 +72,8 @@ class BatchNormOfKept(torch.autograd.Function):
 
 
 @contextmanager
-def batch_norms_of_kept(size: int, kept: Kept) -> Iterator[None]:
-    """Replace `functional.batch_norm` in training mode for batches of this size."""
+def batch_norms_of_kept(kept: Kept) -> Iterator[None]:
+    """Replace `functional.batch_norm` in training mode, for samples and for their tokens."""
     original = functional.batch_norm
 
     def batch_norm(
@@ -79,7 +87,7 @@ def batch_norms_of_kept(size: int, kept: Kept) -> Iterator[None]:
         eps: float = 1e-5,
     ) -> Tensor:
         # A standardised weight has a leading dimension of 1.
-        if not training or x.shape[0] != size:
+        if not training or x.shape[0] % kept.size:
             args = running_mean, running_var, weight, bias, training, momentum, eps
             return original(x, *args)
         return BatchNormOfKept.apply(x, weight, bias, eps, kept)
@@ -117,8 +125,8 @@ def kept_gradients(
         size: samples in the batch, N.
     """
     model.zero_grad()
-    kept = Kept()
-    with batch_norms_of_kept(size, kept):
+    kept = Kept(size)
+    with batch_norms_of_kept(kept):
         output = model(*inputs)
         outputs = [output] if isinstance(output, Tensor) else list(output)
         leaves = [o.detach().requires_grad_() for o in outputs]
