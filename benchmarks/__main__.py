@@ -18,9 +18,10 @@ from benchmarks import (
 )
 from benchmarks.gpu import command as gpu
 from benchmarks.gpu import pack, study_command
+from benchmarks.positions import command as positions
 
 COMMANDS = (
-    *(step, breakdown, layer, pooling, compile_time, scaling, scale, long_run, suite),
+    *(step, breakdown, layer, pooling, positions, compile_time, scaling, scale, long_run, suite),
     *(gpu, study_command, pack),
     *(markdown, export),
 )

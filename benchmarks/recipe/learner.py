@@ -37,6 +37,8 @@ class Learner:
         self.task, self.row = task, row
         self._weights = weights
         self._model = task.build(0, weights)
+        if row.prepare is not None:
+            self._model = row.prepare(self._model)
         self._compiled: Any = None
 
     def start(self, seed: int, images: Images) -> None:

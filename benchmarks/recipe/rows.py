@@ -1,7 +1,13 @@
 """The rows: ways to spend less time on a training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from torch import nn
+
+from benchmarks.positions.patches import swap_patches
+from benchmarks.positions.rows import swap_rows
 from benchmarks.recipe.task import Task
 from ssprop_fx import AddedNoise, KeptMass, SparsityConfig, SparsityScheduler, bar, constant, linear
 from ssprop_fx.scheduling.base import Schedule
@@ -28,6 +34,7 @@ class Row:
         prunes: whether whole epochs leave samples of low loss out (InfoBatch).
         stale: target of the added noise by which samples are left out of the forward as well, by
             their scores of the last epoch; 0 for none.
+        prepare: changes the model before it is compiled; names of its tensors must stay.
     """
 
     name: str
@@ -40,6 +47,7 @@ class Row:
     share: float = 1.0
     prunes: bool = False
     stale: float = 0.0
+    prepare: Callable[[nn.Module], nn.Module] | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -102,6 +110,28 @@ _ROWS = (
         rule=AddedNoise(0.3),
         config=_SAMPLES,
         stale=0.1,
+    ),
+    Row(
+        name="patches-2",
+        about="gradients of convolutions from averages over 2 x 2 positions",
+        prepare=partial(swap_patches, r=2),
+    ),
+    Row(
+        name="patches-2-1x1",
+        about="patches-2 in 1x1 convolutions alone",
+        prepare=partial(swap_patches, r=2, only_1x1=True),
+    ),
+    Row(
+        name="rows-0.5",
+        about="weight gradients of 1x1 convolutions from half of the positions, unbiased",
+        prepare=partial(swap_rows, share=0.5),
+    ),
+    Row(
+        name="noise-0.1-rows",
+        about="noise-0.1, and rows-0.5 inside the kept samples",
+        rule=AddedNoise(0.1),
+        config=_SAMPLES,
+        prepare=partial(swap_rows, share=0.5),
     ),
 )
 

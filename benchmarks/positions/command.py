@@ -1,0 +1,166 @@
+"""`python -m benchmarks positions`: whole steps whose gradients come from some positions.
+
+A step is forward and backward. The rows are dense torch.compile; rows (`positions/rows.py`) at the
+given drop rates; patches of 2 x 2 (`positions/patches.py`), of all convolutions and of 1x1
+convolutions alone; kept samples (`axis="sample"`), alone and with rows inside them. All run in one
+process and take turns.
+
+Patches are for images, so a model without convolutions inside has no such rows.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import describe, environment
+from benchmarks.positions.patches import is_patch_conv, swap_patches
+from benchmarks.positions.rows import swap_rows
+from benchmarks.results import save, table
+from benchmarks.timing import Timing, alternate
+from benchmarks.variants import DENSE, Variant
+from benchmarks.workload import Workload, add_workload_arguments, workload_of
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+
+__all__ = ["PositionRow", "add_parser", "measure"]
+
+FORMATS = {
+    "model": "",
+    "variant": "",
+    "drop_rate": ".2f",
+    "step_ms": ".1f",
+    "speedup": ".2f",
+    "speedup_low": ".2f",
+    "speedup_high": ".2f",
+}
+
+# Models with fewer convolutions have no rows of patches.
+_FEWEST_CONVS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRow:
+    """One variant of one model; medians over rounds.
+
+    Attributes:
+        model: name, resolution, batch, precision, layout.
+        variant: name of the variant.
+        drop_rate: share of the rows, or of the samples, left out.
+        step_ms: milliseconds of forward and backward.
+        speedup: dense time over this time in each round, its median.
+        speedup_low, speedup_high: its 95 % confidence interval.
+        clock: what was measured.
+    """
+
+    model: str
+    variant: str
+    drop_rate: float
+    step_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    clock: str
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add this benchmark to the command line."""
+    parser = subparsers.add_parser(
+        "positions",
+        help="gradients from some rows, or from averages over patches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_workload_arguments(parser)
+    parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
+    parser.add_argument("--output", help="folder for a JSON file of the rows")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark and print its table."""
+    workload = workload_of(args)
+    if workload.amp:
+        raise ValueError("positions measures float32 alone; leave --amp out")
+    rows = measure(workload, args.drop_rates, args.rounds, args.cpu_time)
+    print(table(rows, FORMATS))
+    print(describe(workload.device))
+    if args.output:
+        save(rows, environment(workload.device), args.output, f"positions-{workload.slug}")
+
+
+def measure(
+    workload: Workload, drop_rates: list[float], rounds: int, with_cpu_time: bool = False
+) -> list[PositionRow]:
+    """Measure every variant of a workload's step.
+
+    Args:
+        workload: the model and its input.
+        drop_rates: shares of rows, and of samples, to leave out.
+        rounds: timed steps of each variant.
+        with_cpu_time: measure processor time in place of wall time.
+
+    Returns:
+        The rows, dense first.
+    """
+    model, images = workload.build()
+    torch._dynamo.reset()
+    # Every variant compiles the same code anew, and none may silently fall back to eager.
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    with limits:
+        variants = list(_variants(workload, model, images, drop_rates))
+        for variant in variants:
+            start = time.perf_counter()
+            variant.step()
+            print(f"first step, {variant.key}: {time.perf_counter() - start:.1f} s", flush=True)
+        clock = time.process_time if with_cpu_time else time.perf_counter
+        timings = alternate({v.key: v.step for v in variants}, rounds, warmup=1, clock=clock)
+    dense: Timing = timings[variants[0].key]
+
+    def row(variant: Variant) -> PositionRow:
+        speedup = dense.over(timings[variant.key])
+        return PositionRow(
+            model=workload.title,
+            variant=variant.name,
+            drop_rate=variant.drop_rate,
+            step_ms=timings[variant.key].median,
+            speedup=speedup.median,
+            speedup_low=speedup.low,
+            speedup_high=speedup.high,
+            clock="processor time" if with_cpu_time else "wall time",
+        )
+
+    return [row(variant) for variant in variants]
+
+
+def _variants(
+    workload: Workload, model: nn.Module, images: Tensor, drop_rates: list[float]
+) -> Iterator[Variant]:
+    def compiled(name: str, rate: float, changed: nn.Module) -> Variant:
+        fast = torch.compile(changed, backend=workload.backend)
+        return Variant(name, rate, changed, lambda: workload.step(fast, images))
+
+    def of_samples(name: str, rate: float, changed: nn.Module) -> Variant:
+        config = SparsityConfig(axis="sample", select="sampled")
+        scheduler = SparsityScheduler(constant(rate))
+        fast = ssprop_compile(changed, scheduler, config=config, backend=workload.backend)
+        return Variant(name, rate, changed, lambda: workload.step(fast, images))
+
+    def changed(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return change(copy.deepcopy(model))
+
+    yield compiled(DENSE, 0.0, model)
+    for rate in drop_rates:
+        yield compiled("rows", rate, changed(lambda m, rate=rate: swap_rows(m, 1 - rate)))
+    if sum(map(is_patch_conv, model.modules())) >= _FEWEST_CONVS:
+        yield compiled("patches", 0.75, changed(lambda m: swap_patches(m, 2)))
+        yield compiled("patches 1x1", 0.75, changed(lambda m: swap_patches(m, 2, only_1x1=True)))
+    for rate in drop_rates:
+        yield of_samples("samples", rate, model)
+        half = changed(lambda m: swap_rows(m, 0.5))
+        yield of_samples("samples, half of their rows", rate, half)
