@@ -22,9 +22,9 @@ from benchmarks.positions.patches import is_patch_conv, swap_patches
 from benchmarks.positions.rows import swap_rows
 from benchmarks.results import save, table
 from benchmarks.timing import Timing, alternate
-from benchmarks.variants import DENSE, Variant
+from benchmarks.variants import DENSE, Variant, sparse_variants
 from benchmarks.workload import Workload, add_workload_arguments, workload_of
-from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, join, ssprop_compile
 
 __all__ = ["PositionRow", "add_parser", "measure"]
 
@@ -37,6 +37,8 @@ FORMATS = {
     "speedup_low": ".2f",
     "speedup_high": ".2f",
 }
+
+_SAMPLES = SparsityConfig(axis="sample", select="sampled")
 
 # Models with fewer convolutions have no rows of patches.
 _FEWEST_CONVS = 3
@@ -141,26 +143,24 @@ def measure(
 def _variants(
     workload: Workload, model: nn.Module, images: Tensor, drop_rates: list[float]
 ) -> Iterator[Variant]:
-    def compiled(name: str, rate: float, changed: nn.Module) -> Variant:
+    def compiled(changed: nn.Module) -> Callable[[], None]:
         fast = torch.compile(changed, backend=workload.backend)
-        return Variant(name, rate, changed, lambda: workload.step(fast, images))
+        return lambda: workload.step(fast, images)
 
-    def of_samples(name: str, rate: float, changed: nn.Module) -> Variant:
-        config = SparsityConfig(axis="sample", select="sampled")
-        scheduler = SparsityScheduler(constant(rate))
-        fast = ssprop_compile(changed, scheduler, config=config, backend=workload.backend)
-        return Variant(name, rate, changed, lambda: workload.step(fast, images))
+    def samples(name: str, changed: nn.Module) -> Iterator[Variant]:
+        scheduler = SparsityScheduler(join([*map(constant, drop_rates)], range(1, len(drop_rates))))
+        fast = ssprop_compile(changed, scheduler, config=_SAMPLES, backend=workload.backend)
+        return sparse_variants(workload, changed, images, name, drop_rates, scheduler, fast)
 
-    def changed(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        return change(copy.deepcopy(model))
-
-    yield compiled(DENSE, 0.0, model)
+    yield Variant(DENSE, 0.0, model, compiled(model))
+    share = torch.ones(())
+    of_rows = swap_rows(copy.deepcopy(model), share)
+    step = compiled(of_rows)
     for rate in drop_rates:
-        yield compiled("rows", rate, changed(lambda m, rate=rate: swap_rows(m, 1 - rate)))
+        yield Variant("rows", rate, of_rows, lambda rate=rate: (share.fill_(1 - rate), step())[1])
     if sum(map(is_patch_conv, model.modules())) >= _FEWEST_CONVS:
-        yield compiled("patches", 0.75, changed(lambda m: swap_patches(m, 2)))
-        yield compiled("patches 1x1", 0.75, changed(lambda m: swap_patches(m, 2, only_1x1=True)))
-    for rate in drop_rates:
-        yield of_samples("samples", rate, model)
-        half = changed(lambda m: swap_rows(m, 0.5))
-        yield of_samples("samples, half of their rows", rate, half)
+        for name, only_1x1 in (("patches", False), ("patches 1x1", True)):
+            changed = swap_patches(copy.deepcopy(model), 2, only_1x1=only_1x1)
+            yield Variant(name, 0.75, changed, compiled(changed))
+    yield from samples("samples", model)
+    yield from samples("samples, half of their rows", swap_rows(copy.deepcopy(model), 0.5))

@@ -60,7 +60,7 @@ def draw_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "benchmarks::row_grad_weight", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def row_grad_weight(grad_output: Tensor, input: Tensor, share: float) -> Tensor:
+def row_grad_weight(grad_output: Tensor, input: Tensor, share: Tensor) -> Tensor:
     """Return the weight gradient [C, C_in] of `grad_output` [T, C] and `input` [T, C_in].
 
     An operator of its own: it reads values, and the sliced backward takes it as it is.
@@ -68,9 +68,10 @@ def row_grad_weight(grad_output: Tensor, input: Tensor, share: float) -> Tensor:
     Args:
         grad_output: gradient of the layer's output.
         input: the layer's input.
-        share: share of the rows that are drawn.
+        share: share of the rows that are drawn, a number on the CPU: read at each step, so that one
+            compile serves all.
     """
-    k = max(round(share * len(input)), 1)
+    k = max(round(float(share) * len(input)), 1)
     scores = torch.linalg.vector_norm(grad_output, dim=1) * torch.linalg.vector_norm(input, dim=1)
     total = float(scores.sum())
     if k >= len(input) or not 0 < total < torch.inf:
@@ -81,24 +82,24 @@ def row_grad_weight(grad_output: Tensor, input: Tensor, share: float) -> Tensor:
 
 
 @row_grad_weight.register_fake
-def _(grad_output: Tensor, input: Tensor, share: float) -> Tensor:
+def _(grad_output: Tensor, input: Tensor, share: Tensor) -> Tensor:
     return grad_output.new_empty(grad_output.shape[1], input.shape[1])
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, share: float
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, share: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.share, ctx.has_bias = share, bias is not None
+        ctx.save_for_backward(input, weight, share)
+        ctx.has_bias = bias is not None
         return functional.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        input, weight, share = ctx.saved_tensors
         rows = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_weight = row_grad_weight(rows, input.reshape(-1, input.shape[-1]), ctx.share)
+        grad_weight = row_grad_weight(rows, input.reshape(-1, input.shape[-1]), share)
         grad_bias = rows.sum(0) if ctx.has_bias else None
         return grad_output @ weight, grad_weight, grad_bias, None
 
@@ -106,21 +107,21 @@ class _RowLinear(torch.autograd.Function):
 class _RowConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, share: float
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, share: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.share, ctx.has_bias = share, bias is not None
+        ctx.save_for_backward(input, weight, share)
+        ctx.has_bias = bias is not None
         return functional.conv2d(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        input, weight, share = ctx.saved_tensors
         geometry: Any = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
         grad_input = torch.ops.aten.convolution_backward(
             grad_output, input, weight, None, *geometry
         )[0]
         rows, inputs = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (grad_output, input))
-        grad_weight = row_grad_weight(rows, inputs, ctx.share)[:, :, None, None]
+        grad_weight = row_grad_weight(rows, inputs, share)[:, :, None, None]
         grad_bias = grad_output.sum((0, 2, 3)) if ctx.has_bias else None
         return grad_input, grad_weight, grad_bias, None
 
@@ -129,10 +130,10 @@ class RowLinear(nn.Linear):
     """A linear layer whose weight gradient is of some rows.
 
     Attributes:
-        share: share of the rows that are drawn.
+        share: share of the rows that are drawn, a number.
     """
 
-    share = 1.0
+    share: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output of the layer."""
@@ -143,10 +144,10 @@ class RowConv2d(nn.Conv2d):
     """A 1x1 convolution whose weight gradient is of some positions.
 
     Attributes:
-        share: share of the positions that are drawn.
+        share: share of the positions that are drawn, a number.
     """
 
-    share = 1.0
+    share: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output of the layer."""
@@ -169,20 +170,21 @@ def is_row_conv(module: nn.Module) -> bool:
     )
 
 
-def swap_rows(model: nn.Module, share: float) -> nn.Module:
+def swap_rows(model: nn.Module, share: float | Tensor) -> nn.Module:
     """Make a model's linear layers and 1x1 convolutions take rows; names and tensors stay.
 
     Args:
         model: the model; it is changed.
-        share: share of the rows that are drawn.
+        share: share of the rows that are drawn; a tensor may change from step to step.
 
     Returns:
         The model.
     """
+    shared = torch.as_tensor(share)
     for module in model.modules():
         if is_row_linear(module) or is_row_conv(module):
             module.__class__ = RowLinear if type(module) is nn.Linear else RowConv2d
-            module.share = share  # type: ignore[assignment]
+            module.share = shared
     return model
 
 
