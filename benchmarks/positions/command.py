@@ -3,7 +3,8 @@
 A step is forward and backward. The rows are dense torch.compile; rows (`positions/rows.py`) at the
 given drop rates; patches of 2 x 2 (`positions/patches.py`), of all convolutions and of 1x1
 convolutions alone; kept samples (`axis="sample"`), alone and with rows inside them. All run in one
-process and take turns.
+process and take turns. --products measures the weight gradients of all layers alone
+(`positions/products.py`), which needs no compiler.
 
 Patches are for images, so a model without convolutions inside has no such rows.
 """
@@ -11,14 +12,18 @@ Patches are for images, so a model without convolutions inside has no such rows.
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe, environment
+from benchmarks.phases import CLOCKS
 from benchmarks.positions.patches import is_patch_conv, swap_patches
+from benchmarks.positions.products import FORMATS_OF_PRODUCTS, measure_products
 from benchmarks.positions.rows import swap_rows
 from benchmarks.results import save, table
 from benchmarks.timing import Timing, alternate
@@ -37,6 +42,8 @@ FORMATS = {
     "speedup_low": ".2f",
     "speedup_high": ".2f",
 }
+
+_KINDS = ("rows", "patches", "samples")
 
 _SAMPLES = SparsityConfig(axis="sample", select="sampled")
 
@@ -78,6 +85,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add_workload_arguments(parser)
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--products", action="store_true", help="weight gradients alone")
+    parser.add_argument("--variants", nargs="+", choices=_KINDS, default=_KINDS, metavar="KIND")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
     parser.add_argument("--output", help="folder for a JSON file of the rows")
@@ -89,15 +98,25 @@ def run(args: argparse.Namespace) -> None:
     workload = workload_of(args)
     if workload.amp:
         raise ValueError("positions measures float32 alone; leave --amp out")
-    rows = measure(workload, args.drop_rates, args.rounds, args.cpu_time)
-    print(table(rows, FORMATS))
+    rows: list[Any]
+    if args.products:
+        clock = CLOCKS["processor time" if args.cpu_time else "wall time"]
+        rows = measure_products(workload, args.drop_rates, args.rounds, clock)
+    else:
+        rows = measure(workload, args.drop_rates, args.rounds, args.cpu_time, args.variants)
+    print(table(rows, FORMATS_OF_PRODUCTS if args.products else FORMATS))
     print(describe(workload.device))
     if args.output:
-        save(rows, environment(workload.device), args.output, f"positions-{workload.slug}")
+        name = "products" if args.products else "positions"
+        save(rows, environment(workload.device), args.output, f"{name}-{workload.slug}")
 
 
 def measure(
-    workload: Workload, drop_rates: list[float], rounds: int, with_cpu_time: bool = False
+    workload: Workload,
+    drop_rates: list[float],
+    rounds: int,
+    with_cpu_time: bool = False,
+    kinds: Sequence[str] = _KINDS,
 ) -> list[PositionRow]:
     """Measure every variant of a workload's step.
 
@@ -106,6 +125,7 @@ def measure(
         drop_rates: shares of rows, and of samples, to leave out.
         rounds: timed steps of each variant.
         with_cpu_time: measure processor time in place of wall time.
+        kinds: which of `rows`, `patches` and `samples` to measure beside the dense step.
 
     Returns:
         The rows, dense first.
@@ -115,12 +135,12 @@ def measure(
     # Every variant compiles the same code anew, and none may silently fall back to eager.
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     with limits:
-        variants = list(_variants(workload, model, images, drop_rates))
+        variants = list(_variants(workload, model, images, drop_rates, kinds))
         for variant in variants:
             start = time.perf_counter()
             variant.step()
             print(f"first step, {variant.key}: {time.perf_counter() - start:.1f} s", flush=True)
-        clock = time.process_time if with_cpu_time else time.perf_counter
+        clock = CLOCKS["processor time" if with_cpu_time else "wall time"]
         timings = alternate({v.key: v.step for v in variants}, rounds, warmup=1, clock=clock)
     dense: Timing = timings[variants[0].key]
 
@@ -141,7 +161,11 @@ def measure(
 
 
 def _variants(
-    workload: Workload, model: nn.Module, images: Tensor, drop_rates: list[float]
+    workload: Workload,
+    model: nn.Module,
+    images: Tensor,
+    drop_rates: list[float],
+    kinds: Sequence[str],
 ) -> Iterator[Variant]:
     def compiled(changed: nn.Module) -> Callable[[], None]:
         fast = torch.compile(changed, backend=workload.backend)
@@ -153,14 +177,22 @@ def _variants(
         return sparse_variants(workload, changed, images, name, drop_rates, scheduler, fast)
 
     yield Variant(DENSE, 0.0, model, compiled(model))
-    share = torch.ones(())
-    of_rows = swap_rows(copy.deepcopy(model), share)
-    step = compiled(of_rows)
-    for rate in drop_rates:
-        yield Variant("rows", rate, of_rows, lambda rate=rate: (share.fill_(1 - rate), step())[1])
-    if sum(map(is_patch_conv, model.modules())) >= _FEWEST_CONVS:
+    if "rows" in kinds:
+        share = torch.ones(())
+        changed = swap_rows(copy.deepcopy(model), share)
+        step = compiled(changed)
+        for rate in drop_rates:
+            yield Variant("rows", rate, changed, partial(_with_share, share, 1 - rate, step))
+    has_patches = sum(map(is_patch_conv, model.modules())) >= _FEWEST_CONVS
+    if "patches" in kinds and has_patches:
         for name, only_1x1 in (("patches", False), ("patches 1x1", True)):
             changed = swap_patches(copy.deepcopy(model), 2, only_1x1=only_1x1)
             yield Variant(name, 0.75, changed, compiled(changed))
-    yield from samples("samples", model)
-    yield from samples("samples, half of their rows", swap_rows(copy.deepcopy(model), 0.5))
+    if "samples" in kinds:
+        yield from samples("samples", model)
+        yield from samples("samples, half of their rows", swap_rows(copy.deepcopy(model), 0.5))
+
+
+def _with_share(share: Tensor, value: float, step: Callable[[], None]) -> None:
+    share.fill_(value)
+    step()

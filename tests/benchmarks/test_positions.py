@@ -1,5 +1,6 @@
 """Layers whose gradients come from some positions: against oracles in float64, and by draws."""
 
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.positions.command import measure
 from benchmarks.positions.patches import PatchConv2d, swap_patches
+from benchmarks.positions.products import measure_products, product_shapes
 from benchmarks.positions.rows import RowConv2d, RowLinear, draw_rows, swap_rows
 from benchmarks.workload import Workload
 from ssprop_fx import AddedNoise, SparsityConfig, SparsityScheduler, ssprop_compile
@@ -194,3 +196,17 @@ def test_the_command_measures_every_variant() -> None:
     ]
     assert rows[0].speedup == 1
     assert all(row.step_ms > 0 for row in rows)
+
+
+def test_products_count_every_layer_that_takes_rows(vit: nn.Module) -> None:
+    shapes = product_shapes(vit, torch.randn(2, 3, 32, 32))
+    tokens = 2 * (4 + 1)
+    assert shapes == {
+        (tokens, 576, 192): 1,
+        (tokens, 192, 192): 1,
+        (tokens, 768, 192): 1,
+        (tokens, 192, 768): 1,
+    }
+    workload = Workload(model="test_vit", batch_size=2, img_size=160)
+    (row,) = measure_products(workload, [0.5], 1, time.process_time)
+    assert row.layers == sum(product_shapes(*workload.build()).values())
