@@ -19,9 +19,11 @@ from benchmarks import (
 from benchmarks.gpu import command as gpu
 from benchmarks.gpu import pack, study_command
 from benchmarks.positions import command as positions
+from benchmarks.saved import command as saved
 
 COMMANDS = (
     *(step, breakdown, layer, pooling, positions, compile_time, scaling, scale, long_run, suite),
+    saved,
     *(gpu, study_command, pack),
     *(markdown, export),
 )

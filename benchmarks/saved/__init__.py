@@ -1,0 +1,1 @@
+"""Memory of saved activations against step time: pruned activations and their peers."""
