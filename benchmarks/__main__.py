@@ -20,10 +20,11 @@ from benchmarks.gpu import command as gpu
 from benchmarks.gpu import pack, study_command
 from benchmarks.positions import command as positions
 from benchmarks.saved import command as saved
+from benchmarks.saved import report
 
 COMMANDS = (
     *(step, breakdown, layer, pooling, positions, compile_time, scaling, scale, long_run, suite),
-    saved,
+    *(saved, report),
     *(gpu, study_command, pack),
     *(markdown, export),
 )

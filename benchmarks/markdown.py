@@ -14,7 +14,7 @@ from benchmarks.picture import sparse_rows
 from benchmarks.results import read
 from benchmarks.variants import DENSE, DENSE_PEERS, PEERS
 
-__all__ = ["add_parser", "gpu_markdown", "markdown", "samples_markdown"]
+__all__ = ["add_parser", "gpu_markdown", "join", "markdown", "samples_markdown"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -68,7 +68,7 @@ def markdown(files: list[list[dict[str, Any]]], drop_rate: float) -> str:
                     *speed_of_peers,
                 ]
             )
-    return _join(lines)
+    return join(lines)
 
 
 def samples_markdown(files: list[list[dict[str, Any]]]) -> str:
@@ -91,7 +91,7 @@ def samples_markdown(files: list[list[dict[str, Any]]]) -> str:
             lines.append([last["model"], name, *_figures(speedups, rates), *figures])
             if name == DENSE:
                 lines.append([last["model"], "bound", *_figures(bounds, rates), "", "", ""])
-    return _join(lines)
+    return join(lines)
 
 
 def gpu_markdown(files: list[list[dict[str, Any]]]) -> str:
@@ -108,14 +108,15 @@ def gpu_markdown(files: list[list[dict[str, Any]]]) -> str:
         times = [f"{row[f]:.1f}" for f in ("forward_ms", "backward_ms", "step_ms")]
         ratios = [f"{row[f]:.2f}" for f in ("speedup", "bound", "share")]
         lines.append([*texts, *times, *ratios, f"{row['peak_mib']:.0f}", str(row["waits"])])
-    return _join(lines)
+    return join(lines)
 
 
 def _figures(by_rate: dict[float, float], rates: list[float]) -> list[str]:
     return [f"{by_rate[rate]:.2f}" if rate in by_rate else "" for rate in rates]
 
 
-def _join(lines: list[list[str]]) -> str:
+def join(lines: list[list[str]]) -> str:
+    """Return lines of cells as a Markdown table; the second line is that of dashes."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.variants import DENSE, PEERS
 
-__all__ = ["Record", "draw_layers", "draw_scaling", "draw_steps", "sparse_rows"]
+__all__ = ["Record", "draw_layers", "draw_scaling", "draw_steps", "figure_maybe", "sparse_rows"]
 
 _SPARSE, _BOUND, _DENSE = "#d08770", "#2e7d6b", "#4c566a"
 _PEERS = dict(zip(PEERS, ("#d8dee9", "#c9d3c0", "#b8c2d4", "#8fa1bf"), strict=True))
@@ -122,8 +122,8 @@ def draw_layers(rows: Sequence[Record], path: Path) -> None:
     _save(figure, axes, path)
 
 
-def _figure(height: float) -> tuple[Any, Any] | None:
-    """Return a figure with one pair of axes; without matplotlib, print a note and return None."""
+def figure_maybe(width: float, height: float) -> Any:
+    """Return an empty figure, its size in inches; without matplotlib, print a note, return None."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -131,9 +131,15 @@ def _figure(height: float) -> tuple[Any, Any] | None:
         print("no plot: matplotlib is missing: pip install '.[train]'")
         return None
     # Not pyplot: a separate figure has no global state and needs no display.
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure
+
+
+def _figure(height: float) -> tuple[Any, Any] | None:
+    """Return a figure with one pair of axes, None without matplotlib."""
+    figure = figure_maybe(9, height)
+    return None if figure is None else (figure, figure.subplots())
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:

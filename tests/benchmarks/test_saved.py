@@ -1,16 +1,21 @@
 """Pruned activations: the pass against an oracle in eager PyTorch, and what the graphs save."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import parse, rows_of
 from torch import Tensor, fx, nn
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional
 
+from benchmarks import machine
+from benchmarks.results import save
+from benchmarks.saved.command import SavedRow
 from benchmarks.saved.operators import GRAD_WEIGHT, PRUNE, filled
 from benchmarks.saved.prune_pass import PruneSavedPass
-from benchmarks.saved.shares import graphs_backend, measure_bytes
+from benchmarks.saved.shares import BytesRow, graphs_backend, measure_bytes
 from benchmarks.workload import Workload
 
 
@@ -165,3 +170,84 @@ def test_bytes() -> None:
     assert budget.saved_mib < default.saved_mib
     assert default.sites > 0
     assert 0 < default.freed_by_all < 1
+
+
+def row(method: str, setting: str, time: float, memory: float) -> SavedRow:
+    return SavedRow(
+        model="model 8 b2 fp32 channels_last",
+        batch_size=2,
+        img_size=8,
+        method=method,
+        setting=setting,
+        step_ms=100 * time,
+        low_ms=99 * time,
+        high_ms=101 * time,
+        time=time,
+        time_low=0.9 * time,
+        time_high=1.1 * time,
+        peak_mib=10 * memory,
+        memory=memory,
+        error=memory / 10,
+        clock="wall time",
+    )
+
+
+def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [row("dense", "", 1, 1), row("budget", "0.5", 1.1, 0.5)]
+    save(rows, machine.environment("cpu"), tmp_path, "saved-model")
+    counted = BytesRow(
+        model="model",
+        budget=1.0,
+        saved_mib=8,
+        without_mib=6,
+        freed_by_all=0.25,
+        pruned_mib=7,
+        kept=2,
+        sites=3,
+    )
+    save([counted], machine.environment("cpu"), tmp_path, "bytes-model")
+    args = parse(["memory", str(tmp_path), "--picture", str(tmp_path / "memory.png")])
+    args.run(args)
+    assert capsys.readouterr().out.splitlines() == [
+        "| model, resolution, batch | method | setting | step ms | time | peak MiB | memory"
+        " | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model 8 b2 fp32 channels_last | dense |  | 100 | 1 | 10 | 1.00 | 1e-01 |",
+        "| model 8 b2 fp32 channels_last | budget | 0.5 | 110 | 1.10 (0.99 to 1.21) | 5 | 0.50 |"
+        " 5e-02 |",
+        "",
+        "| model, resolution, batch | budget | saved MiB | pruned MiB |"
+        " without weight gradients MiB |",
+        "| --- | --- | --- | --- | --- |",
+        "| model | 1 | 8 | 7 | 6 |",
+    ]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_results(tmp_path: Path) -> None:
+    args = parse(["memory", str(tmp_path)])
+    with pytest.raises(ValueError, match="has no result of `saved`"):
+        args.run(args)
+
+
+@pytest.mark.slow
+def test_rows(tmp_path: Path) -> None:
+    sizes = ["--img-size", "32", "--batch-size", "4", "--rounds", "2", "--device", "cpu"]
+    settings = ["--budgets", "0.5", "--drop-rates", "0.5", "--kept", "8", "2"]
+    args = parse(["saved", "--model", "test_vit", *sizes, *settings, "--output", str(tmp_path)])
+    args.run(args)
+    rows = {(row["method"], row["setting"]): row for row in rows_of(tmp_path, SavedRow)}
+    assert list(rows) == [
+        ("dense", ""),
+        ("budget", "0.5"),
+        ("checkpoint", "every block"),
+        ("two passes", "drop 0.5"),
+        ("bf16", "autocast"),
+        ("pruned", "8 of 8"),
+        ("pruned", "2 of 8"),
+    ]
+    errors = {key: row["error"] for key, row in rows.items()}
+    exact = ("budget", "0.5"), ("checkpoint", "every block"), ("pruned", "8 of 8")
+    assert all(errors[key] < 1e-5 for key in exact)
+    assert 0.001 < errors["pruned", "2 of 8"] < 1
+    assert rows["budget", "0.5"]["peak_mib"] < rows["dense", ""]["peak_mib"]
