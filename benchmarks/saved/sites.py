@@ -1,11 +1,16 @@
 """Find the weight gradients that pruned inputs can be made for: linear layers, 1x1 convolutions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from ssprop_passes.graph.rewrite import replace_node, replace_outputs
+from ssprop_passes.graph.rewrite import (
+    Replacer,
+    inductor_decompositions,
+    replace_node,
+    replace_outputs,
+)
 from ssprop_passes.sites.conv_match import ConvMatch, match_conv_backward
 from ssprop_passes.sites.linear_match import Product, match_linear_backward
 from torch import Tensor, fx
@@ -118,20 +123,17 @@ def _conv_site(conv: ConvMatch) -> Site:
         return matrix.view(size, *space, -1)[at].reshape(-1, matrix.shape[1])
 
     def replace(gradient: fx.Node) -> None:
-        node = conv.node
-        replace_outputs(node, (None, gradient, None))
-        wanted = conv.output_mask[0], False, conv.output_mask[2]
-        if not any(wanted):
-            node.graph.erase_node(node)
-            return
-        with node.graph.inserting_before(node):
-            unused = _any_tensor_like(conv.input, conv.grad_output)
-        grad_output, _, *others = node.args
-        node.args = (grad_output, unused, *others[:-1], list(wanted))
-        node.meta["val"] = tuple(
-            value if is_wanted else None
-            for value, is_wanted in zip(node.meta["val"], wanted, strict=True)
+        of_input, _, of_bias = conv.output_mask
+        found = Replacer(inductor_decompositions).insert(
+            conv.node,
+            lambda grad_output, weight: (
+                _grad_input(grad_output, weight, conv.geometry.stride, space) if of_input else None,
+                rows(grad_output).sum(0) if of_bias else None,
+            ),
+            [conv.grad_output, conv.weight],
         )
+        replace_outputs(conv.node, (found[0], gradient, found[1]))
+        conv.node.graph.erase_node(conv.node)
 
     return Site(
         conv.node,
@@ -144,16 +146,17 @@ def _conv_site(conv: ConvMatch) -> Site:
     )
 
 
-def _any_tensor_like(node: fx.Node, grad_output: fx.Node) -> fx.Node:
-    """Return one number in the shape of a node: an input gradient reads no more of an input."""
-    value = node.meta["val"]
-    one = node.graph.call_function(aten.new_zeros.default, (grad_output, [1] * value.ndim))
-    like = node.graph.call_function(aten.expand.default, (one, list(value.shape)))
-    one.meta["val"] = value.new_zeros([1] * value.ndim)
-    like.meta["val"] = one.meta["val"].expand(value.shape)
-    for made in (one, like):
-        made.meta["partitioner_tag"] = "is_backward"
-    return like
+def _grad_input(
+    grad_output: Tensor, weight: Tensor, stride: Sequence[int], space: Sequence[int]
+) -> Tensor:
+    """Return the gradient of a 1x1 convolution's input, for which the input is not needed."""
+    zeros, ones = [0] * len(space), [1] * len(space)
+    sizes = zip(space, grad_output.shape[2:], stride, strict=True)
+    more = [size - (outputs - 1) * step - 1 for size, outputs, step in sizes]
+    gradient: Tensor = aten.convolution(
+        grad_output, weight, None, stride, zeros, ones, True, more, 1
+    )
+    return gradient
 
 
 def _base(node: fx.Node) -> fx.Node:
