@@ -49,8 +49,8 @@ class Summary:
         time: mean processor time as a share of the whole dense run's, of the same seed.
         shares: share of each batch that backwards kept, in each quarter of the run.
         to_full: gain over the whole dense run.
-        to_equal: gain over dense training of equal time, or of the shortest dense row if that takes
-            longer; None for dense rows, and beyond the longest.
+        to_equal: gain over dense training of equal time, or of the dense row that is nearest in time;
+            None for dense rows.
     """
 
     name: str
@@ -115,9 +115,12 @@ def _full(dense: Mapping[str, Mapping[int, Result]], seed: int) -> float | None:
 def _equal(dense: Mapping[str, Mapping[int, Result]], seed: int, run: Result) -> float | None:
     """Return the accuracy of dense training of the same seed and of this run's time.
 
-    A run that is shorter than all dense ones is compared with the shortest, which takes longer.
+    A run that is shorter than all dense ones is compared with the shortest, which takes longer; one
+    that takes longer than all of them, with the longest.
     """
     curve = [
         (runs[seed]["relative"], runs[seed]["accuracy"]) for runs in dense.values() if seed in runs
     ]
-    return dense_accuracy(curve, max([run["relative"], min(curve)[0]])) if curve else None
+    if not curve:
+        return None
+    return dense_accuracy(curve, min(max(run["relative"], min(curve)[0]), max(curve)[0]))
