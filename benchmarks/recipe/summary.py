@@ -49,8 +49,8 @@ class Summary:
         time: mean processor time as a share of the whole dense run's, of the same seed.
         shares: share of each batch that backwards kept, in each quarter of the run.
         to_full: gain over the whole dense run.
-        to_equal: gain over dense training of equal time, or of the dense row that is nearest in time;
-            None for dense rows.
+        to_equal: gain over dense training of equal time, or over the dense row that is nearest in
+            time; None for dense rows.
     """
 
     name: str
