@@ -7,6 +7,7 @@ import pytest
 from sources import ROOT
 
 from benchmarks import markdown
+from benchmarks.saved import report
 
 README = (ROOT / "README.md").read_text()
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
@@ -77,3 +78,10 @@ def test_the_compile_times_are_of_the_saved_results():
     assert f"{sparse['cold_s']:.0f} s against {dense['cold_s']:.0f} s" in text
     assert {f"{row['warm_s']:.1f}" for row in (dense, sparse)} == {"3.2"}
     assert "both take 3.2 s" in text
+
+
+def test_the_tables_of_memory_are_of_the_saved_results():
+    page = (ROOT / "docs" / "memory.md").read_text()
+    folder = RESULTS / "cpu-1-thread-avx512"
+    assert report.saved_markdown(saved(folder, "saved")) in page
+    assert report.bytes_markdown(saved(folder, "bytes")) in page
