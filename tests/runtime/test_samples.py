@@ -470,30 +470,36 @@ class Plain(Net):
         return self.head(self.last(self.features(x)))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    # In float32 under Inductor: torch 2.11 misjudges a dtype in attention of float64.
+    [("aot_eager", torch.float64, 1e-9), ("inductor", torch.float32, 1e-4)],
+)
 @pytest.mark.parametrize("kind", [Net, Plain, Broken, Frames])
-def test_weights_of_sampled_samples(kind: Any, backend: str) -> None:
+def test_weights_of_sampled_samples(
+    kind: Any, backend: str, dtype: torch.dtype, tolerance: float
+) -> None:
     """The draw of the backward, with weights 1/p on the gradients of the outputs."""
     if kind is Frames:
-        model, same = Frames(merged=True).double(), Frames(merged=False).double()
+        model, same = Frames(merged=True).to(dtype), Frames(merged=False).to(dtype)
         same.load_state_dict(model.state_dict())
     else:
-        model = kind().double()
+        model = kind().to(dtype)
         same = copy.deepcopy(model)
     compiled = compile_net(model, config={"select": "sampled"}, backend=backend)
 
     def choose(gradients: list[Tensor]) -> Tensor:
-        factors = torch.zeros(BATCH, dtype=torch.float64)
+        factors = torch.zeros(BATCH, dtype=dtype)
         scores = gradients[0].flatten(1).norm(dim=1)
         factors[kept] = 1 / inclusion_probabilities(scores, KEPT)[kept]
         return factors
 
-    y = images().requires_grad_()
+    y = images().to(dtype).requires_grad_()
     loss(compiled(y)).backward()
     assert y.grad is not None
     kept = y.grad.flatten(1).any(1).nonzero().flatten()
     want = kept_gradients(same, (y.detach(),), loss, choose, BATCH)
-    assert relative_error(found(model), want) < 1e-9
+    assert relative_error(found(model), want) < tolerance
 
 
 @pytest.mark.parametrize(
