@@ -47,6 +47,11 @@ def test_a_gather_that_meets_a_pool_is_a_copy(monkeypatch: pytest.MonkeyPatch) -
     assert relative_error(found, want) < 1e-4
     (graph,) = graphs
     copies = graph.find_nodes(op="call_function", target=gather_weight)
+    scatters = graph.find_nodes(op="call_function", target=torch.ops.aten.scatter_add.default)
+    if not scatters:
+        # torch 2.11 leaves the pool's backward one operator, which no gather joins.
+        assert torch.__version__ < "2.14"
+        return
     assert [node.meta["val"].shape[1:] for node in copies] == [(16, 16, 16)]
     gathers = graph.find_nodes(op="call_function", target=torch.ops.aten._unsafe_index.Tensor)
     assert gathers
