@@ -122,6 +122,13 @@ _ROWS = (
         prepare=partial(swap_patches, r=2, only_1x1=True),
     ),
     Row(
+        name="noise-0.1-patches",
+        about="noise-0.1, and patches-2-1x1 inside the kept samples",
+        rule=AddedNoise(0.1),
+        config=_SAMPLES,
+        prepare=partial(swap_patches, r=2, only_1x1=True),
+    ),
+    Row(
         name="rows-0.5",
         about="weight gradients of 1x1 convolutions from half of the positions, unbiased",
         prepare=partial(swap_rows, share=0.5),
