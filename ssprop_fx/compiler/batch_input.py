@@ -45,7 +45,7 @@ class BatchInput:
 def find_batch_input(
     gm: fx.GraphModule, inputs: Sequence[Any], model: nn.Module, size: int
 ) -> BatchInput | None:
-    """Return the input that holds the batch, None for a batch of one, which nothing makes smaller.
+    """Return the input that holds the batch; None for one sample or none: it cannot be smaller.
 
     Args:
         gm: the graph that Dynamo captured.
@@ -68,6 +68,8 @@ def find_batch_input(
     if not found:
         raise ValueError("the graph has no input for the batch")
     size = size or _batch_size([value for _, value in found])
+    if size == 1:
+        return None
     places = [
         (position, dim)
         for position, value in found
@@ -76,8 +78,6 @@ def find_batch_input(
     ]
     if not places:
         raise ValueError(f"no input of the graph has a dimension for the batch of {size}")
-    if size == 1:
-        return None
     # The leading dimension if any input has it there.
     position, dim = min(places, key=lambda place: place[1] != 0)
     length = input_sizes(gm, position)[dim]

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
+from ssprop_passes.errors import SsPropCompileError
 from ssprop_passes.graph.batch_dims import BatchDim
-from ssprop_passes.selection.samples import scatter_samples
+from ssprop_passes.selection.samples import reaches_others, scatter_samples
 from ssprop_passes.transforms.sliced_backward import SlicedGraph, slice_backward
 from torch import Tensor, fx
 
@@ -59,21 +60,34 @@ class SlicedBackward:
 
         Args:
             args: inputs of the whole backward; the list is emptied.
+
+        Raises:
+            SsPropCompileError: another graph has chosen the samples, and a gradient of samples that
+                it left out reaches this one.
         """
         graph = self._graph
         choice, call = SampleChoice.find(args[graph.choice])
         if self._head is not None:
             args.extend(self._head(list(args)))
+        gradients = [args[i] for i in graph.gradients]
+        places = [
+            (position.dim, _inner(gradient, position, choice.size))
+            for gradient, position in zip(gradients, graph.gradients.values(), strict=True)
+        ]
         # A second backward through the graph that chose, with `retain_graph`, chooses again.
         if choice.indices is None or choice.maker == call:
-            gradients = [args[i] for i in graph.gradients]
-            places = [
-                (position.dim, _inner(gradient, position, choice.size))
-                for gradient, position in zip(gradients, graph.gradients.values(), strict=True)
-            ]
             made = choice.make(gradients, places, call)
             for i, gradient in zip(graph.gradients, made, strict=True):
                 args[i] = gradient
+        elif any(
+            reaches_others(gradient, choice.indices, choice.size, *place)
+            for gradient, place in zip(gradients, places, strict=True)
+        ):
+            raise SsPropCompileError(
+                "a graph of the model gets a gradient of samples that later graphs have left out:"
+                " the loss reads a tensor from before a graph break, or the code at the break mixes"
+                ' samples. Remove the graph break, or use axis="channel"'
+            )
         indices, size = choice.indices, choice.size
         assert indices is not None
         for i in graph.sizes:

@@ -191,6 +191,13 @@ def test_a_batch_of_one_is_kept() -> None:
     check(model, compiled, images(), KEPT)
 
 
+def test_an_empty_batch_is_whole() -> None:
+    model = nn.Linear(3, 2).double()
+    compile_net(model)(torch.empty(0, 3, dtype=torch.float64)).sum().backward()
+    assert model.weight.grad is not None
+    assert not model.weight.grad.any()
+
+
 def test_inputs_get_gradients_of_the_whole_batch() -> None:
     model, x = Net().double(), images().requires_grad_()
     want = expected(model, x)
@@ -391,6 +398,37 @@ def test_graphs_of_the_named_backend_share_one_choice() -> None:
     got = found(compiled)
     want = kept_gradients(copy.deepcopy(model), (x.detach(),), loss, lambda g: kept.double(), BATCH)
     assert relative_error(got, want) < 1e-9
+
+
+def test_code_between_graphs_that_mixes_samples_is_refused() -> None:
+    class Centered(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(centered(self.features(x)))
+
+    @torch.compiler.disable
+    def centered(x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    model, x = Centered().double(), images()
+    with pytest.raises(SsPropCompileError, match="mixes samples"):
+        loss(compile_net(model)(x)).backward()
+
+
+def test_a_loss_of_two_graphs_of_the_named_backend_is_refused() -> None:
+    """The first backward chooses, so gradients of an earlier graph's outputs have no weights."""
+
+    class Auxiliary(Net):
+        def forward(self, x: Tensor) -> Any:
+            features = self.features(x)
+            torch._dynamo.graph_break()
+            return self.head(torch.tanh(features)), features
+
+    model, x = Auxiliary().double(), images()
+    check(model, compile_net(model), x)
+    options = {"schedule": constant(0.5), "axis": "sample", "backend": "aot_eager"}
+    compiled = torch.compile(model, backend="ssprop", options=options)
+    with pytest.raises(SsPropCompileError, match="before a graph break"):
+        loss(compiled(x)).backward()
 
 
 @pytest.mark.parametrize("dynamic", [True, None])

@@ -14,6 +14,7 @@ from ssprop_passes.selection.selectors import SELECTORS
 
 __all__ = [
     "choose_samples",
+    "reaches_others",
     "sample_factors",
     "sample_scores",
     "scatter_samples",
@@ -109,6 +110,23 @@ def weigh_samples(gradient: Tensor, factors: Tensor, dim: int, inner: int = 1) -
     factors = factors.view(shape)
     weighed = torch.where(factors == 0, 0, split * factors.to(gradient.dtype))
     return weighed.to(gradient.dtype).reshape(gradient.shape)
+
+
+def reaches_others(gradient: Tensor, indices: Tensor, size: int, dim: int, inner: int = 1) -> bool:
+    """Say whether a gradient is not zero for a sample that is left out.
+
+    Args:
+        gradient: any shape, with N samples as `split_samples` describes.
+        indices: the kept samples, int64 [k].
+        size: samples in the batch, N.
+        dim: the dimension that has the samples.
+        inner: see `split_samples`.
+    """
+    others = torch.ones(size, dtype=torch.bool, device=indices.device)
+    others[indices] = False
+    rows = split_samples(gradient, size, dim, inner).movedim(dim + 1, 0)[others]
+    # Not NaN: code between graphs may make it of a zero gradient.
+    return bool((rows.abs() > 0).any())
 
 
 def scatter_samples(rows: Tensor, indices: Tensor, size: int, dim: int, inner: int = 1) -> Tensor:
