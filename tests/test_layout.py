@@ -20,7 +20,7 @@ USES_PRIVATE_TORCH = {
     "passes/ssprop_passes/graph/modes.py",
     "passes/ssprop_passes/graph/rewrite.py",
     "passes/ssprop_passes/kernels/cpp_loader.py",
-    "passes/ssprop_passes/transforms/sliced_backward.py",
+    "passes/ssprop_passes/transforms/sample_inputs.py",
     "ssprop_fx/analysis/fake_capture.py",
     "ssprop_fx/compiler/dynamo_graph.py",
     "ssprop_fx/compiler/inductor.py",

@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 import torch
-from ssprop_passes.graph.batch_dims import size_expr
+from ssprop_passes.graph.batch_dim import size_expr
 from ssprop_passes.sites.flops import size_hint
 from torch import Tensor, fx, nn
 

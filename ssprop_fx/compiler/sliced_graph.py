@@ -5,7 +5,7 @@ from typing import Any
 
 import sympy
 from ssprop_passes.errors import SsPropCompileError
-from ssprop_passes.graph.batch_dims import BatchDim
+from ssprop_passes.graph.batch_dim import BatchDim
 from ssprop_passes.selection.samples import reaches_others, scatter_samples
 from ssprop_passes.transforms.sliced_backward import SlicedGraph, slice_backward
 from torch import Tensor, fx

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, find_batch_dims
+from ssprop_passes.graph.batch_dim import BATCH_DIM_KEY, BatchDim
+from ssprop_passes.graph.batch_dims import find_batch_dims
 from ssprop_passes.graph.graph_pass import GraphPass, PassSummary
 from ssprop_passes.graph.sample_marker import MARKER
 from ssprop_passes.graph.state_inputs import StateInputs

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ssprop_passes.graph.batch_dims import BATCH_DIM_KEY, BatchDim, find_batch_dims, size_expr
+from ssprop_passes.graph.batch_dim import BATCH_DIM_KEY, BatchDim, size_expr
+from ssprop_passes.graph.batch_dims import find_batch_dims
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
