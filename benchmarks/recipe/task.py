@@ -142,6 +142,12 @@ TASKS: dict[str, Task] = {
             **_SMALL,
         ),
         Task(
+            name="cifar-fine-96",
+            about="the task `cifar-fine` at 96 pixels",
+            lr=0.001,
+            **{**_SMALL, "size": 96},
+        ),
+        Task(
             name="flowers-train-mode",
             about="the task `flowers` with batch norms in training mode",
             size=128,
