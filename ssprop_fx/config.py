@@ -66,6 +66,9 @@ class SparsityConfig:
             backward needs. `"kept"`: the inputs, batch statistics and random masks alone; the
             backward computes the rest again for the kept samples. This takes less memory and more
             time. The gradients are the same.
+        patch: with `axis="sample"`: 1x1 convolutions of stride 1 take their gradients from averages
+            over patches of this many positions a side, inside the kept samples (gradient
+            filtering, CVPR 2023). 1 for no patches. The gradients are biased.
         gate: whether a layer whose sparse backward is not faster stays dense. Each layer is timed
             once, when it is compiled. A step whose layers would save less than a tenth of their
             time runs dense. False makes every layer sparse at every drop rate above 0. AOT eager,
@@ -163,6 +166,12 @@ class SparsityConfig:
         "all",
         help="With samples: save all that the backward needs, or compute the kept samples again",
     )
+    patch: int = option(
+        1,
+        help="With samples: average gradients of 1x1 convolutions over patches of this many"
+        " positions a side",
+        rule="at least 1",
+    )
     gate: bool = option(True, help="Leave a layer dense if its sparse backward is not faster")
     specialize: bool | Literal["auto"] = option(
         "auto",
@@ -204,6 +213,8 @@ class SparsityConfig:
         if self.axis == "channel":
             if self.saved != "all":
                 raise ValueError(f'saved must be "all" with axis="channel", got {self.saved!r}')
+            if self.patch > 1:
+                raise ValueError(f'patch must be 1 with axis="channel", got {self.patch!r}')
             return
         for name, right, is_right in (
             ("block", "1", self.block == 1),

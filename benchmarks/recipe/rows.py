@@ -125,8 +125,7 @@ _ROWS = (
         name="noise-0.1-patches",
         about="noise-0.1, and patches-2-1x1 inside the kept samples",
         rule=AddedNoise(0.1),
-        config=_SAMPLES,
-        prepare=partial(swap_patches, r=2, only_1x1=True),
+        config=replace(_SAMPLES, patch=2),
     ),
     Row(
         name="rows-0.5",

@@ -55,6 +55,8 @@ class Report:
         kept_samples: how many samples the backward keeps of how many, in the last batch; None with
             `axis="channel"`, and if the backward runs on the whole batch.
         samples: what the last backward kept of its batch; None likewise, and before any.
+        patched: number of convolutions that take their gradients from patches.
+        patch_flops: FLOPs that this saves in a backward of the whole batch.
     """
 
     sites: tuple[SiteReport, ...]
@@ -64,6 +66,8 @@ class Report:
     drop_rate: float = 0.0
     kept_samples: tuple[int, int] | None = None
     samples: SampleTelemetry | None = None
+    patched: int = 0
+    patch_flops: int = 0
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -78,7 +82,7 @@ class Report:
             kept, size = self.kept_samples
             # Products of activations, such as those of attention, shrink as well.
             rest = self.backward_flops - sum(site.flops for site in self.sites)
-            saved += rest * (size - kept) // size
+            saved += rest * (size - kept) // size + self.patch_flops * kept // size
         return saved
 
     def __str__(self) -> str:
@@ -101,6 +105,8 @@ class Report:
                 f"the whole backward of {self.backward_flops / 1e9:.3g} GFLOPs runs on {kept} of"
                 f" {size} samples; {self.saved_flops / flops:.1%} saved at step {self.step}"
             )
+            if self.patched:
+                lines.append(f"{self.patched} convolutions take their gradients from patches")
             if self.samples is not None:
                 lines.append(
                     f"the last backward kept {self.samples.kept_mass:.1%} of the sum of the"
@@ -179,6 +185,8 @@ def report(model: nn.Module) -> Report:
         drop_rate=variant.scheduler.drop_rate,
         kept_samples=kept_samples,
         samples=None if kept_samples is None else variant.samples,
+        patched=sum(graph.patched for graph in graphs),
+        patch_flops=sum(graph.patch_flops for graph in graphs),
     )
 
 

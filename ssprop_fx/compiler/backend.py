@@ -19,6 +19,7 @@ from ssprop_passes.selection.policy import Selection
 from ssprop_passes.selection.ranks import Ranks, find_ranks_maybe
 from ssprop_passes.transforms.gate import Gate
 from ssprop_passes.transforms.kept_samples import KeptSamplesPass
+from ssprop_passes.transforms.patches import PatchPass
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from torch import Tensor, fx, nn
 
@@ -199,12 +200,16 @@ class SparseBackend:
         if batch is not None:
             samples_pass = KeptSamplesPass(batch.symbol, state, self.config.saved == "kept")
 
+        patches = None
+        if batch is not None and self.config.patch > 1:
+            patches = PatchPass(self.config.patch)
+
         def compile_graph(options: dict[str, Any]) -> tuple[Callable[..., Any], SparseBackwardPass]:
             sparse_pass = self._sparse_pass(
                 excluded, layers, trained, memories, slot_count, batch is not None
             )
             passes = build_passes(
-                sparse_pass, self.kind, get_hooks(options, "joint_custom_pre_pass")
+                sparse_pass, patches, self.kind, get_hooks(options, "joint_custom_pre_pass")
             )
             # Copy the graph: both compilers change it, and a second compile may need it.
             compile_with = compile_inductor if self.kind == "inductor" else compile_aot_eager
@@ -222,6 +227,8 @@ class SparseBackend:
                 )
         graph = known or GraphRecord(sparse_pass.sites, sparse_pass.total_flops)
         graph.whole = whole if samples_pass is None else samples_pass.reason
+        if patches is not None:
+            graph.patched, graph.patch_flops = patches.summary.rewritten, patches.saved_flops
         if known is None and batch is None and self.kind == "inductor":
             save_record(key, graph)
         logger.info("graph compiled%s: %s", " before, found in the cache" if known else "", graph)

@@ -27,6 +27,8 @@ class GraphRecord:
         runs: number of calls.
         whole: with `axis="sample"`, why the backward runs on the whole batch; "" if it runs on the
             kept samples. None with `axis="channel"`.
+        patched: number of convolutions that take their gradients from patches.
+        patch_flops: FLOPs that this saves in a backward of the whole batch.
     """
 
     def __init__(self, sites: Sequence[Site] = (), total_flops: int = 0) -> None:
@@ -34,6 +36,7 @@ class GraphRecord:
         self.total_flops = total_flops
         self.runs = 0
         self.whole: str | None = None
+        self.patched = self.patch_flops = 0
 
     def __str__(self) -> str:
         """Return a text such as `20 sites sparse, 1 dense`."""

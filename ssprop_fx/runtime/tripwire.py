@@ -82,6 +82,12 @@ def _judge(
         if site.reason in (UNKNOWN, COMPLEX)
     }
     problems = []
+    if backend.config.patch > 1 and not any(graph.patched for graph in ran):
+        message = (
+            f"patch={backend.config.patch} has no effect: no 1x1 convolution of stride 1 has more"
+            " positions than a patch."
+        )
+        problems.append(Problem("patch", message))
     if missing := backend.missing:
         message = (
             f"{_layers(missing)} in no sparse graph and so dense: {', '.join(missing)}. Either the"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+from patch_oracle import patch_oracle
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,31 +81,6 @@ def test_a_gradient_that_is_not_finite_stays() -> None:
     grad = torch.ones(20, 5)
     grad[7, 3] = torch.nan
     assert gradients(layer, torch.randn(20, 6), grad)[1][3].isnan().all()
-
-
-def patch_oracle(layer: nn.Conv2d, x: Tensor, grad: Tensor, r: int) -> list[Tensor]:
-    """Gradients of patches, position by position."""
-    s, groups = layer.stride[0], layer.groups
-    dx, dw = torch.zeros_like(x), torch.zeros_like(layer.weight)
-    height, width = grad.shape[2:]
-    for top in range(0, height, r):
-        for left in range(0, width, r):
-            patch = grad[:, :, top : top + r, left : left + r]
-            count = patch.shape[2] * patch.shape[3]
-            mean = patch.sum((2, 3)) / count
-            rows = slice(top * s, (top + r) * s), slice(left * s, (left + r) * s)
-            inputs = x[:, :, rows[0], rows[1]].mean((2, 3))
-            for i in range(layer.kernel_size[0]):
-                for j in range(layer.kernel_size[1]):
-                    kernel = layer.weight[:, :, i, j]
-                    if groups == 1:
-                        part = mean @ kernel
-                        dw[:, :, i, j] += count * mean.t() @ inputs
-                    else:
-                        part = mean * kernel[:, 0]
-                        dw[:, 0, i, j] += count * (mean * inputs).sum(0)
-                    dx[:, :, rows[0], rows[1]] += part[:, :, None, None] / s**2
-    return [dx, dw, grad.sum((0, 2, 3))]
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from oracle import inclusion_probabilities, relative_error
+from patch_oracle import PatchOracle
 from sample_oracle import kept_gradients, strongest
 from ssprop_passes.errors import NoEffectWarning, SsPropCompileError
 from ssprop_passes.selection.samples import choose_samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssprop_fx import SparsityConfig, SparsityScheduler, constant, ssprop_compile
+from ssprop_fx import SparsityConfig, SparsityScheduler, constant, report, ssprop_compile
 from ssprop_fx.compiler import sample_choice
 
 BATCH, KEPT = 6, 3
@@ -475,6 +476,36 @@ def test_channels_inside_kept_samples() -> None:
     want = expected(model, x)["head.weight"]
     loss(compiled(x)).backward()
     torch.testing.assert_close(found(model)["head.weight"], want)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("saved", ["all", "kept"])
+def test_patches_inside_kept_samples(saved: str, backend: str) -> None:
+    class Pointwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.first, self.second = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 4, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.stem(x)))
+            return self.second(torch.tanh(self.first(x))).mean((2, 3))
+
+    model, x = Pointwise().double(), images()
+    eager = copy.deepcopy(model)
+    eager.first.__class__ = eager.second.__class__ = PatchOracle
+    want = expected(eager, x)
+    compiled = compile_net(model, backend=backend, config={"patch": 2, "saved": saved})
+    loss(compiled(x)).backward()
+    assert relative_error(found(model), want) < 1e-9
+    printed = report(compiled)
+    assert "2 convolutions take their gradients from patches" in str(printed)
+    assert printed.patch_flops == 2 * BATCH * 2 * 64 * (8 * 12 + 12 * 4) * 3 // 4
+
+
+def test_patches_without_effect_warn() -> None:
+    with pytest.warns(NoEffectWarning, match="patch=2 has no effect"):
+        loss(compile_net(Net().double(), config={"patch": 2})(images())).backward()
 
 
 class Frames(nn.Module):

@@ -1,4 +1,4 @@
-"""Operations that move samples or mix them, such as `x.flip(0)`: those samples cannot be left out."""
+"""Operations that move samples or mix them, such as `x.flip(0)`: no sample can be left out then."""
 
 from typing import Any, cast
 
