@@ -1,9 +1,10 @@
 """`python -m benchmarks step --axis sample`: steps whose backward is made of some samples.
 
-Rows: dense torch.compile; the sliced backward at drop rate 0 (its dense phase) and at the given
-drop rates; the same in two passes (`saved="kept"`), and in each --variant. --rule adds a rule that
-draws as many samples. --peers adds selective backprop, eager and compiled. --other-checkout adds
-`axis="sample"` of another commit.
+Rows: dense torch.compile; on a CPU the same with the passes of a sliced step that leave nothing out
+(`dense exact passes`), which shows their part of the gain; the sliced backward at drop rate 0 (its
+dense phase) and at the given drop rates; the same in two passes (`saved="kept"`), and in each
+--variant. --rule adds a rule that draws as many samples. --peers adds selective backprop, eager and
+compiled. --other-checkout adds `axis="sample"` of another commit.
 
     bound    T / (F + q B), with forward F and backward B of the dense step, T = F + B, and the
              share q of samples kept
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
+from ssprop_passes.graph.graph_pass import PassList
 from torch import Tensor, nn
 
 from benchmarks.machine import describe
@@ -27,11 +29,19 @@ from benchmarks.selective import selective_variants
 from benchmarks.timing import alternate
 from benchmarks.variants import DENSE, Variant, make_variants
 from benchmarks.workload import Workload
-from ssprop_fx import AddedNoise, SparsityConfig, SparsityScheduler, ssprop_compile
+from ssprop_fx import (
+    AddedNoise,
+    DepthwiseLayoutPass,
+    SparsityConfig,
+    SparsityScheduler,
+    TwoStepSumsPass,
+    ssprop_compile,
+)
 from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["CONFIGS", "measure"]
 
+EXACT = "dense exact passes"
 CONFIGS = {
     "sliced": SparsityConfig(axis="sample"),
     "two passes": SparsityConfig(axis="sample", saved="kept"),
@@ -74,6 +84,7 @@ def measure(
         limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
         stack.enter_context(limits)
         variants = make_variants(workload, model, images, configs, drop_rates, with_peers=False)
+        variants += _with_exact_passes(workload, model, images)
         if with_rule:
             variants += [_by_rule(workload, model, images, rate) for rate in drop_rates]
         if with_peers:
@@ -110,6 +121,15 @@ def measure(
     print(table(rows, FORMATS_OF_SAMPLES))
     print(describe(workload.device))
     return rows
+
+
+def _with_exact_passes(workload: Workload, model: nn.Module, images: Tensor) -> list[Variant]:
+    """Return the dense step with the passes that make a sliced one faster without sparsity."""
+    if workload.backend != "inductor" or workload.device != "cpu":
+        return []
+    passes = PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
+    exact = torch.compile(model, options={"joint_custom_pre_pass": passes})
+    return [Variant(EXACT, 0.0, model, lambda: workload.step(exact, images))]
 
 
 def _by_rule(workload: Workload, model: nn.Module, images: Tensor, rate: float) -> Variant:

@@ -29,6 +29,7 @@ from ssprop_fx.scheduling.schedules import *  # noqa: F403
 from ssprop_fx.scheduling.telemetry import SiteTelemetry
 
 if TYPE_CHECKING:
+    from ssprop_passes.transforms.depthwise_layout import DepthwiseLayoutPass
     from ssprop_passes.transforms.global_max import GlobalMaxPass
     from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
 
@@ -39,6 +40,7 @@ __all__ = [
     "AddedNoise",
     "CaptureError",
     "Controller",
+    "DepthwiseLayoutPass",
     "GlobalMaxPass",
     "Inspection",
     "KeptMass",
@@ -72,6 +74,7 @@ __version__ = "0.1.0"
 # They import the compiler, which takes seconds: only when they are asked for.
 _ON_DEMAND = {
     "SsPropModule": "ssprop_fx.runtime.module",
+    "DepthwiseLayoutPass": "ssprop_passes.transforms.depthwise_layout",
     "GlobalMaxPass": "ssprop_passes.transforms.global_max",
     "TwoStepSumsPass": "ssprop_passes.transforms.two_step_sums",
 }

@@ -6,6 +6,7 @@ from typing import Any
 from ssprop_passes.graph.graph_pass import PassList
 from ssprop_passes.graph.rewrite import inductor_decompositions
 from ssprop_passes.transforms.batch_norm import BatchNormGradientPass
+from ssprop_passes.transforms.depthwise_layout import DepthwiseLayoutPass
 from ssprop_passes.transforms.patches import PatchPass
 from ssprop_passes.transforms.sparse_backward import SparseBackwardPass
 from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
@@ -32,6 +33,8 @@ def build_passes(
         [
             *user_hooks,
             *passes,
+            # After the passes that leave layers out of the same convolutions.
+            DepthwiseLayoutPass(),
             # It rewrites scores and gathers that the sparse pass inserted.
             BatchNormGradientPass(inductor_decompositions),
             # Last, because the previous pass looks for sums that this one splits.

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from ssprop_passes.graph.batch_dim import BATCH_DIM_KEY, BatchDim, batch_dim_maybe, size_expr
 from ssprop_passes.graph.sample_marker import MARKER
 from ssprop_passes.transforms.sample_inputs import SampleInputs, sample_position
+from ssprop_passes.transforms.small_batches import keep_onednn
 
 __all__ = ["SlicedGraph", "slice_backward"]
 
@@ -106,6 +107,7 @@ def slice_backward(
         and isinstance(result.meta.get("val"), Tensor)
         and batch_dim_maybe(result.meta["val"], batch) is not None
     }
+    keep_onednn(graph)
     graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()
