@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ssprop_passes.graph.graph_pass import PassList
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +16,7 @@ from benchmarks.recipe.images import Images
 from benchmarks.recipe.rows import Row
 from benchmarks.recipe.sampling import Order
 from benchmarks.recipe.task import Task
-from ssprop_fx import ssprop_compile
+from ssprop_fx import DepthwiseLayoutPass, TwoStepSumsPass, ssprop_compile
 
 __all__ = ["Learner", "evaluate"]
 
@@ -79,7 +80,7 @@ class Learner:
         before = copy.deepcopy(self._model.state_dict())
         backend = self.task.backend
         self._compiled = (
-            torch.compile(self._model, backend=backend)
+            torch.compile(self._model, **_compile_settings(backend, self.row.exact))
             if self._scheduler is None
             else ssprop_compile(
                 self._model, self._scheduler, config=self.row.config, backend=backend
@@ -169,6 +170,14 @@ class Learner:
         found = evaluate(self._model, test.batches(self.task.size, 100))
         self._set_mode()
         return found
+
+
+def _compile_settings(backend: str, exact: bool) -> dict[str, Any]:
+    """Return the settings of a dense `torch.compile`; `exact` adds passes that change nothing."""
+    if not exact:
+        return {"backend": backend}
+    passes = PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
+    return {"options": {"joint_custom_pre_pass": passes}}
 
 
 @torch.no_grad()

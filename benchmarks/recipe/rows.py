@@ -34,6 +34,7 @@ class Row:
         prunes: whether whole epochs leave samples of low loss out (InfoBatch).
         stale: target of the added noise by which samples are left out of the forward as well, by
             their scores of the last epoch; 0 for none.
+        exact: whether a dense run has the passes of a sliced backward that leave nothing out.
         prepare: changes the model before it is compiled; names of its tensors must stay.
     """
 
@@ -47,6 +48,7 @@ class Row:
     share: float = 1.0
     prunes: bool = False
     stale: float = 0.0
+    exact: bool = False
     prepare: Callable[[nn.Module], nn.Module] | None = None
 
     @property
@@ -68,6 +70,11 @@ def _rule(name: str, about: str, rule: SampleRule) -> Row:
 
 
 _ROWS = (
+    Row(
+        name="exact-passes",
+        about="dense, with those passes of a kept-samples step that leave nothing out",
+        exact=True,
+    ),
     _rule("mass-0.9", "fewest samples with 90 % of the gradient norms", KeptMass(0.9)),
     _rule("mass-0.8", "fewest samples with 80 % of the gradient norms", KeptMass(0.8)),
     _rule("noise-0.3", "unbiased draws, added noise at most 0.3", AddedNoise(0.3)),

@@ -30,7 +30,8 @@ __all__ = ["DepthwiseLayoutPass"]
 class DepthwiseLayoutPass(GraphPass):
     """Keeps the backward of depthwise convolutions on a CPU in channels last.
 
-    It also does that for convolutions of one input channel. The gradients are the same. Dense training can use the pass, too:
+    It also does that for convolutions of one input channel. The gradients are the same. Dense
+    training can use the pass, too:
 
         torch.compile(model, options={"joint_custom_pre_pass": DepthwiseLayoutPass()})
     """
