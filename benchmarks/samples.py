@@ -1,6 +1,6 @@
 """`python -m benchmarks step --axis sample`: steps whose backward is made of some samples.
 
-Rows: dense torch.compile; on a CPU the same with the passes of a sliced step that leave nothing out
+Rows: dense torch.compile; the same with the passes of a sliced step that leave nothing out
 (`dense exact passes`), which shows their part of the gain; the sliced backward at drop rate 0 (its
 dense phase) and at the given drop rates; the same in two passes (`saved="kept"`), and in each
 --variant. --rule adds a rule that draws as many samples. --peers adds selective backprop, eager and
@@ -125,7 +125,7 @@ def measure(
 
 def _with_exact_passes(workload: Workload, model: nn.Module, images: Tensor) -> list[Variant]:
     """Return the dense step with the passes that make a sliced one faster without sparsity."""
-    if workload.backend != "inductor" or workload.device != "cpu":
+    if workload.backend != "inductor":
         return []
     passes = PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
     exact = torch.compile(model, options={"joint_custom_pre_pass": passes})

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.14: on a CPU, in channels last, a compiled depthwise backward copies its operands twice.
+# torch 2.14: in channels last, a compiled depthwise backward copies its operands twice.
 #
 # Inductor gives the operands of a convolution's backward the order of dimensions that the gradient
 # of the weight has. A depthwise weight in channels last, [C, 1, 3, 3], has the strides

@@ -124,3 +124,17 @@ def test_kept_channels_are_written_once() -> None:
     ]
     sites = step.graphs[1].count("torch.ops.ssprop.conv_backward.default(")
     assert kept == sites * [torch.bfloat16]
+
+
+def test_depthwise_backwards_stay_in_channels_last() -> None:
+    """Dense code of torch 2.14 has a copy in the order [N, H, C, W] for each of them."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+    )
+    model, x = model.to(memory_format=torch.channels_last), images(32)
+    order = "(8, 32, 32, 32), (32768, 32, 1024, 1)"
+    if torch.__version__ >= TorchVersion("2.14"):
+        assert order in lower(model, x, None).graphs[1]
+    (_, backward) = lower(model, x, SparsityConfig(axis="sample")).graphs
+    assert "ssprop.conv_backward" in backward
+    assert "32, 1024, 1)" not in backward

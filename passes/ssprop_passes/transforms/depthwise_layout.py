@@ -1,6 +1,6 @@
 """DepthwiseLayoutPass: the backward of depthwise convolutions in channels last, without copies.
 
-This pass is for CPUs, and independent of sparsity. In torch 2.14, Inductor gives input and
+This pass is independent of sparsity. In torch 2.14, Inductor gives input and
 grad_output of `convolution_backward` the order of dimensions that the weight's gradient has. In a
 depthwise weight, [C, 1, kh, kw], two dimensions have the stride 1, and Inductor takes the wrong one
 as the innermost. So it copies both tensors from [N, H, W, C] to the order [N, H, C, W], and ATen
@@ -28,7 +28,7 @@ __all__ = ["DepthwiseLayoutPass"]
 
 
 class DepthwiseLayoutPass(GraphPass):
-    """Keeps the backward of depthwise convolutions on a CPU in channels last.
+    """Keeps the backward of depthwise convolutions in channels last.
 
     It also does that for convolutions of one input channel. The gradients are the same. Dense
     training can use the pass, too:
@@ -56,7 +56,6 @@ def _is_suited(match: ConvMatch) -> bool:
     grad_output, weight = match.grad_output.meta["val"], match.weight.meta["val"]
     return bool(
         grad_output.ndim == 4
-        and grad_output.device.type == "cpu"
         and weight.shape[1] == 1
         and not match.geometry.transposed
         and is_channels_last(grad_output)
