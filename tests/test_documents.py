@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 AVX512 = RESULTS / "cpu-2-cores-avx512"
+SAMPLES = RESULTS / "cpu-1-thread-avx512"
 DROP_RATE = 0.8
 COLUMNS = ("step_ms", "forward_ms", "conv_ms", "product_ms", "topk_ms", "rest_ms")
 
@@ -30,18 +31,30 @@ def test_the_readme_is_short_and_its_links_work_on_a_package_index():
 
 
 def test_the_readme_shows_the_saved_step_times():
-    speedups = []
     rows = [line for line in README.splitlines() if line.endswith(" |") and "---" not in line]
-    for steps in saved(AVX512, "step"):
-        by_name = {r["variant"]: r for r in steps if r["drop_rate"] in (0, DROP_RATE)}
-        dense, sparse = by_name["dense"], by_name["ssprop"]
-        assert sparse["drop_rate"] == DROP_RATE
-        speedups.append(sparse["speedup"])
-        cells = [sparse["model"], f"{dense['median_ms']:.0f}", f"{sparse['median_ms']:.0f}"]
-        cells.append(f"{sparse['speedup']:.2f}")
-        assert f"| {' | '.join(cells)} |" in rows
-    assert len(rows) == 1 + len(speedups), "the header and a row a file"
-    assert f"{min(speedups):.1f} to {max(speedups):.1f} times faster" in README
+    files = saved(SAMPLES, "samples")
+    for steps in files:
+        sliced = {r["drop_rate"]: r["speedup"] for r in steps if r["variant"] == "sliced"}
+        dense = next(r for r in steps if r["variant"] == "dense")
+        cells = [dense["model"], f"{dense['step_ms']:.0f}", f"{sliced[0.5]:.2f}"]
+        assert f"| {' | '.join([*cells, f'{sliced[0.8]:.2f}'])} |" in rows
+    assert len(rows) == 1 + len(files), "the header and a row a file"
+
+
+def test_the_readme_says_how_much_channels_save():
+    speedups = [
+        row["speedup"]
+        for steps in saved(AVX512, "step")
+        for row in steps
+        if (row["variant"], row["drop_rate"]) == ("ssprop", DROP_RATE)
+    ]
+    text = f"{min(speedups):.1f} to {max(speedups):.1f} times faster"
+    assert text in " ".join(README.split())
+
+
+def test_the_table_of_samples_is_of_the_saved_results():
+    made = markdown.samples_markdown(saved(SAMPLES, "samples"))
+    assert made in PERFORMANCE, "python -m benchmarks table benchmarks/results/cpu-1-thread-avx512"
 
 
 @pytest.mark.parametrize("folder", ["cpu-2-cores-avx512", "cpu-2-cores"])
@@ -82,6 +95,5 @@ def test_the_compile_times_are_of_the_saved_results():
 
 def test_the_tables_of_memory_are_of_the_saved_results():
     page = (ROOT / "docs" / "memory.md").read_text()
-    folder = RESULTS / "cpu-1-thread-avx512"
-    assert report.saved_markdown(saved(folder, "saved")) in page
-    assert report.bytes_markdown(saved(folder, "bytes")) in page
+    assert report.saved_markdown(saved(SAMPLES, "saved")) in page
+    assert report.bytes_markdown(saved(SAMPLES, "bytes")) in page
