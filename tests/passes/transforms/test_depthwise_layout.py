@@ -34,8 +34,10 @@ def network(kind: str) -> tuple[nn.Module, Tensor]:
     return model.to(memory_format=layout), x.contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*((kind, "aot_eager") for kind in LAYERS), ("depthwise", "inductor"), ("stride", "inductor")],
+)
 def test_gradients_are_those_of_the_dense_backward(kind: str, backend: str) -> None:
     model, x = network(kind)
     want = copy.deepcopy(model)
