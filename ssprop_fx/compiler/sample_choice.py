@@ -88,14 +88,21 @@ class SampleChoice:
 
     @staticmethod
     def behind_maybe(inputs: Sequence[Any], size: int) -> "SampleChoice | None":
-        """Return the choice of the graph that these inputs come from.
+        """Return the choice of the graph that these inputs come from, through eager code or not.
 
         None if there is none of this batch size.
         """
-        for value in inputs:
-            node: Any = value.grad_fn if isinstance(value, Tensor) else None
-            choice = None if node is None else node.metadata.get(_KEY)
-            if choice is not None and choice.size == size:
+        nodes: list[Any] = [value.grad_fn for value in inputs if isinstance(value, Tensor)]
+        seen = {None}
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            choice = node.metadata.get(_KEY)
+            if choice is None:
+                nodes += [source for source, _ in node.next_functions]
+            elif choice.size == size:
                 return cast(SampleChoice, choice)
         return None
 

@@ -383,8 +383,21 @@ def test_named_backend() -> None:
     assert relative_error(found(compiled), want) < 1e-9
 
 
-def test_graphs_of_the_named_backend_share_one_choice() -> None:
-    model, x = Broken().double(), images().requires_grad_()
+class Eager(Net):
+    """Eager code between two graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(squashed(self.features(x)))
+
+
+@torch.compiler.disable
+def squashed(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize("kind", [Broken, Eager])
+def test_graphs_of_the_named_backend_share_one_choice(kind: type[Net]) -> None:
+    model, x = kind().double(), images().requires_grad_()
     options = {
         "schedule": constant(0.5),
         "axis": "sample",
@@ -401,7 +414,8 @@ def test_graphs_of_the_named_backend_share_one_choice() -> None:
     assert relative_error(got, want) < 1e-9
 
 
-def test_code_between_graphs_that_mixes_samples_is_refused() -> None:
+@pytest.mark.parametrize("api", ["ssprop_compile", "named backend"])
+def test_code_between_graphs_that_mixes_samples_is_refused(api: str) -> None:
     class Centered(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(centered(self.features(x)))
@@ -411,8 +425,14 @@ def test_code_between_graphs_that_mixes_samples_is_refused() -> None:
         return x - x.mean(0)
 
     model, x = Centered().double(), images()
+    options = {"schedule": constant(0.5), "axis": "sample", "backend": "aot_eager"}
+    compiled = (
+        compile_net(model)
+        if api == "ssprop_compile"
+        else torch.compile(model, backend="ssprop", options=options)
+    )
     with pytest.raises(SsPropCompileError, match="mixes samples"):
-        loss(compile_net(model)(x)).backward()
+        loss(compiled(x)).backward()
 
 
 def test_a_loss_of_two_graphs_of_the_named_backend_is_refused() -> None:
