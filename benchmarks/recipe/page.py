@@ -17,7 +17,7 @@ __all__ = ["claims", "page"]
 RECIPE = "noise-0.1"
 FINE_TUNING = {
     "flowers": "EfficientNet-Lite0 on 1,600 photographs of flowers",
-    "cifar-fine-96": "EfficientNet-Lite0 on 5,000 images of CIFAR-10",
+    "cifar-fine": "EfficientNet-Lite0 on 5,000 images of CIFAR-10",
 }
 
 _TEXT = Path(__file__).with_name("page.md")
