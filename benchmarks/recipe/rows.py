@@ -72,8 +72,8 @@ def _rule(name: str, about: str, rule: SampleRule) -> Row:
 _ROWS = (
     Row(
         name="exact-passes",
-        about="dense, with those passes of a kept-samples step that leave nothing out; only rounding"
-        " differs",
+        about="dense, with those passes of a kept-samples step that leave nothing out, so that only"
+        " rounding differs",
         exact=True,
     ),
     _rule("mass-0.9", "fewest samples with 90 % of the gradient norms", KeptMass(0.9)),
