@@ -34,12 +34,12 @@ from ssprop_fx.training.records.summary import format_summary
 from ssprop_fx.training.records.tensorboard import check_tensorboard
 from ssprop_fx.training.setup import (
     check_names,
+    check_rates,
     create_data_config,
     create_model,
     create_state,
     find_device,
     sparsity_config,
-    with_rates,
 )
 from ssprop_fx.training.weights import without_weights
 
@@ -113,12 +113,12 @@ class _Run:
         self._config = config
         self._processes = processes
         self._state = create_state(config, model, self._loaders.steps_per_epoch)
+        sparsity = sparsity_config(config)
+        check_rates(sparsity, model)
         self._compiled = ssprop_compile(
             model,
             self._state.scheduler,
-            config=with_rates(
-                sparsity_config(config), config, model, data_config["input_size"][-1]
-            ),
+            config=sparsity,
             backend=config.compile_backend,
             mode=config.compile_mode,
         )

@@ -160,11 +160,6 @@ class SparsitySettings:
         0, help="Train this many dense epochs before the schedule begins", rule="at least 0"
     )
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    depth_slope: float = option(
-        0.0,
-        help="Raise drop rates near the input by this much and lower them near the output, at the"
-        " same total FLOPs",
-    )
     controller: str | None = option(
         None,
         help="Adapt what is kept, such as kept_mass:target=0.9; added_noise is for samples,"

@@ -1,20 +1,16 @@
 """What a run is made of: device, model, optimizer, schedulers."""
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
 import torch
-from ssprop_passes.errors import CaptureError
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
-from ssprop_fx.analysis.depth_rates import by_depth
-from ssprop_fx.analysis.inspection import inspect_sites
 from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.config import SparsityConfig
 from ssprop_fx.runtime.constant_counts import MAX_LEVELS
@@ -29,12 +25,12 @@ from ssprop_fx.training.weights import create_from_file
 
 __all__ = [
     "check_names",
+    "check_rates",
     "create_data_config",
     "create_model",
     "create_state",
     "find_device",
     "sparsity_config",
-    "with_rates",
 ]
 
 # timm's own default, 90, is meant for runs on ImageNet.
@@ -189,40 +185,13 @@ def sparsity_config(config: TrainConfig) -> SparsityConfig:
     return replace(config.sparsity, telemetry=config.sparsity.telemetry or adapts_layers)
 
 
-def with_rates(
-    sparsity: SparsityConfig, config: TrainConfig, model: nn.Module, image_size: int
-) -> SparsityConfig:
-    """Return the same with the drop rates of `--depth-slope`, for layers without one in `rates`.
-
-    Args:
-        sparsity: which layers take part.
-        config: settings of the run.
-        model: the model.
-        image_size: height and width of the images in pixels.
+def check_rates(sparsity: SparsityConfig, model: nn.Module) -> None:
+    """Check that the drop rates of layers fit a model.
 
     Raises:
-        CommandError: a rate does not fit the model, the slope not the schedule, or the model cannot
-            be inspected.
+        CommandError: they do not.
     """
-    given = sparsity.rates
     try:
         find_slots(model, sparsity)
     except (TypeError, ValueError) as error:
         raise flag_error(error) from error
-    if not config.depth_slope:
-        return sparsity
-    # The length of an epoch moves no rate.
-    assert config.schedule is not None
-    rate = parse_schedule(config.schedule, steps_per_epoch=1_000_000).highest
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    try:
-        inspection = inspect_sites(model, images, config=sparsity)
-        by_layer = by_depth(inspection, rate, config.depth_slope)
-    except (CaptureError, ValueError) as error:
-        raise CommandError(f"--depth-slope {config.depth_slope}: {error}") from error
-    free = {
-        name: rate
-        for name, rate in by_layer.items()
-        if not any(fnmatchcase(name, pattern) for pattern in given)
-    }
-    return replace(sparsity, rates={**given, **free})

@@ -9,7 +9,7 @@ from ssprop_fx.analysis.inspection import Inspection
 from ssprop_fx.compiler.slots import find_slots
 from ssprop_fx.training.config import TrainConfig
 from ssprop_fx.training.errors import CommandError
-from ssprop_fx.training.setup import sparsity_config, with_rates
+from ssprop_fx.training.setup import check_rates, sparsity_config
 
 
 class Net(nn.Module):
@@ -67,19 +67,7 @@ def test_mistakes_are_named(rate: float, slope: float, message: str) -> None:
         by_depth(Net(), 0.5, 0.1)
 
 
-def test_the_trainers_flags_compose() -> None:
-    config = TrainConfig(
-        schedule="bar:rate=0.6,period=2ep",
-        depth_slope=0.3,
-        sparsity=SparsityConfig(rates={"twice": 0.5}, min_channels=8),
-    )
-    sparsity = with_rates(sparsity_config(config), config, Net(), 8)
-    assert list(sparsity.rates) == ["twice", "stem", "narrow", "last"]
-    assert sparsity.rates["twice"] == 0.5
-    assert sparsity.rates["stem"] > 0.8 > 0.4 > sparsity.rates["last"]
-    config = TrainConfig(schedule="constant:rate=0.9", depth_slope=0.3)
-    with pytest.raises(CommandError, match=r"^--depth-slope 0.3: slope must be within 0.1 of 0"):
-        with_rates(sparsity_config(config), config, Net(), 8)
+def test_the_trainer_names_a_pattern_that_matches_nothing() -> None:
     config = TrainConfig(sparsity=SparsityConfig(rates={"nothing": 0.5}))
     with pytest.raises(CommandError, match=r"^--rates has the pattern 'nothing', which matches no"):
-        with_rates(sparsity_config(config), config, Net(), 8)
+        check_rates(sparsity_config(config), Net())
