@@ -18,10 +18,11 @@ from ssprop_passes.selection.gather_scatter import (
     with_order,
 )
 from ssprop_passes.sites.conv_match import ConvMatch, match_conv_backward
+from ssprop_passes.transforms.depthwise_layout import DepthwiseLayoutPass
 from ssprop_passes.transforms.two_step_sums import TwoStepSumsPass
 from torch import Tensor, fx
 
-__all__ = ["DenseKernelsPass", "dense_kernels"]
+__all__ = ["DenseKernelsPass", "dense_kernels", "exact_passes"]
 
 
 class DenseKernelsPass(GraphPass):
@@ -46,6 +47,11 @@ class DenseKernelsPass(GraphPass):
 def dense_kernels() -> PassList:
     """Return the passes that give a dense step the kernels of sparse steps."""
     return PassList([TwoStepSumsPass(), DenseKernelsPass()])
+
+
+def exact_passes() -> PassList:
+    """Return the passes of a step of kept samples that leave nothing out."""
+    return PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
 
 
 def _whole(match: ConvMatch) -> Callable[..., tuple[Tensor | None, ...]]:

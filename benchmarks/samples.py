@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from ssprop_passes.graph.graph_pass import PassList
 from torch import Tensor, nn
 
+from benchmarks.dense_kernels import exact_passes
 from benchmarks.machine import describe
 from benchmarks.phases import CLOCKS, OtherCheckout, OtherStep, PhasedStep, Step
 from benchmarks.results import table
@@ -29,14 +29,7 @@ from benchmarks.selective import selective_variants
 from benchmarks.timing import alternate
 from benchmarks.variants import DENSE, Variant, make_variants
 from benchmarks.workload import Workload
-from ssprop_fx import (
-    AddedNoise,
-    DepthwiseLayoutPass,
-    SparsityConfig,
-    SparsityScheduler,
-    TwoStepSumsPass,
-    ssprop_compile,
-)
+from ssprop_fx import AddedNoise, SparsityConfig, SparsityScheduler, ssprop_compile
 from ssprop_fx.scheduling.keep_counts import keep_count
 
 __all__ = ["CONFIGS", "measure"]
@@ -127,8 +120,7 @@ def _with_exact_passes(workload: Workload, model: nn.Module, images: Tensor) -> 
     """Return the dense step with the passes that make a sliced one faster without sparsity."""
     if workload.backend != "inductor":
         return []
-    passes = PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
-    exact = torch.compile(model, options={"joint_custom_pre_pass": passes})
+    exact = torch.compile(model, options={"joint_custom_pre_pass": exact_passes()})
     return [Variant(EXACT, 0.0, model, lambda: workload.step(exact, images))]
 
 

@@ -15,6 +15,7 @@ both gradients; with it the sum of the input gradient is right. Other grouped la
 from typing import Any, cast
 
 import torch
+from ssprop_passes.replacements.patches import patch_averages, patch_sizes, spread_patches
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +36,7 @@ class _PatchConv(torch.autograd.Function):
     ) -> Tensor:
         output = functional.conv2d(input, weight, bias, stride, padding, 1, groups)
         # The averages are all that the backward needs of the input.
-        ctx.save_for_backward(_average(input, r * stride), weight)
+        ctx.save_for_backward(patch_averages(input, r * stride), weight)
         ctx.geometry = r, stride, groups, tuple(input.shape[2:])
         ctx.has_bias = bias is not None
         return output
@@ -45,20 +46,16 @@ class _PatchConv(torch.autograd.Function):
         averages, weight = ctx.saved_tensors
         r, stride, groups, size = ctx.geometry
         kernel, window = weight.sum((2, 3)), weight.shape[2] * weight.shape[3]
-        grad = _average(grad_output, r)
-        sizes = _sizes(grad_output, r)
-        grad_input = None
+        grad = patch_averages(grad_output, r)
+        totals = grad * patch_sizes(grad_output.shape[2:], r, grad_output)
         if groups == 1:
-            rows, inputs = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (grad * sizes, averages))
-            sums = rows.t() @ inputs
-            if ctx.needs_input_grad[0]:
-                grad_input = functional.conv2d(grad, kernel.t()[:, :, None, None])
+            sums = totals.flatten(0, 2).t() @ averages.flatten(0, 2)
         else:
-            sums = (grad * sizes * averages).sum((0, 2, 3))[:, None]
-            if ctx.needs_input_grad[0]:
-                grad_input = grad * kernel.view(1, -1, 1, 1)
-        if grad_input is not None:
-            grad_input = _upsample(grad_input / stride**2, r * stride, size)
+            sums = (totals * averages).sum((0, 1, 2))[:, None]
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad = grad @ kernel if groups == 1 else grad * kernel[:, 0]
+            grad_input = spread_patches(grad / stride**2, r * stride, size)
         grad_weight = sums[:, :, None, None]
         if window > 1:
             grad_weight = grad_weight.expand_as(weight).contiguous()
@@ -113,27 +110,3 @@ def swap_patches(model: nn.Module, r: int, only_1x1: bool = False) -> nn.Module:
             module.__class__ = PatchConv2d
             module.r = r  # type: ignore[assignment]
     return model
-
-
-def _average(x: Tensor, side: int) -> Tensor:
-    """Return averages over patches; those at the far edges may be smaller."""
-    return x if side == 1 else functional.avg_pool2d(x, side, ceil_mode=True)
-
-
-def _sizes(x: Tensor, side: int) -> Tensor | int:
-    """Return how many positions each patch has."""
-    if all(size % side == 0 for size in x.shape[2:]):
-        return side**2
-    sides = [
-        (size - torch.arange(0, size, side, device=x.device)).clamp(max=side)
-        for size in x.shape[2:]
-    ]
-    return (sides[0][:, None] * sides[1]).to(x.dtype)
-
-
-def _upsample(x: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """Return each value `side` times side by side, in channels_last, cut to a size."""
-    n, c, h, w = x.shape
-    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]
-    whole = rows.expand(n, h, side, w, side, c).reshape(n, h * side, w * side, c)
-    return whole[:, : size[0], : size[1]].permute(0, 3, 1, 2)

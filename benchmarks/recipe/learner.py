@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssprop_passes.graph.graph_pass import PassList
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.dense_kernels import exact_passes
 from benchmarks.recipe.images import Images
 from benchmarks.recipe.rows import Row
 from benchmarks.recipe.sampling import Order
 from benchmarks.recipe.task import Task
-from ssprop_fx import DepthwiseLayoutPass, TwoStepSumsPass, ssprop_compile
+from ssprop_fx import ssprop_compile
 
 __all__ = ["Learner", "evaluate"]
 
@@ -176,8 +176,7 @@ def _compile_settings(backend: str, exact: bool) -> dict[str, Any]:
     """Return the settings of a dense `torch.compile`; `exact` adds passes that change nothing."""
     if not exact:
         return {"backend": backend}
-    passes = PassList([DepthwiseLayoutPass(), TwoStepSumsPass()])
-    return {"options": {"joint_custom_pre_pass": passes}}
+    return {"options": {"joint_custom_pre_pass": exact_passes()}}
 
 
 @torch.no_grad()

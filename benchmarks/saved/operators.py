@@ -25,12 +25,6 @@ BLOCK = 8
 # Numbers of a filled piece: they should stay in a cache between filling and product.
 _PIECE = 2**19
 
-_library = torch.library.Library("saved", "DEF")  # type: ignore[no-untyped-call]
-_library.define("prune(Tensor x, int kept) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "grad_weight(Tensor grad_output, Tensor values, Tensor masks) -> Tensor"
-)
-
 
 @cache
 def _kernel(name: str) -> Callable[..., None]:
@@ -39,6 +33,7 @@ def _kernel(name: str) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *types)((name, library))
 
 
+@torch.library.custom_op("saved::prune", mutates_args=(), device_types="cpu")
 def _prune(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     values, masks = _fake_prune(x, kept)
@@ -47,6 +42,7 @@ def _prune(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return values, masks
 
 
+@_prune.register_fake
 def _fake_prune(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     blocks = x.shape[1] // BLOCK
     values = x.new_empty(x.shape[0], blocks * kept)
@@ -64,6 +60,7 @@ def filled(values: Tensor, masks: Tensor) -> Tensor:
     return x
 
 
+@torch.library.custom_op("saved::grad_weight", mutates_args=(), device_types="cpu")
 def _grad_weight(grad_output: Tensor, values: Tensor, masks: Tensor) -> Tensor:
     columns = masks.shape[1] * BLOCK
     rows = max(_PIECE // columns, BLOCK)
@@ -74,16 +71,10 @@ def _grad_weight(grad_output: Tensor, values: Tensor, masks: Tensor) -> Tensor:
     return result
 
 
+@_grad_weight.register_fake
 def _fake_grad_weight(grad_output: Tensor, values: Tensor, masks: Tensor) -> Tensor:
     return values.new_empty(grad_output.shape[1], masks.shape[1] * BLOCK)
 
-
-for _name, _run, _fake in (
-    ("prune", _prune, _fake_prune),
-    ("grad_weight", _grad_weight, _fake_grad_weight),
-):
-    _library.impl(_name, _run, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"saved::{_name}", _fake, lib=_library)
 
 PRUNE = torch.ops.saved.prune.default
 GRAD_WEIGHT = torch.ops.saved.grad_weight.default

@@ -15,6 +15,7 @@ import torch
 from ssprop_passes.graph.rewrite import Replacer, inductor_decompositions
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import partition_fn
 
@@ -77,11 +78,7 @@ def graphs_backend(
         return partition_fn(gm, inputs, partitioner_fn_override=partition, **kwargs)
 
     def uncompiled(gm: fx.GraphModule, _: Sequence[object]) -> Callable[..., Any]:
-        def run(arguments: list[Any]) -> Any:
-            return gm(*arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return cast(Callable[..., Any], make_boxed_func(gm))
 
     return cast(
         Callable[..., Any],

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ssprop_passes.replacements.gradients import Gradients
 
-__all__ = ["patch_gradients"]
+__all__ = ["patch_averages", "patch_gradients", "patch_sizes", "spread_patches"]
 
 
 def patch_gradients(
@@ -35,24 +35,24 @@ def patch_gradients(
         Gradients of input, weight and bias, None if not wanted.
     """
     space = grad_output.shape[2:]
-    averages = _pool(grad_output, side)
-    counts = _counts(space, side, grad_output)
+    averages = patch_averages(grad_output, side)
+    counts = patch_sizes(space, side, grad_output)
     grad_input = grad_weight = None
     if output_mask[0]:
         rows = averages.flatten(0, 2) @ weight.flatten(1)
-        grad_input = _spread(rows.view(*averages.shape[:3], -1), side, space)
+        grad_input = spread_patches(rows.view(*averages.shape[:3], -1), side, space)
     if output_mask[1]:
         sums = (averages * counts).flatten(0, 2)
-        grad_weight = (sums.t() @ _pool(input, side).flatten(0, 2)).view(weight.shape)
+        grad_weight = (sums.t() @ patch_averages(input, side).flatten(0, 2)).view(weight.shape)
     return grad_input, grad_weight, grad_output.sum((0, 2, 3)) if output_mask[2] else None
 
 
-def _pool(x: Tensor, side: int) -> Tensor:
+def patch_averages(x: Tensor, side: int) -> Tensor:
     """Return averages over patches, [N, h, w, C], of [N, C, H, W]."""
     return functional.avg_pool2d(x, side, ceil_mode=True).permute(0, 2, 3, 1)
 
 
-def _counts(space: Sequence[int], side: int, like: Tensor) -> Tensor | int:
+def patch_sizes(space: Sequence[int], side: int, like: Tensor) -> Tensor | int:
     """Return how many positions each patch has, [h, w, 1]."""
     if all(size % side == 0 for size in space):
         return side**2
@@ -62,7 +62,7 @@ def _counts(space: Sequence[int], side: int, like: Tensor) -> Tensor | int:
     return (height[:, None] * width).to(like.dtype)[..., None]
 
 
-def _spread(x: Tensor, side: int, space: Sequence[int]) -> Tensor:
+def spread_patches(x: Tensor, side: int, space: Sequence[int]) -> Tensor:
     """Return [N, C, H, W] in channels last: each value of [N, h, w, C] on its whole patch."""
     n, h, w, channels = x.shape
     spread = x[:, :, None, :, None].expand(n, h, side, w, side, channels)

@@ -54,6 +54,7 @@ class PatchPass(GraphPass):
     def transform(self, graph: fx.Graph) -> PassSummary:
         """Rewrite the backward of each 1x1 convolution."""
         replacer, summary = Replacer(inductor_decompositions), PassSummary()
+        self.saved_flops = 0
         for node in list(graph.nodes):
             match = match_conv_backward(node)
             if match is None or node.meta.get(INSERTED_KEY):

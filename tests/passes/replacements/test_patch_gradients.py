@@ -11,7 +11,6 @@ ALL = (True, True, True)
 
 
 def layer_and_tensors(space: tuple[int, int]) -> tuple[nn.Conv2d, Tensor, Tensor]:
-    torch.manual_seed(0)
     layer = nn.Conv2d(5, 3, 1).double()
     x = torch.randn(2, 5, *space, dtype=torch.float64)
     return layer, x, torch.randn(2, 3, *space, dtype=torch.float64)

@@ -25,7 +25,6 @@ REWRITTEN = ("depthwise", "stride", "multiplier", "one input channel")
 
 
 def network(kind: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
     sources = 1 if kind == "one input channel" else 8
     stem = nn.Sequential(nn.Conv2d(3, sources, 1), nn.ReLU())
     model = nn.Sequential(stem, LAYERS[kind](), nn.Tanh()).double()
@@ -43,7 +42,6 @@ def test_gradients_are_those_of_the_dense_backward(kind: str, backend: str) -> N
     want = copy.deepcopy(model)
     want(x).sum().backward()
     graph_pass = DepthwiseLayoutPass()
-    torch._dynamo.reset()
     settings: dict[str, Any] = {"options": {"joint_custom_pre_pass": graph_pass}}
     if backend == "aot_eager":
         settings = {"backend": lambda gm, args: compile_aot_eager(gm, args, graph_pass, {})}
@@ -56,7 +54,6 @@ def test_gradients_are_those_of_the_dense_backward(kind: str, backend: str) -> N
 def test_contiguous_images_stay() -> None:
     model, x = network("depthwise")
     graph_pass = DepthwiseLayoutPass()
-    torch._dynamo.reset()
     compiled = torch.compile(
         model.to(memory_format=torch.contiguous_format),
         backend=lambda gm, args: compile_aot_eager(gm, args, graph_pass, {}),

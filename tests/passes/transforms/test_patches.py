@@ -56,13 +56,11 @@ LAST = torch.channels_last
     ],
 )
 def test_gradients_equal_the_oracle(size: int, backend: str, layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
     model: Any = Net().double().to(memory_format=layout)
     x = torch.randn(2, 3, size, size, dtype=torch.float64).contiguous(memory_format=layout)
     want, inputs = oracle(model), [x.clone().requires_grad_(), x.clone().requires_grad_()]
     want(inputs[0]).sin().sum().backward()
     graph_pass = PatchPass(2)
-    torch._dynamo.reset()
     settings: dict[str, Any] = {"options": {"joint_custom_pre_pass": graph_pass}}
     if backend == "aot_eager":
         settings = {"backend": lambda gm, args: compile_aot_eager(gm, args, graph_pass, {})}
@@ -75,9 +73,7 @@ def test_gradients_equal_the_oracle(size: int, backend: str, layout: torch.memor
 
 
 def test_the_saved_flops_are_those_of_the_smaller_products() -> None:
-    torch.manual_seed(0)
     model, graph_pass = Net(), PatchPass(2)
-    torch._dynamo.reset()
     compiled = torch.compile(
         model, backend=lambda gm, args: compile_aot_eager(gm, args, graph_pass, {})
     )
