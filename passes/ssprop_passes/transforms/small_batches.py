@@ -28,7 +28,7 @@ def keep_onednn(graph: fx.Graph) -> int:
         graph: a graph whose batch may be smaller than 16.
     """
     count = 0
-    if not torch._C._has_mkldnn:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return count
     for target, (first, position) in _CONVOLUTIONS.items():
         for node in graph.find_nodes(op="call_function", target=target):
